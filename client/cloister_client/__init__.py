@@ -1,0 +1,1 @@
+"""The client's side: everything that runs in an organisation that owns text."""

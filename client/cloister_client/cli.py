@@ -1,0 +1,143 @@
+"""The site's commands: ``cloister site enrol | up | status``."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from cloister_shared import console
+from cloister_shared.cards import read_coordinator_card
+from cloister_shared.errors import InputError, StateError
+from cloister_shared.processes import Group, free_port
+
+from cloister_client.policy import Policy
+from cloister_client.site import enrol as make_site
+from cloister_client.site import read_site
+from cloister_client.status import Status, read_status
+from cloister_client.supervise import Running, check_users
+from cloister_model.text import Source, read
+
+site_app = typer.Typer(no_args_is_help=True, help="What an organisation that owns text runs.")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Home = Annotated[Path | None, typer.Option("--home", help="Folder of state.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the site's commands."""
+    app.add_typer(site_app, name="site")
+
+
+@site_app.command()
+def enrol(
+    name: Annotated[str, typer.Argument(help="The site's name.")],
+    coordinator: Annotated[Path, typer.Option(help="The coordinator's card.json, from a channel you trust.")],
+    data: Annotated[Path, typer.Option(help="Private text: JSONL, CSV or Parquet, plain or gzipped.")],
+    text: Annotated[str, typer.Option(help="The text's field.")] = "text",
+    label: Annotated[str, typer.Option(help="The label's field.")] = "label",
+    records: Annotated[int, typer.Option(min=1, help="Declared, public number of records; it fixes the sample rate.")] = 1000,
+    epsilon_cap: Annotated[float, typer.Option(help="Lifetime cap on epsilon for this text.")] = 8.0,
+    delta: Annotated[float, typer.Option(help="Delta of the cap.")] = 1e-5,
+    least_noise: Annotated[float, typer.Option(help="Least noise multiplier.")] = 0.3,
+    least_cohort: Annotated[int, typer.Option(min=1, help="Fewest clients in a round.")] = 2,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    base: Annotated[str, typer.Option(help="Base model: minilm or a folder; the coordinator's by default.")] = "",
+    json: Json = False,
+    home: Home = None,
+) -> None:
+    """Make this site's keys and policy, and write the card to hand to the coordinator."""
+    console.choose(json, home)
+    card = read_coordinator_card(coordinator)
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError("unknown device", where="--device", expected="auto, cpu or cuda", got=device)
+    classify = card.task == "text-classification"
+    source = Source(data, text, label if classify else "")
+    found = sum(1 for _ in read(source, card.labels if classify else None))
+    policy = Policy((card.base,), (card.task,), card.target_modules, card.rank, epsilon_cap, delta, least_noise, least_cohort, 1000, "preferred")
+    folder = console.OUTPUT.home / "sites" / name
+    own = make_site(folder, name, card, source, policy, base=base or card.base_source, records=records, runtime_port=free_port(), device=device)
+    console.emit(
+        {"site": name, "home": str(folder), "card": str(folder / "card.json"), "coordinator": card.fingerprint, "key": own.verify_key.id.hex()},
+        [
+            f"site {name}: {found} records read and checked, {records} declared",
+            f"coordinator {card.federation}: fingerprint {card.fingerprint} (compare it with theirs)",
+            f"policy: {folder / 'policy.toml'} (yours to edit)",
+            f"hand over: {folder / 'card.json'} (fingerprint {own.verify_key.id.hex()})",
+            f"next: cloister site up {name}",
+        ],
+    )
+
+
+@site_app.command()
+def up(name: Annotated[str | None, typer.Argument(help="The site; the only one by default.")] = None, json: Json = False, home: Home = None) -> None:
+    """Run this site: agent, relay and SuperNode, until stopped."""
+    console.choose(json, home)
+    site = read_site(console.site_home(name))
+    check_users(site)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with Group() as group:
+        running = Running(site, group)
+        console.emit({"event": "starting", "site": site.name}, f"site {site.name}: starting the agent")
+        running.start_agent()
+        status = running.wait_agent()
+        running.start_link()
+        console.emit({"event": "ready"} | asdict(status), _ready_lines(status))
+        last = status
+        while not stop.wait(0.5):
+            running.check()
+            try:
+                status = read_status(site.agent_home / "status.json")
+            except StateError:
+                continue
+            if (status.round, status.step, status.state, status.refusal) != (last.round, last.step, last.state, last.refusal):
+                console.emit({"event": "status"} | asdict(status), progress_line(status))
+                last = status
+
+
+def _ready_lines(status: Status) -> list[str]:
+    apart = "agent and relay are different users" if status.isolated else "NOT ISOLATED: agent and relay run as one user (see [processes] in site.toml)"
+    return [
+        f"site {status.site}: ready with {status.records} records",
+        f"  device   {status.device}",
+        f"  sandbox  {status.sandbox}",
+        f"  users    {apart}",
+        f"  budget   epsilon {status.epsilon:.3f} of {status.cap:g} spent at delta {status.delta:g}",
+    ]
+
+
+def progress_line(status: Status) -> str:
+    """One line on where a site stands; shown to its owner alone."""
+    if status.refusal and status.state == "ready":
+        return f"site {status.site}: refused: {status.refusal}"
+    loss = f"loss {status.loss:.3f}  " if status.loss is not None else ""
+    left = max(0.0, status.cap - status.epsilon)
+    return f"site {status.site}: round {status.round}/{status.rounds} step {status.step}/{status.steps}  {loss}budget left {left:.3f} of {status.cap:g}"
+
+
+@site_app.command()
+def status(name: Annotated[str | None, typer.Argument(help="The site; all by default.")] = None, json: Json = False, home: Home = None) -> None:
+    """Say how this site stands: its agent, isolation and budget."""
+    console.choose(json, home)
+    folders = [console.site_home(name)] if name else console.site_homes()
+    if not folders:
+        raise InputError("no site here", where=str(console.OUTPUT.home), mend="cloister site enrol, or --home")
+    found = []
+    for folder in folders:
+        site = read_site(folder)
+        try:
+            found.append(read_status(site.agent_home / "status.json"))
+        except StateError:
+            found.append(Status(site.name, state="never started"))
+    for one in found:
+        age = time.time() - one.updated if one.updated else None
+        lines = [f"site {one.site}: {one.state}", *([] if age is None else _ready_lines(one)[1:]), *([progress_line(one)] if one.round else [])]
+        console.emit(asdict(one), lines)
+
+

@@ -1,0 +1,116 @@
+"""The site policy: what the data owner allows, in a TOML file, and the check of a plan against it. Policy beats plan.
+
+Every refusal names the rule, what was asked and what is allowed. The file is read at the agent's start and never from a peer.
+It holds no budget state; ``budget`` does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cloister_shared.errors import RefusedError
+from cloister_shared.plan import TASK_KINDS, PlanCore
+from cloister_shared.settings import quote, read_toml
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the data owner allows.
+
+    Attributes:
+        base_models: Digests of the base models that may be trained.
+        tasks: Task kinds.
+        target_modules: Names of layers that may carry LoRA.
+        max_rank: Largest LoRA rank.
+        epsilon_cap: Cap on the whole history's epsilon, for good.
+        delta: Delta at which the cap holds.
+        least_noise: Least noise multiplier.
+        least_cohort: Fewest clients in a round's cohort, this one included.
+        rounds_per_day: Most new rounds in any 24 hours.
+        sandbox: ``required`` to refuse to start where the door cannot be shut, or ``preferred``.
+    """
+
+    base_models: tuple[str, ...]
+    tasks: tuple[str, ...]
+    target_modules: tuple[str, ...]
+    max_rank: int
+    epsilon_cap: float
+    delta: float
+    least_noise: float
+    least_cohort: int
+    rounds_per_day: int
+    sandbox: str
+
+    def to_toml(self) -> str:
+        """The file's text."""
+
+        def texts(values: tuple[str, ...]) -> str:
+            return "[" + ", ".join(quote(v) for v in values) + "]"
+
+        return f"""# What this organisation allows. The agent reads it at its start; a plan that asks for more is refused.
+base_models = {texts(self.base_models)}
+tasks = {texts(self.tasks)}
+target_modules = {texts(self.target_modules)}
+max_rank = {self.max_rank}
+# The cap holds over the whole life of this site's text: all rounds, runs and models together.
+epsilon_cap = {self.epsilon_cap!r}
+delta = {self.delta!r}
+least_noise = {self.least_noise!r}
+least_cohort = {self.least_cohort}
+rounds_per_day = {self.rounds_per_day}
+# "required": do not start where the kernel cannot deny the agent the network.
+sandbox = {quote(self.sandbox)}
+"""
+
+
+def read_policy(path: Path) -> Policy:
+    """Reads ``policy.toml``.
+
+    Raises:
+        InputError: A key is missing, unknown or out of range.
+    """
+    table = read_toml(path, "policy")
+    policy = Policy(
+        base_models=table.texts("base_models"),
+        tasks=tuple(t for t in table.texts("tasks") if t in TASK_KINDS),
+        target_modules=table.texts("target_modules"),
+        max_rank=table.integer("max_rank", 1, 256),
+        epsilon_cap=table.number("epsilon_cap", 1e-6, 1000),
+        delta=table.number("delta", 1e-15, 0.5),
+        least_noise=table.number("least_noise", 1e-3, 1000),
+        least_cohort=table.integer("least_cohort", 1, 1_000_000),
+        rounds_per_day=table.integer("rounds_per_day", 1, 1_000_000),
+        sandbox=table.text("sandbox", choices=("required", "preferred")),
+    )
+    table.finish()
+    return policy
+
+
+def check(policy: Policy, core: PlanCore) -> None:
+    """Checks a plan's work against the policy.
+
+    Raises:
+        RefusedError: A rule says no; ``rule`` names it.
+    """
+
+    def refuse(rule: str, what: str, allowed: object, asked: object) -> None:
+        raise RefusedError(
+            f"policy.{rule}", what, where=f"plan of round {core.round}", expected=str(allowed)[:200], got=str(asked)[:200],
+            mend=f"change the plan, or {rule} in policy.toml",
+        )  # fmt: skip
+
+    if core.base not in policy.base_models:
+        refuse("base_models", "this base model is not allowed", ", ".join(d[:16] for d in policy.base_models), core.base[:16])
+    if core.task.kind not in policy.tasks:
+        refuse("tasks", "this task is not allowed", ", ".join(policy.tasks), core.task.kind)
+    if odd := sorted(set(core.task.target_modules) - set(policy.target_modules)):
+        refuse("target_modules", "these layers may not carry LoRA", ", ".join(policy.target_modules), ", ".join(odd))
+    if core.task.rank > policy.max_rank:
+        refuse("max_rank", "the LoRA rank is too large", f"<= {policy.max_rank}", core.task.rank)
+    if core.training.noise_multiplier < policy.least_noise:
+        refuse("least_noise", "too little noise", f">= {policy.least_noise}", core.training.noise_multiplier)
+    if core.training.delta != policy.delta:
+        refuse("delta", "the plan states another delta than the policy", policy.delta, core.training.delta)
+    if len(core.cohort) < policy.least_cohort:
+        refuse("least_cohort", "the cohort is too small", f">= {policy.least_cohort}", len(core.cohort))

@@ -1,0 +1,198 @@
+"""The story of a round at the client.
+
+    open envelope -> verify plan -> receipts -> kept update? -> policy -> reserve -> train with DP -> keep -> spend -> seal
+
+Everything called here is a leaf. What leaves is one of: a sealed update (noised), a sealed refusal (the rule's name and its public
+limits, no text, no number about text), a sealed acknowledgement, or the fixed word ``unreadable``. A refusal never depends on the
+text: labels and records are checked at the agent's start, where only the data owner sees the error.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from cloister_model.base import BaseModel
+from cloister_model.build import build, schema_of
+from cloister_model.tokens import Encoded, encode
+from cloister_shared.cards import CoordinatorCard
+from cloister_shared.encoding import canonical, digest, write_durably
+from cloister_shared.errors import CloisterError, RefusedError, VerificationError
+from cloister_shared.plan import Plan, PlanCore, Receipt, TaskSpec, read_closing, read_parent
+from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, SealingKey, open_envelope, seal
+from cloister_shared.signing import SigningKey
+from cloister_shared.vectors import F32, vector_to_bytes
+
+from cloister_client.budget import Ledger
+from cloister_client.policy import Policy, check
+from cloister_model.text import Record
+from cloister_client.train import Device, Trainer
+
+MAX_PLAN_BYTES = 256 * 1024 * 1024
+
+
+class Teller(Protocol):
+    """Where progress goes: the owner's status file."""
+
+    def update(self, **changes: object) -> None:
+        """Changes what the owner sees."""
+
+
+@dataclass
+class Desk:
+    """What the agent holds.
+
+    Attributes:
+        name: The site's name.
+        card: The pinned coordinator.
+        policy: What the data owner allows.
+        signing: The site's signing key.
+        opening: The site's opening key.
+        ledger: The budget.
+        base: The base model, digest checked.
+        records: The private records.
+        device: Where to train.
+        kept: Folder of noised updates that no receipt has come for.
+        tell: The owner's status.
+    """
+
+    name: str
+    card: CoordinatorCard
+    policy: Policy
+    signing: SigningKey
+    opening: OpeningKey
+    ledger: Ledger
+    base: BaseModel
+    records: tuple[Record, ...]
+    device: Device
+    kept: Path
+    tell: Teller
+    _warm: tuple[TaskSpec, Trainer, Encoded] | None = None
+
+    def warm(self, task: TaskSpec) -> tuple[Trainer, Encoded]:
+        """The trainer and the tokenised text of ``task``, made once and kept."""
+        if self._warm is None or self._warm[0] != task:
+            self._warm = None
+            model = build(self.base, task, "plan")
+            labels = [task.labels.index(r.label) if task.labels else 0 for r in self.records]
+            self._warm = (task, Trainer(model, task, self.device), encode(self.base, [r.text for r in self.records], labels, task.max_tokens))
+        return self._warm[1], self._warm[2]
+
+
+def execute(desk: Desk, envelope: bytes) -> bytes:
+    """Executes one envelope from the coordinator.
+
+    Returns:
+        The sealed answer.
+
+    Raises:
+        VerificationError: The envelope is not a plan of the pinned coordinator for this client; nothing can be answered under seal.
+    """
+    started = time.time()
+    header, plaintext = _open(desk, envelope)
+    if header.codec == Codec.CLOSING:
+        settle(desk, read_closing(plaintext, desk.card.verify_key, "closing message"))
+        return b""
+    plan, rest = Plan.from_bytes(plaintext, desk.card.verify_key, "plan")
+    core = plan.core
+    _same(header, plan)
+    settle(desk, plan.receipts)
+    try:
+        update = kept_update(desk, core) or work(desk, core, rest)
+        answer = _seal(desk, plan, header, Codec.UPDATE_F32, update)
+        desk.tell.update(state="ready", seconds=time.time() - started, epsilon=desk.ledger.standing().epsilon)
+    except CloisterError as error:
+        rule = error.rule if isinstance(error, RefusedError) else "plan.invalid"
+        desk.tell.update(state="ready", refusal=f"round {core.round}: {error}")
+        limits = {"expected": error.expected, "got": error.got} if rule.startswith(("policy.", "budget.")) else {}
+        answer = _seal(desk, plan, header, Codec.REFUSAL, canonical({"rule": rule, "what": error.what if limits else "refused"} | limits))
+    return answer
+
+
+def _open(desk: Desk, envelope: bytes) -> tuple[Header, bytes]:
+    header, plaintext = open_envelope(
+        envelope,
+        by=desk.card.verify_key,
+        key=desk.opening,
+        expect={"direction": Direction.TO_CLIENT, "client": desk.signing.verify_key.id, "server": desk.card.verify_key.id},
+        max_bytes=MAX_PLAN_BYTES,
+        where="envelope from the coordinator",
+    )
+    if header.codec not in (Codec.PLAN, Codec.CLOSING):
+        raise VerificationError("envelope is neither plan nor closing", where="envelope from the coordinator", got=header.codec.name)
+    return header, plaintext
+
+
+def _same(header: Header, plan: Plan) -> None:
+    core = plan.core
+    stated = (header.run.hex(), header.round, header.attempt, header.client.hex(), header.base.hex(), header.schema.hex(), header.plan.hex())
+    if stated != (core.run, core.round, plan.attempt, core.client, core.base, core.schema, core.digest):
+        raise VerificationError("envelope and plan disagree", where="plan")
+
+
+def settle(desk: Desk, receipts: tuple[Receipt, ...]) -> None:
+    """Forgets kept updates that a receipt has come for."""
+    for receipt in receipts:
+        if receipt.plan:
+            (desk.kept / f"{receipt.plan}.f32").unlink(missing_ok=True)
+
+
+def kept_update(desk: Desk, core: PlanCore) -> bytes | None:
+    """The noised update of this very work, if it was made before: a retry neither trains nor charges again."""
+    path = desk.kept / f"{core.digest}.f32"
+    if not desk.ledger.knows(core.digest) or not path.is_file():
+        return None
+    return path.read_bytes()
+
+
+def work(desk: Desk, core: PlanCore, rest: bytes) -> bytes:
+    """Policy, budget, training: the noised update's bytes, kept on disk and spent in the ledger.
+
+    Raises:
+        CloisterError: Refused; what was reserved stays charged.
+    """
+    check(desk.policy, core)
+    if core.federation != desk.card.federation:
+        raise RefusedError("policy.federation", "the plan is for another federation", expected=desk.card.federation, got=core.federation)
+    if core.task.kind == "text-classification" and core.task.labels != desk.card.labels:
+        raise RefusedError("policy.labels", "the plan has other labels than were agreed at enrolment", expected=", ".join(desk.card.labels)[:200])
+    if core.base != desk.base.digest:
+        raise RefusedError("policy.base_models", "another base model is loaded here", expected=desk.base.digest[:16], got=core.base[:16])
+    trainer, data = desk.warm(core.task)
+    parent = read_parent(core, rest, schema_of(trainer.model), "plan")
+    entry = desk.ledger.reserve(core, desk.policy.rounds_per_day)
+    standing = desk.ledger.standing()
+    desk.tell.update(
+        state="training", run=core.run, round=core.round, rounds=core.rounds, step=0, steps=core.training.steps,
+        epsilon=standing.epsilon, cap=standing.cap, delta=standing.delta, refusal="",
+    )  # fmt: skip
+    try:
+        update = vector_to_bytes(_train(desk, trainer, core, parent, data))
+        write_durably(desk.kept / f"{core.digest}.f32", update)
+    except (RuntimeError, MemoryError) as error:
+        desk.ledger.lose(entry)
+        raise RefusedError("train.failed", "training failed; what was reserved stays charged", got=f"{type(error).__name__}: {error}"[:300]) from error
+    desk.ledger.spend(entry, digest(update))
+    return update
+
+
+def _train(desk: Desk, trainer: Trainer, core: PlanCore, parent: F32, data: Encoded) -> F32:
+    def progress(step: int, steps: int, loss: float) -> None:
+        desk.tell.update(step=step, steps=steps, loss=loss if loss == loss else None)
+
+    return trainer.run(core.training, parent, data, progress)
+
+
+def _seal(desk: Desk, plan: Plan, header: Header, codec: Codec, plaintext: bytes) -> bytes:
+    to: SealingKey = plan.round_key
+    back = Header(
+        direction=Direction.TO_COORDINATOR, codec=codec, run=header.run, round=header.round, attempt=header.attempt, client=header.client,
+        server=header.server, base=header.base, schema=header.schema, plan=header.plan,
+        parameters=len(plaintext) // 4 if codec == Codec.UPDATE_F32 else 0, length=len(plaintext), time=int(time.time()), nonce=os.urandom(16),
+    )  # fmt: skip
+    return seal(back, plaintext, to, desk.signing)
+
+

@@ -1,0 +1,191 @@
+"""A site's folder: settings, keys and where things lie. Made by ``enrol``, read by agent, relay and SuperNode.
+
+    site.toml  policy.toml  coordinator.json (pinned)  card.json (public)
+    agent/   0700, the agent's user: sign.key, seal.key, ledger.db, kept/, status.json, agent.log
+    link/    the relay's and SuperNode's: node.key, superexec.secret, ca.crt (coordinator), tls/ (loopback)
+
+The socket lies in a short runtime folder of mode 0750, since a Unix socket's path holds 108 bytes (104 on macOS).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from cloister_shared.cards import CoordinatorCard, SiteCard, check_name, read_coordinator_card
+from cloister_shared.encoding import write_durably
+from cloister_shared.errors import InputError, StateError
+from cloister_shared.sealing import OpeningKey
+from cloister_shared.settings import quote, read_toml
+from cloister_shared.signing import SigningKey
+from cloister_shared.tls import make_node_key, make_tls
+
+from cloister_client.policy import Policy
+from cloister_model.text import Source
+
+SOCKET = "agent.sock"
+MAX_SOCKET_PATH = 104
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site's settings.
+
+    Attributes:
+        home: Its folder.
+        name: Its name.
+        source: Its private text.
+        base: ``minilm`` or a folder.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        threads: CPU threads of the agent; 0 for all.
+        runtime_port: Loopback port of the SuperNode's Runtime API.
+        agent_user: User id of the agent, or -1 for the caller's.
+        link_user: User id of relay and SuperNode, or -1.
+        group: Group id that both share, or -1.
+    """
+
+    home: Path
+    name: str
+    source: Source
+    base: str
+    device: str
+    threads: int
+    runtime_port: int
+    agent_user: int
+    link_user: int
+    group: int
+
+    @property
+    def agent_home(self) -> Path:
+        """The agent's private folder."""
+        return self.home / "agent"
+
+    @property
+    def link_home(self) -> Path:
+        """The relay's and SuperNode's folder."""
+        return self.home / "link"
+
+    @property
+    def runtime(self) -> Path:
+        """The short folder of the socket; named by the site's folder, so that it is found again."""
+        name = f"cloister-{hashlib.sha256(str(self.home.resolve()).encode()).hexdigest()[:12]}"
+        return Path(os.environ.get("CLOISTER_RUNTIME", "/tmp")) / name  # noqa: S108  # owner and mode are checked
+
+    @property
+    def socket(self) -> Path:
+        """The agent's Unix socket.
+
+        Raises:
+            StateError: Its path would be too long.
+        """
+        path = self.runtime / SOCKET
+        if len(os.fsencode(path)) >= MAX_SOCKET_PATH:
+            raise StateError("the socket's path is too long", where=str(path), expected=f"< {MAX_SOCKET_PATH} bytes", mend="set CLOISTER_RUNTIME to a short folder")
+        return path
+
+    @property
+    def isolated(self) -> bool:
+        """Whether agent and relay run as different users."""
+        return self.agent_user >= 0 and self.link_user >= 0 and self.agent_user != self.link_user
+
+    def coordinator(self) -> CoordinatorCard:
+        """The pinned coordinator."""
+        return read_coordinator_card(self.home / "coordinator.json")
+
+
+def make_runtime(site: Site) -> Path:
+    """Makes the socket's folder, mode 0750, and refuses one that somebody else made.
+
+    Raises:
+        StateError: It is there and another user's, or open to others.
+    """
+    path = site.runtime
+    try:
+        path.mkdir(mode=0o750)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise StateError("cannot make the socket's folder", where=str(path), got=str(error), mend="set CLOISTER_RUNTIME") from error
+    found = path.lstat()
+    if path.is_symlink() or not path.is_dir() or found.st_uid not in (os.getuid(), 0, site.agent_user) or found.st_mode & 0o027:
+        raise StateError("the socket's folder is not ours", where=str(path), expected=f"mode 0750, user {os.getuid()}", mend="remove it")
+    if os.getuid() == 0:
+        os.chown(path, site.agent_user, site.group)
+    return path
+
+
+def read_site(home: Path) -> Site:
+    """Reads ``site.toml``.
+
+    Raises:
+        InputError: Missing or malformed.
+    """
+    path = home / "site.toml"
+    if not path.is_file():
+        raise InputError("no site here", where=str(home), expected="site.toml", mend="cloister site enrol, or --home")
+    table = read_toml(path, "site settings")
+    data, processes = table.table("data"), table.table("processes")
+    site = Site(
+        home=home.resolve(),
+        name=check_name(table.text("name"), str(path)),
+        source=Source(Path(data.text("path")).expanduser(), data.text("text"), data.text("label", "")),
+        base=table.text("base"),
+        device=table.text("device", "auto", choices=("auto", "cpu", "cuda")),
+        threads=table.integer("threads", 0, 1024, 0),
+        runtime_port=table.integer("runtime_port", 1, 65535),
+        agent_user=processes.integer("agent_user", -1, 1 << 31, -1),
+        link_user=processes.integer("link_user", -1, 1 << 31, -1),
+        group=processes.integer("group", -1, 1 << 31, -1),
+    )
+    for part in (data, processes, table):
+        part.finish()
+    return site
+
+
+def enrol(home: Path, name: str, card: CoordinatorCard, source: Source, policy: Policy, *, base: str, records: int, runtime_port: int, device: str = "auto", threads: int = 0) -> SiteCard:
+    """Makes a site's folder with fresh keys and pins the coordinator; returns the card to hand over.
+
+    Raises:
+        InputError: A name is malformed, or there is a site already.
+    """
+    check_name(name, "site name")
+    if (home / "site.toml").exists():
+        raise InputError("there is a site here already", where=str(home), mend="choose another --home; a ledger is never started twice")
+    home.mkdir(parents=True, exist_ok=True)
+    site_toml = f"""name = {quote(name)}
+base = {quote(base)}
+# "auto", "cpu" or "cuda"
+device = {quote(device)}
+threads = {threads}
+runtime_port = {runtime_port}
+
+[data]
+path = {quote(str(source.path.expanduser().resolve()))}
+text = {quote(source.text)}
+{f"label = {quote(source.label)}" if source.label else ""}
+
+[processes]
+# Numeric ids. Give the agent and the relay users of their own, sharing one group, and run `site up` as root.
+agent_user = -1
+link_user = -1
+group = -1
+"""
+    agent, link = home / "agent", home / "link"
+    for folder, mode in ((agent, 0o700), (agent / "kept", 0o700), (link, 0o700), (link / "tls", 0o700)):
+        folder.mkdir(mode=mode, exist_ok=True)
+    signing, opening = SigningKey.generate(), OpeningKey.generate()
+    signing.save(agent / "sign.key")
+    opening.save(agent / "seal.key")
+    node = make_node_key(link / "node.key")
+    make_tls(link / "tls", f"{name} runtime", ("127.0.0.1", "localhost"))
+    write_durably(link / "superexec.secret", secrets.token_bytes(32))
+    write_durably(link / "ca.crt", card.ca.encode(), mode=0o644)
+    card.save(home / "coordinator.json")
+    write_durably(home / "policy.toml", policy.to_toml().encode(), mode=0o644)
+    own = SiteCard(name, signing.verify_key.raw.hex(), opening.sealing_key.raw.hex(), node.decode(), records)
+    own.save(home / "card.json", signing)
+    write_durably(home / "site.toml", site_toml.encode(), mode=0o644)
+    return own

@@ -1,0 +1,1 @@
+"""The coordinator's side: plans, admission, aggregation, judging and the registry."""

@@ -1,0 +1,133 @@
+"""Export of a registered round as a PEFT folder: adapter, head, labels, and a card that says how to load it.
+
+    adapter_config.json  adapter_model.safetensors  head.safetensors (classification)  cloister.json  README.md
+
+Written into a temporary folder beside the target and renamed, so that a crash leaves none that is half there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from cloister_model.build import lora_config
+from cloister_shared.encoding import digest, write_durably
+from cloister_shared.errors import InputError
+from cloister_shared.plan import TaskSpec
+from cloister_shared.privacy import ACCOUNTANT, NEIGHBOURS
+from cloister_shared.vectors import Schema, from_safetensors, to_safetensors
+
+from cloister_server.store import RoundClient, Run, Store
+
+_CARD = """---
+library_name: peft
+tags: [cloister, lora, differential-privacy]
+---
+# {federation}, run {run}, round {number}
+
+A LoRA adapter that Cloister trained on text of {sites} site(s), none of which left them.
+
+- Base model: digest `{base}` (all pinned files); the digest covers weights, configuration and tokeniser
+- Registered adapter: SHA-256 `{adapter}`
+- Scores on the coordinator's held-out text: {metrics}
+
+## Privacy, as the coordinator accounts it
+Unit: one record. Neighbours: {neighbours}. Accountant: {accountant}. Against everyone outside a site's agent.
+Each site's own ledger is the authority over its text.
+
+{privacy}
+
+## Loading it
+{loading}
+"""
+_CLASSIFY = '''```python
+import json, torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+base = "BASE"  # the folder of the pinned base model
+labels = json.load(open("cloister.json"))["labels"]
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = PeftModel.from_pretrained(AutoModel.from_pretrained(base), ".").eval()
+head = load_file("head.safetensors")
+batch = tokenizer(["some text"], truncation=True, max_length=MAX_TOKENS, padding=True, return_tensors="pt")
+with torch.no_grad():
+    hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+mask = batch["attention_mask"].unsqueeze(-1).float()
+logits = (hidden * mask).sum(1) / mask.sum(1) @ head["weight"].T + head["bias"]
+print(labels[logits.argmax(-1).item()])
+```'''
+_CAUSAL = '''```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), ".").eval()
+```'''
+
+
+def _privacy_table(clients: list[RoundClient]) -> str:
+    lines = ["| site | epsilon so far | delta | noise multiplier | sample rate | steps a round | verdict |", "|---|---|---|---|---|---|---|"]
+    for c in clients:
+        lines.append(f"| {c.name} | {c.epsilon:.4f} | {c.delta:g} | {c.noise_multiplier:g} | {c.sample_rate:.6g} | {c.steps} | {c.verdict} |")
+    return "\n".join(lines)
+
+
+def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
+    """Writes the folder ``out``, which must not exist.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: No such committed round, or the folder is there.
+        VerificationError: The blob is missing or changed.
+    """
+    row = next((r for r in store.rounds(run.id) if r.number == number and r.state == "committed"), None)
+    if row is None or row.adapter is None:
+        raise InputError("no such committed round", where=f"run {run.id[:8]}", expected=f"0 to {store.last_committed(run.id).number}", got=str(number))
+    if out.exists():
+        raise InputError("the folder is there already", where=str(out), mend="choose another --out")
+    schema = Schema.from_list(json.loads(run.tensors), "registry")
+    vector = from_safetensors(store.adapter(row.adapter), schema, "registered adapter")
+    clients = store.clients(run.id, number)
+    raw = json.loads(run.task)
+    task = TaskSpec(**(raw | {n: tuple(raw[n]) for n in ("labels", "target_modules", "layers")}))
+    parts = schema.split(vector)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        config = lora_config(task)
+        config.inference_mode = True
+        config.fan_in_fan_out = json.loads(run.config)["fan_in_fan_out"]
+        config.base_model_name_or_path = None
+        config.save_pretrained(str(temp))
+        for name, prefix in (("adapter_model.safetensors", ""), ("head.safetensors", "head.")):
+            chosen = [(n, s) for n, s in schema.tensors if n.startswith("head.") == bool(prefix)]
+            if not chosen:
+                continue
+            part = Schema(tuple((n.removeprefix(prefix), s) for n, s in chosen))
+            data = to_safetensors(part.join({n.removeprefix(prefix): parts[n] for n, _ in chosen}), part, {"format": "pt"})
+            write_durably(temp / name, data, mode=0o644)
+        metrics = store.metrics(run.id, number)
+        record = {
+            "federation": run.federation, "run": run.id, "round": number, "adapter": row.adapter, "base": run.base, "task": task.kind, "labels": list(task.labels),
+            "max_tokens": task.max_tokens, "pooling": "mean" if task.labels else None, "metrics": metrics, "vector": digest(vector.tobytes()),
+            "clients": [{"name": c.name, "key": c.client, "verdict": c.verdict, "epsilon": c.epsilon, "delta": c.delta, "plan": c.plan} for c in clients],
+        }  # fmt: skip
+        write_durably(temp / "cloister.json", json.dumps(record, indent=1, sort_keys=True).encode() + b"\n", mode=0o644)
+        loading = _CLASSIFY.replace("MAX_TOKENS", str(task.max_tokens)) if task.labels else _CAUSAL
+        card = _CARD.format(
+            federation=run.federation, run=run.id[:8], number=number, sites=sum(c.verdict == "accepted" for c in clients), base=run.base, adapter=row.adapter,
+            metrics=", ".join(f"{k} {v:.4f}" for k, v in metrics.items()) or "none", neighbours=NEIGHBOURS, accountant=ACCOUNTANT,
+            privacy=_privacy_table(clients), loading=loading,
+        )  # fmt: skip
+        write_durably(temp / "README.md", card.encode(), mode=0o644)
+        temp.chmod(0o755)
+        temp.rename(out)
+    except BaseException:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise
+    return out

@@ -1,0 +1,248 @@
+"""A federation's settings (FEDERATION.toml) and the coordinator's folder.
+
+    coordinator/  0700: federation.toml, sign.key, control.token, superexec.secret, tls/, card.json (public),
+                  sites/NAME.json (admitted cards), superlink.db, registry.db, blobs/
+
+Settings are checked whole before anything is made of them.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from cloister_shared.cards import CoordinatorCard, SiteCard, check_name, read_coordinator_card, read_site_card, split_address
+from cloister_shared.encoding import write_durably
+from cloister_shared.errors import InputError, VerificationError
+from cloister_shared.plan import TASK_KINDS, TaskSpec
+from cloister_shared.settings import Table, read_toml
+from cloister_shared.signing import SigningKey, read_secret
+from cloister_shared.tls import make_tls
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The coordinator's own text that candidates are judged on.
+
+    Attributes:
+        path: JSONL, CSV or Parquet, plain or gzipped.
+        text: The text's field.
+        label: The label's field, empty for tasks without.
+    """
+
+    path: Path
+    text: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Federation:
+    """FEDERATION.toml.
+
+    Attributes:
+        path: The file.
+        name: The federation's name.
+        address: ``host:port`` of the SuperLink.
+        base: ``minilm`` or a folder.
+        task: What is learnt.
+        rounds: Rounds of a run.
+        steps: DP-SGD steps per round and site.
+        batch: Expected records per step and site.
+        clipping_norm: L2 bound on one record's gradient.
+        adapter_rate: Learning rate of LoRA.
+        head_rate: Learning rate of the head.
+        epsilon: Target for a whole run, or None where ``noise_multiplier`` is given.
+        noise_multiplier: Noise multiplier, or None where ``epsilon`` is given.
+        delta: Delta of every statement.
+        deadline: Seconds that a round waits.
+        min_clients: Fewest accepted updates for a commit.
+        held_out: Text to judge on, or None.
+    """
+
+    path: Path
+    name: str
+    address: str
+    base: str
+    task: TaskSpec
+    rounds: int
+    steps: int
+    batch: int
+    clipping_norm: float
+    adapter_rate: float
+    head_rate: float
+    epsilon: float | None
+    noise_multiplier: float | None
+    delta: float
+    deadline: float
+    min_clients: int
+    held_out: HeldOut | None
+
+
+def _task(table: Table) -> TaskSpec:
+    kind = table.text("kind", choices=TASK_KINDS)
+    causal = kind == "causal-lm"
+    try:
+        return TaskSpec(
+            kind="causal-lm" if causal else "text-classification",
+            labels=() if causal else table.texts("labels"),
+            max_tokens=table.integer("max_tokens", 4, 4096, 64),
+            target_modules=table.texts("target_modules", ["c_attn"] if causal else ["query", "value"]),
+            layers=table.integers("layers", 0, 1000, []),
+            rank=table.integer("rank", 1, 256, 8),
+            alpha=table.number("alpha", 1e-3, 1e4, 16.0),
+        )
+    except VerificationError as error:
+        raise InputError(error.what, where=table.where, got=error.got) from error
+
+
+def read_federation(path: Path) -> Federation:
+    """Reads FEDERATION.toml.
+
+    Raises:
+        InputError: A key is missing, unknown, of another type or out of range.
+    """
+    table = read_toml(path, "federation")
+    task, training, privacy, waiting, held = (table.table(n) for n in ("task", "training", "privacy", "round", "held_out"))
+    spec = _task(task)
+    held_out = None
+    if held.written:
+        source = Path(held.text("path")).expanduser()
+        held_out = HeldOut(
+            source if source.is_absolute() else path.parent / source, held.text("text"),
+            held.text("label") if spec.kind == "text-classification" else "",
+        )  # fmt: skip
+    federation = Federation(
+        path=path.resolve(),
+        name=check_name(table.text("name"), str(path)),
+        address=table.text("address"),
+        base=table.text("base", "minilm"),
+        task=spec,
+        rounds=training.integer("rounds", 1, 100_000),
+        steps=training.integer("steps", 1, 100_000),
+        batch=training.integer("batch", 1, 1_000_000),
+        clipping_norm=training.number("clipping_norm", 1e-6, 1e6, 1.0),
+        adapter_rate=training.number("adapter_rate", 0, 10, 1e-3),
+        head_rate=training.number("head_rate", 0, 10, 3e-2),
+        epsilon=privacy.number("epsilon", 1e-3, 1000) if "epsilon" in privacy.written else None,
+        noise_multiplier=privacy.number("noise_multiplier", 1e-3, 1000) if "noise_multiplier" in privacy.written else None,
+        delta=privacy.number("delta", 1e-15, 0.5, 1e-5),
+        deadline=waiting.number("deadline_seconds", 1, 7 * 86400, 1800),
+        min_clients=waiting.integer("min_clients", 1, 1_000_000, 2),
+        held_out=held_out,
+    )
+    for part in (task, training, privacy, waiting, held, table):
+        part.finish()
+    split_address(federation.address, f"{path} address")
+    if (federation.epsilon is None) == (federation.noise_multiplier is None):
+        raise InputError("say how much privacy", where=f"{path} [privacy]", expected="either epsilon or noise_multiplier", got="both or none")
+    return federation
+
+
+@dataclass(frozen=True)
+class Coordinator:
+    """The coordinator's folder, opened.
+
+    Attributes:
+        home: The folder.
+        federation: Its settings.
+        signing: Its signing key.
+        card: Its public card.
+    """
+
+    home: Path
+    federation: Federation
+    signing: SigningKey
+    card: CoordinatorCard
+
+    @property
+    def ca(self) -> bytes:
+        """PEM of the SuperLink's CA."""
+        return (self.home / "tls" / "ca.crt").read_bytes()
+
+    @property
+    def secret(self) -> bytes:
+        """The SuperExec secret."""
+        return read_secret(self.home / "superexec.secret", 32)
+
+    @property
+    def token(self) -> str:
+        """The operator's token for the Control API."""
+        return read_secret(self.home / "control.token").decode().strip()
+
+    def sites(self) -> tuple[SiteCard, ...]:
+        """Admitted sites, by name."""
+        return tuple(read_site_card(path) for path in sorted((self.home / "sites").glob("*.json")))
+
+
+def init(home: Path, federation: Federation, base_digest: str, bundle: str) -> CoordinatorCard:
+    """Makes the coordinator's folder with fresh keys; returns its card.
+
+    Args:
+        home: The folder.
+        federation: Checked settings.
+        base_digest: Digest of the base model.
+        bundle: SHA-256 of the Flower bundle.
+
+    Raises:
+        InputError: There is a coordinator already.
+    """
+    if (home / "card.json").exists():
+        raise InputError("there is a coordinator here already", where=str(home), mend="choose another --home")
+    for folder in (home, home / "tls", home / "sites", home / "blobs"):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    signing = SigningKey.generate()
+    signing.save(home / "sign.key")
+    host, _ = split_address(federation.address, "address")
+    make_tls(home / "tls", federation.name, tuple(dict.fromkeys((host, "127.0.0.1", "localhost"))))
+    write_durably(home / "superexec.secret", secrets.token_bytes(32))
+    write_durably(home / "control.token", secrets.token_urlsafe(32).encode())
+    task = federation.task
+    card = CoordinatorCard(
+        federation=federation.name, address=federation.address, ca=(home / "tls" / "ca.crt").read_text(), key=signing.verify_key.raw.hex(),
+        bundle=bundle, base=base_digest, base_source=federation.base, task=task.kind, labels=task.labels,
+        target_modules=task.target_modules, rank=task.rank,
+    )  # fmt: skip
+    write_durably(home / "federation.path", str(federation.path).encode(), mode=0o600)
+    card.save(home / "card.json")
+    return card
+
+
+def open_coordinator(home: Path, federation: Federation | None = None) -> Coordinator:
+    """Opens the coordinator's folder.
+
+    Args:
+        home: The folder.
+        federation: Settings, or None for those it was made with.
+
+    Raises:
+        InputError: There is none, or the settings are another federation's.
+    """
+    if not (home / "card.json").is_file():
+        raise InputError("no coordinator here", where=str(home), mend="cloister coordinator init FEDERATION.toml")
+    card = read_coordinator_card(home / "card.json")
+    if federation is None:
+        federation = read_federation(Path((home / "federation.path").read_text()))
+    if (federation.name, federation.task.labels, federation.task.kind) != (card.federation, card.labels, card.task):
+        raise InputError(
+            "the settings are not those that sites enrolled for", where=str(federation.path), expected=f"{card.federation}: {card.task}, {len(card.labels)} labels",
+            got=f"{federation.name}: {federation.task.kind}, {len(federation.task.labels)} labels", mend="restore them, or make a new federation",
+        )  # fmt: skip
+    return Coordinator(home, federation, SigningKey.load(home / "sign.key"), card)
+
+
+def admit_site(home: Path, path: Path) -> SiteCard:
+    """Admits a site by its card.
+
+    Raises:
+        InputError: Not a card, or the name is taken by another key.
+    """
+    card = read_site_card(path)
+    target = home / "sites" / f"{card.name}.json"
+    if target.exists() and read_site_card(target).key != card.key:
+        raise InputError("this name is taken by another key", where=str(path), expected="a new name", got=card.name, mend="remove the old card first, if it is really replaced")
+    taken = [other.name for other in (read_site_card(p) for p in (home / "sites").glob("*.json")) if other.name != card.name and (other.key == card.key or other.node == card.node)]
+    if taken:
+        raise InputError("this key is admitted under another name", where=str(path), got=taken[0])
+    write_durably(target, path.read_bytes(), mode=0o644)
+    return card

@@ -1,0 +1,269 @@
+"""The story of a round at the coordinator.
+
+    plan -> open in the registry -> seal and send -> open, admit -> aggregate -> judge -> commit in one transaction -> receipts next time
+
+Everything called here is a leaf. A malformed or missing reply costs one client, not the round; fewer than ``min_clients`` accepted
+updates abort the round, which a resumed run opens again as the same work. A new attempt has a new round key; the work's digest
+stays, so a client that has done it answers with the same noised bytes and is not charged again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from cloister_flower.frames import frame_of
+from cloister_shared.cards import SiteCard
+from cloister_shared.encoding import digest, parse_record
+from cloister_shared.errors import CloisterError, RefusedError, VerificationError
+from cloister_shared.plan import Plan, PlanCore, Receipt, TrainingSpec, closing_bytes
+from cloister_shared.privacy import DpSgd, epsilon
+from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, open_envelope, seal
+from cloister_shared.signing import SigningKey
+from cloister_shared.vectors import F32, Schema, from_safetensors, to_safetensors, vector_from_bytes, vector_to_bytes
+
+from cloister_server.admission import admit_update
+from cloister_server.aggregation import weighted_mean
+from cloister_server.federation import Federation
+from cloister_server.judge import Judge
+from cloister_server.store import Commit, Round, RoundClient, Run, Store
+
+Tell = Callable[..., None]
+CLOSING_SECONDS = 15.0
+
+
+class Exchange(Protocol):
+    """The way to the clients and back: ``cloister_flower.grid.Link``, or an in-process one in tests."""
+
+    def exchange(
+        self, frames: dict[int, bytes], group: str, seconds: float, enough: Callable[[dict[int, Any]], bool], tick: Callable[[], None] = ...
+    ) -> Iterator[tuple[int, Any]]:
+        """Sends frames by node id and yields replies as they come."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A site in this run.
+
+    Attributes:
+        card: Its card.
+        node: Its Flower node id.
+        training: How it trains, calibrated for its declared size.
+    """
+
+    card: SiteCard
+    node: int
+    training: TrainingSpec
+
+    @property
+    def id(self) -> str:
+        """Key id, hex."""
+        return self.card.verify_key.id.hex()
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a run has.
+
+    Attributes:
+        federation: Its settings.
+        signing: The coordinator's key.
+        store: The registry.
+        run: The run's row.
+        schema: The adapter's schema.
+        members: The sites, by name.
+        judge: Who scores candidates.
+        tell: Called with events for the operator.
+    """
+
+    federation: Federation
+    signing: SigningKey
+    store: Store
+    run: Run
+    schema: Schema
+    members: tuple[Member, ...]
+    judge: Judge
+    tell: Tell
+
+
+@dataclass
+class Intake:
+    """What came back in one attempt.
+
+    Attributes:
+        updates: Accepted updates by client id.
+        changes: What the registry will know of each client.
+    """
+
+    updates: dict[str, F32] = field(default_factory=dict)
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def run_rounds(context: Context, link: Exchange) -> None:
+    """Runs every round that is not committed yet, then tells the clients that it is over.
+
+    Raises:
+        RefusedError: A round had too few clients; the run can be resumed.
+    """
+    store, run = context.store, context.run
+    for number in range(store.last_committed(run.id).number + 1, run.rounds + 1):
+        one_round(context, link, number)
+    close(context, link)
+    store.finish_run(run.id)
+
+
+def one_round(context: Context, link: Exchange, number: int) -> None:
+    """Plans, exchanges, aggregates and commits one round."""
+    started = time.monotonic()
+    store, federation = context.store, context.federation
+    before = store.last_committed(context.run.id)
+    parent = from_safetensors(store.adapter(before.adapter or ""), context.schema, "parent adapter")
+    row, clients = open_round(context, number, parent)
+    cores = {c.client: PlanCore.from_dict(json.loads(c.core)) for c in clients}
+    by_node = {member.node: member for member in context.members if member.id in cores}
+    key = OpeningKey.generate()
+    receipts = receipts_of(context, before.number)
+    frames = {m.node: seal_plan(context, m, cores[m.id], parent, row.attempt, key, receipts.get(m.id, ())) for m in by_node.values()}
+    context.tell("round", number=number, rounds=context.run.rounds, attempt=row.attempt, cohort=len(frames))
+    intake = Intake()
+    with ThreadPoolExecutor(1) as pool:
+        spent = pool.submit(spending, context, cores)
+        for node, message in link.exchange(frames, f"{number}.{row.attempt}", federation.deadline, lambda replies: len(replies) == len(frames)):
+            take(context, intake, by_node[node], cores[by_node[node].id], row.attempt, key, message)
+        key.erase()
+        record_costs(intake, cores, by_node, frames, spent)
+    if len(intake.updates) < federation.min_clients:
+        store.abort_round(context.run.id, number, intake.changes)
+        why = "; ".join(f"{m.card.name}: {intake.changes[m.id].get('reason') or intake.changes[m.id]['verdict']}" for m in by_node.values() if m.id not in intake.updates)
+        raise RefusedError(
+            "round.min_clients", "too few updates for a commit", where=f"run {context.run.id[:8]} round {number}", expected=f">= {federation.min_clients}",
+            got=f"{len(intake.updates)} ({why})"[:600], mend="see to the sites, then cloister run --resume",
+        )  # fmt: skip
+    order = sorted(intake.updates)
+    weights = np.array([cores[c].weight for c in order], dtype=np.float64)
+    candidate = np.asarray(parent + weighted_mean(np.stack([intake.updates[c] for c in order]), weights), dtype=np.float32)
+    metrics, judging = context.judge.judge(candidate)
+    blob = to_safetensors(candidate, context.schema, {"run": context.run.id, "round": str(number), "base": context.run.base})
+    adapter = store.blobs.put(blob)
+    seconds = time.monotonic() - started - judging
+    store.commit_round(context.run.id, number, Commit(adapter, seconds, judging, intake.changes, metrics))
+    context.tell("committed", number=number, rounds=context.run.rounds, accepted=len(order), cohort=len(frames), adapter=adapter, seconds=seconds, judging_seconds=judging, metrics=metrics)
+
+
+def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[RoundClient]]:
+    """Writes down what will be asked, before it is asked; a round that was open keeps its work."""
+    cohort = tuple(sorted(m.id for m in context.members))
+    parent_digest = digest(vector_to_bytes(parent))
+    entries = []
+    for member in context.members:
+        core = PlanCore(
+            federation=context.federation.name, run=context.run.id, round=number, rounds=context.run.rounds, client=member.id, cohort=cohort,
+            weight=float(member.card.records), rule="mean", base=context.run.base, schema=context.schema.digest, parent=parent_digest,
+            task=context.federation.task, training=member.training,
+        )  # fmt: skip
+        spec = core.training
+        entries.append(
+            RoundClient(
+                run=core.run, number=number, client=member.id, name=member.card.name, plan=core.digest, core=core.to_bytes().decode(), weight=core.weight,
+                noise_multiplier=spec.noise_multiplier, sample_rate=spec.sample_rate, steps=spec.steps, delta=spec.delta,
+            )  # fmt: skip
+        )
+    return context.store.open_round(Round(run=context.run.id, number=number, state="open", parent=parent_digest, opened=time.time()), entries)
+
+
+def seal_plan(context: Context, member: Member, core: PlanCore, parent: F32, attempt: int, key: OpeningKey, receipts: tuple[Receipt, ...]) -> bytes:
+    """One client's plan, signed and sealed to it."""
+    plan = Plan(core, attempt, key.sealing_key, int(time.time()), receipts)
+    return _seal(context, member, Codec.PLAN, plan.to_bytes(parent, context.signing), core.round, attempt, core.digest)
+
+
+def _seal(context: Context, member: Member, codec: Codec, plaintext: bytes, number: int, attempt: int, plan: str) -> bytes:
+    header = Header(
+        direction=Direction.TO_CLIENT, codec=codec, run=bytes.fromhex(context.run.id), round=number, attempt=attempt, client=member.card.verify_key.id,
+        server=context.signing.verify_key.id, base=bytes.fromhex(context.run.base), schema=bytes.fromhex(context.schema.digest), plan=bytes.fromhex(plan),
+        parameters=context.schema.size, length=len(plaintext), time=int(time.time()), nonce=os.urandom(16),
+    )  # fmt: skip
+    return seal(header, plaintext, member.card.sealing_key, context.signing)
+
+
+def take(context: Context, intake: Intake, member: Member, core: PlanCore, attempt: int, key: OpeningKey, message: Any) -> None:
+    """Opens and judges one reply; whatever is wrong with it costs this client alone."""
+    where, size = f"reply of {member.card.name}", 0
+    try:
+        frame = frame_of(message, where)
+        size = len(frame)
+        header, plaintext = open_envelope(
+            frame, by=member.card.verify_key, key=key, max_bytes=4 * context.schema.size + 65536, where=where,
+            expect={
+                "direction": Direction.TO_COORDINATOR, "run": bytes.fromhex(core.run), "round": core.round, "attempt": attempt, "client": member.card.verify_key.id,
+                "server": context.signing.verify_key.id, "base": bytes.fromhex(core.base), "schema": bytes.fromhex(core.schema), "plan": bytes.fromhex(core.digest),
+            },
+        )  # fmt: skip
+        if header.codec == Codec.REFUSAL:
+            said = parse_record(plaintext, where)
+            reason = "; ".join(f"{k} {str(said[k])[:200]}" if k in ("expected", "got") else str(said[k])[:200] for k in ("rule", "what", "expected", "got") if said.get(k))
+            verdict, update = "refused-by-site", None
+        elif header.codec == Codec.UPDATE_F32 and header.parameters == context.schema.size:
+            update = vector_from_bytes(plaintext, context.schema, where)
+            found = admit_update(update, context.schema, core.training)
+            verdict, reason = found.code, found.what
+        else:
+            raise VerificationError("neither an update nor a refusal", where=where, got=header.codec.name)
+    except CloisterError as error:
+        verdict, reason, update = "unreadable", str(error)[:500], None
+    accepted = verdict == "accepted" and update is not None
+    if accepted and update is not None:
+        intake.updates[member.id] = update
+    intake.changes[member.id] = {
+        "verdict": verdict, "reason": "" if accepted else reason, "received_bytes": size, "update": digest(vector_to_bytes(update)) if update is not None else "",
+    }  # fmt: skip
+    context.tell("reply", number=core.round, site=member.card.name, verdict=verdict, reason="" if accepted else reason, bytes=size)
+
+
+def spending(context: Context, cores: dict[str, PlanCore]) -> dict[str, float]:
+    """Epsilon of each client's whole history as the coordinator knows it: everything it ever asked and was not refused, this round included."""
+    out = {}
+    for client, core in cores.items():
+        history = [
+            DpSgd(c.noise_multiplier, c.sample_rate, c.steps)
+            for c in context.store.asked(client)
+            if c.verdict != "refused-by-site" and (c.run, c.number) != (core.run, core.round)
+        ]
+        out[client] = epsilon([*history, core.training.event], core.training.delta)
+    return out
+
+
+def record_costs(intake: Intake, cores: dict[str, PlanCore], by_node: dict[int, Member], frames: dict[int, bytes], spent: Future[dict[str, float]]) -> None:
+    """Adds to each client's record what it cost: bytes sent, epsilon so far; a client that did not answer may have been charged."""
+    costs = spent.result()
+    for node, member in by_node.items():
+        change = intake.changes.setdefault(member.id, {"verdict": "missing", "reason": "no reply before the deadline", "received_bytes": 0, "update": ""})
+        change |= {"sent_bytes": len(frames[node]), "epsilon": costs[member.id]}
+
+
+def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]:
+    """Receipts for the last committed round, by client id; none for round 0."""
+    rows = {r.number: r for r in context.store.rounds(context.run.id)}
+    out = {}
+    for client in context.store.clients(context.run.id, number):
+        update = client.update if client.verdict == "accepted" else ""
+        out[client.client] = (Receipt(context.run.id, number, client.plan, update, client.verdict, rows[number].adapter or ""),)
+    return out
+
+
+def close(context: Context, link: Exchange) -> None:
+    """Sends the last round's receipts; a client that does not hear them keeps its update a little longer, nothing else."""
+    receipts = receipts_of(context, context.run.rounds)
+    frames = {
+        member.node: _seal(context, member, Codec.CLOSING, closing_bytes(context.run.id, receipts[member.id], context.signing), context.run.rounds, 1, "00" * 32)
+        for member in context.members
+        if member.id in receipts
+    }
+    for _ in link.exchange(frames, "closing", CLOSING_SECONDS, lambda replies: len(replies) == len(frames)):
+        pass

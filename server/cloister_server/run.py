@@ -1,0 +1,159 @@
+"""Preparing a run: members, noise calibrated for the whole run, model, judge, Flower's task; then ``rounds`` tells the story.
+
+The noise multiplier is calibrated once for all planned steps, per site, from its declared public size. A resumed run takes
+the training parameters from the registry as they were.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from dataclasses import asdict
+from typing import Any
+
+from cloister_flower.bundle import build_bundle
+from cloister_flower.control import Control
+from cloister_flower.grid import Link
+from cloister_model.base import find_base
+from cloister_model.build import build, read_vector, schema_of
+from cloister_model.text import Source, read
+from cloister_model.tokens import encode
+from cloister_shared import __version__
+from cloister_shared.cards import SiteCard
+from cloister_shared.errors import InputError, StateError
+from cloister_shared.plan import PlanCore, TrainingSpec
+from cloister_shared.privacy import DpSgd, calibrate, epsilon
+from cloister_shared.vectors import Schema, to_safetensors
+
+from cloister_server.federation import Coordinator, Federation
+from cloister_server.judge import HeldOutJudge, Judge, NoJudge
+from cloister_server.rounds import Context, Member, Tell, run_rounds
+from cloister_server.store import Run, Store
+
+
+def training_for(federation: Federation, card: SiteCard) -> TrainingSpec:
+    """How one site trains: its sample rate from its declared size, its noise from the target for the whole run."""
+    rate = min(1.0, federation.batch / card.records)
+    sigma = federation.noise_multiplier
+    if sigma is None:
+        sigma = calibrate(rate, federation.steps * federation.rounds, federation.epsilon or 0.0, federation.delta)
+    return TrainingSpec(
+        steps=federation.steps, sample_rate=rate, expected_batch=rate * card.records, noise_multiplier=sigma, clipping_norm=federation.clipping_norm,
+        adapter_rate=federation.adapter_rate, head_rate=federation.head_rate, delta=federation.delta,
+    )  # fmt: skip
+
+
+def earlier_training(store: Store, run: str, card: SiteCard) -> TrainingSpec | None:
+    """How this site was asked to train in this run before, or None."""
+    asked = [c for c in store.asked(card.verify_key.id.hex()) if c.run == run]
+    return PlanCore.from_dict(json.loads(max(asked, key=lambda c: c.number).core)).training if asked else None
+
+
+def wait_online(control: Control, cards: tuple[SiteCard, ...], least: int, seconds: float, tell: Tell) -> dict[str, int]:
+    """Registers every admitted site's node and waits for them to come online.
+
+    Returns:
+        Node ids of the sites that are online, by site name.
+
+    Raises:
+        StateError: Fewer than ``least`` came.
+    """
+    nodes = {card.name: control.register(card.node.encode(), card.name) for card in cards}
+    end, shown = time.monotonic() + seconds, -1
+    while True:
+        online = control.online()
+        here = {name: node for name, node in nodes.items() if node in online}
+        if len(here) != shown:
+            shown = len(here)
+            tell("waiting", online=shown, sites=len(nodes))
+        if len(here) == len(nodes):
+            return here
+        if time.monotonic() > end:
+            if len(here) >= least:
+                return here
+            away = ", ".join(sorted(set(nodes) - set(here)))
+            raise StateError("too few sites are online", expected=f">= {least}", got=f"{len(here)} (away: {away})", mend="cloister site up, at those sites")
+        time.sleep(0.2)
+
+
+def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) -> Run:
+    """Starts or resumes a run and sees it through; returns its row.
+
+    Raises:
+        CloisterError: Settings, state or a round do not allow it.
+    """
+    federation, store = coordinator.federation, Store(coordinator.home)
+    cards = coordinator.sites()
+    if len(cards) < federation.min_clients:
+        raise InputError("too few sites are admitted", where=str(coordinator.home / "sites"), expected=f">= {federation.min_clients}", got=str(len(cards)), mend="cloister coordinator admit CARD")
+    base = find_base(federation.base, f"{federation.path} base")
+    base.check(coordinator.card.base, f"{federation.path} base")
+    model = build(base, federation.task, str(federation.path))
+    schema, first = schema_of(model), read_vector(model)
+    judge = make_judge(federation, base, model)
+    with Control(coordinator.card.address, coordinator.ca, coordinator.token) as control:
+        control.wait_up(wait)
+        run = find_unfinished(store, schema.digest) if resume else None
+        if run is None:
+            fan = bool(next(iter(model.encoder.peft_config.values())).fan_in_fan_out)
+            run = Run(
+                id=secrets.token_hex(16), federation=federation.name, created=time.time(), rounds=federation.rounds, base=base.digest,
+                task=json.dumps(asdict(federation.task)), tensors=json.dumps(schema.as_list()), code=f"cloister {__version__}",
+                config=json.dumps({"fan_in_fan_out": fan, "settings": federation.path.read_text()}),
+            )  # fmt: skip
+            store.start_run(run, to_safetensors(first, schema, {"run": run.id, "round": "0", "base": base.digest}))
+        elif run.flower_run is not None:
+            control.stop_if_running(int(run.flower_run))
+        tell("run", run=run.id, rounds=run.rounds, parameters=schema.size, resumed=resume)
+        online = wait_online(control, cards, federation.min_clients, wait, tell)
+        members = []
+        for card in cards:
+            if card.name in online:
+                training = earlier_training(store, run.id, card) or training_for(federation, card)
+                cost = epsilon([DpSgd(training.noise_multiplier, training.sample_rate, training.steps * run.rounds)], training.delta)
+                tell("member", site=card.name, noise_multiplier=training.noise_multiplier, sample_rate=training.sample_rate, epsilon=cost, delta=training.delta)
+                members.append(Member(card, online[card.name], training))
+        content, digest = build_bundle()
+        if digest != coordinator.card.bundle:
+            raise StateError("the Flower bundle is another than sites enrolled for", expected=coordinator.card.bundle[:16], got=digest[:16], mend="reinstall the version that made this federation")
+        flower_run = control.start_run(content, digest)
+        store.set_flower_run(run.id, flower_run)
+    link = Link(coordinator.card.address, coordinator.ca, coordinator.secret, flower_run)
+    failed = True
+    try:
+        run_rounds(Context(federation, coordinator.signing, store, run, schema, tuple(members), judge, tell), link)
+        failed = False
+    finally:
+        link.close(failed=failed)
+        store.close()
+    tell("finished", run=run.id)
+    return run
+
+
+def find_unfinished(store: Store, schema: str) -> Run:
+    """The newest run, if it is not finished.
+
+    Raises:
+        InputError: There is none to resume, or the settings have changed its adapter.
+    """
+    run = store.find_run(None)
+    if run.finished is not None:
+        raise InputError("nothing to resume", where=str(store.home), got=f"run {run.id[:8]} is finished", mend="cloister run, without --resume")
+    if Schema.from_list(json.loads(run.tensors), "registry").digest != schema:
+        raise InputError("the settings would make another adapter than the run has", where=str(store.home), mend="restore the task's settings")
+    return run
+
+
+def make_judge(federation: Federation, base: Any, model: Any) -> Judge:
+    """A judge on the held-out text, or none.
+
+    Raises:
+        InputError: The held-out text is not as it must be.
+    """
+    if federation.held_out is None:
+        return NoJudge()
+    labels = federation.task.labels
+    records = tuple(read(Source(federation.held_out.path, federation.held_out.text, federation.held_out.label), labels or None))
+    data = encode(base, [r.text for r in records], [labels.index(r.label) if labels else 0 for r in records], federation.task.max_tokens)
+    return HeldOutJudge(model, federation.task, data)

@@ -1,0 +1,281 @@
+"""The registry of runs and rounds: SQLModel tables on SQLite, one transaction a round.
+
+States of a round: open -> committed | aborted. A committed round never changes (a trigger holds it); ``(run, number)`` is unique.
+Blobs are written before the transaction that names them, so that a row never points at nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cloister_shared.errors import InputError, StateError
+from sqlalchemy import Engine, event, text
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlmodel import Field, Session, SQLModel, create_engine, select
+
+from cloister_server.blobs import Blobs
+
+
+class Run(SQLModel, table=True):
+    """A run: what every round of it shares."""
+
+    id: str = Field(primary_key=True)
+    federation: str
+    created: float
+    rounds: int
+    base: str
+    task: str
+    tensors: str
+    config: str
+    code: str
+    flower_run: str | None = None  # Flower counts in unsigned 64 bits, SQLite in signed
+    finished: float | None = None
+
+
+class Round(SQLModel, table=True):
+    """A round. Number 0 is the adapter that the run starts from."""
+
+    run: str = Field(primary_key=True, foreign_key="run.id")
+    number: int = Field(primary_key=True)
+    state: str
+    attempt: int = 1
+    parent: str | None = None
+    adapter: str | None = None
+    rule: str = "mean"
+    opened: float
+    committed: float | None = None
+    seconds: float = 0.0
+    judging_seconds: float = 0.0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+
+class RoundClient(SQLModel, table=True):
+    """What one client was asked in a round and what came of it."""
+
+    __tablename__ = "round_client"
+    run: str = Field(primary_key=True, foreign_key="run.id")
+    number: int = Field(primary_key=True)
+    client: str = Field(primary_key=True)
+    name: str
+    plan: str
+    core: str
+    verdict: str = "open"
+    reason: str = ""
+    weight: float
+    update: str = ""
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    epsilon: float = 0.0
+    delta: float
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+
+class Metric(SQLModel, table=True):
+    """A score of a round's adapter on the coordinator's held-out text."""
+
+    run: str = Field(primary_key=True, foreign_key="run.id")
+    number: int = Field(primary_key=True)
+    name: str = Field(primary_key=True)
+    value: float
+
+
+_TRIGGERS = (
+    "CREATE TRIGGER IF NOT EXISTS committed_stays BEFORE UPDATE ON round WHEN OLD.state = 'committed' BEGIN SELECT RAISE(ABORT, 'a committed round never changes'); END",
+    "CREATE TRIGGER IF NOT EXISTS committed_kept BEFORE DELETE ON round WHEN OLD.state = 'committed' BEGIN SELECT RAISE(ABORT, 'a committed round never goes'); END",
+)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a commit writes.
+
+    Attributes:
+        adapter: Digest of the new adapter's blob.
+        seconds: Seconds from plan to commit, judging apart.
+        judging_seconds: Seconds of judging.
+        clients: Changes per client id.
+        metrics: Scores by name.
+    """
+
+    adapter: str
+    seconds: float
+    judging_seconds: float
+    clients: dict[str, dict[str, Any]]
+    metrics: dict[str, float]
+
+
+class Store:
+    """The registry in a coordinator's folder.
+
+    Args:
+        home: The folder; ``registry.db`` and ``blobs/`` are made where missing.
+
+    Raises:
+        StateError: The database cannot be opened.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.blobs = Blobs(home / "blobs")
+        self._engine: Engine = create_engine(f"sqlite:///{home / 'registry.db'}", connect_args={"timeout": 30})
+
+        @event.listens_for(self._engine, "connect")
+        def _connected(connection: Any, _: Any) -> None:
+            connection.isolation_level = None  # the driver's own BEGIN would be deferred
+            connection.execute("PRAGMA foreign_keys=ON")
+            connection.execute("PRAGMA synchronous=FULL")
+
+        @event.listens_for(self._engine, "begin")
+        def _begun(connection: Any) -> None:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+        try:
+            SQLModel.metadata.create_all(self._engine)
+            with self._engine.begin() as connection:
+                for statement in _TRIGGERS:
+                    connection.execute(text(statement))
+        except SQLAlchemyError as error:
+            raise StateError("the registry cannot be opened", where=str(home / "registry.db"), got=str(error).splitlines()[0]) from error
+        (home / "registry.db").chmod(0o600)
+
+    def close(self) -> None:
+        """Closes every connection."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _session(self) -> Iterator[Session]:
+        try:
+            with Session(self._engine, expire_on_commit=False) as session:
+                yield session
+                session.commit()
+        except IntegrityError as error:
+            raise StateError("the registry refused", where=str(self.home / "registry.db"), got=str(error.orig)) from error
+        except SQLAlchemyError as error:
+            raise StateError("the registry cannot be written", where=str(self.home / "registry.db"), got=str(error).splitlines()[0], mend="free space") from error
+
+    def start_run(self, run: Run, adapter: bytes) -> None:
+        """Registers a run with the adapter that it starts from, as round 0."""
+        name = self.blobs.put(adapter)
+        with self._session() as session:
+            session.add(run)
+            session.flush()
+            session.add(Round(run=run.id, number=0, state="committed", adapter=name, opened=run.created, committed=run.created))
+
+    def set_flower_run(self, run: str, flower_run: int) -> None:
+        """Remembers Flower's id of the run's present attempt."""
+        with self._session() as session:
+            row = session.get_one(Run, run)
+            row.flower_run = str(flower_run)
+
+    def finish_run(self, run: str) -> None:
+        """Marks a run as finished."""
+        with self._session() as session:
+            row = session.get_one(Run, run)
+            row.finished = time.time()
+
+    def open_round(self, row: Round, clients: Sequence[RoundClient]) -> tuple[Round, list[RoundClient]]:
+        """Opens a round durably before anything is sent; where it is open already, the same work gets a new attempt.
+
+        Raises:
+            StateError: It is committed.
+        """
+        with self._session() as session:
+            known = session.get(Round, (row.run, row.number))
+            if known is None:
+                session.add(row)
+                session.add_all(clients)
+                return row, list(clients)
+            if known.state == "committed":
+                raise StateError("the round is committed", where=f"run {row.run[:8]} round {row.number}")
+            known.state, known.attempt = "open", known.attempt + 1
+            return known, list(session.exec(select(RoundClient).where(RoundClient.run == row.run, RoundClient.number == row.number)))
+
+    def commit_round(self, run: str, number: int, commit: Commit) -> None:
+        """Commits a round, whole, in one transaction.
+
+        Raises:
+            StateError: It is not open.
+        """
+        with self._session() as session:
+            row = session.get(Round, (run, number))
+            if row is None or row.state != "open":
+                raise StateError("the round is not open", where=f"run {run[:8]} round {number}", got=row.state if row else "none")
+            for client, changes in commit.clients.items():
+                entry = session.get_one(RoundClient, (run, number, client))
+                for key, value in changes.items():
+                    setattr(entry, key, value)
+                row.sent_bytes += entry.sent_bytes
+                row.received_bytes += entry.received_bytes
+            for name, value in commit.metrics.items():
+                session.add(Metric(run=run, number=number, name=name, value=value))
+            row.state, row.adapter, row.committed = "committed", commit.adapter, time.time()
+            row.seconds, row.judging_seconds = commit.seconds, commit.judging_seconds
+
+    def abort_round(self, run: str, number: int, clients: dict[str, dict[str, Any]]) -> None:
+        """Marks an open round as aborted, with what is known of its clients; a resumed run opens it again."""
+        with self._session() as session:
+            row = session.get_one(Round, (run, number))
+            row.state = "aborted"
+            for client, changes in clients.items():
+                entry = session.get_one(RoundClient, (run, number, client))
+                for key, value in changes.items():
+                    setattr(entry, key, value)
+
+    def runs(self) -> list[Run]:
+        """All runs, oldest first."""
+        with Session(self._engine) as session:
+            return list(session.exec(select(Run).order_by(Run.created)))  # type: ignore[arg-type]
+
+    def find_run(self, name: str | None) -> Run:
+        """A run by a prefix of its id; the newest for None.
+
+        Raises:
+            InputError: None or several.
+        """
+        found = [r for r in self.runs() if name is None or r.id.startswith(name)]
+        if not found or (name is not None and len(found) > 1):
+            raise InputError("no such run" if not found else "several runs begin so", where=str(self.home), got=name or "none yet", mend="cloister rounds list")
+        return found[-1]
+
+    def rounds(self, run: str) -> list[Round]:
+        """Rounds of a run, by number."""
+        with Session(self._engine) as session:
+            return list(session.exec(select(Round).where(Round.run == run).order_by(Round.number)))  # type: ignore[arg-type]
+
+    def last_committed(self, run: str) -> Round:
+        """The newest committed round of a run; round 0 at least."""
+        return [r for r in self.rounds(run) if r.state == "committed"][-1]
+
+    def clients(self, run: str, number: int) -> list[RoundClient]:
+        """Clients of a round, by name."""
+        with Session(self._engine) as session:
+            found = select(RoundClient).where(RoundClient.run == run, RoundClient.number == number).order_by(RoundClient.name)
+            return list(session.exec(found))
+
+    def asked(self, client: str) -> list[RoundClient]:
+        """Everything a client was ever asked, over all runs."""
+        with Session(self._engine) as session:
+            return list(session.exec(select(RoundClient).where(RoundClient.client == client)))
+
+    def metrics(self, run: str, number: int) -> dict[str, float]:
+        """Scores of a round."""
+        with Session(self._engine) as session:
+            return {m.name: m.value for m in session.exec(select(Metric).where(Metric.run == run, Metric.number == number))}
+
+    def adapter(self, digest: str) -> bytes:
+        """An adapter's safetensors file, digest checked."""
+        return self.blobs.get(digest)
+
+    @staticmethod
+    def labels(run: Run) -> tuple[str, ...]:
+        """The run's labels."""
+        return tuple(json.loads(run.task)["labels"])

@@ -1,0 +1,430 @@
+"""``cloister demo``: a whole federation on this machine, every part a process of its own, and a report.
+
+Order: text (made here, or the user's) -> partition -> FEDERATION.toml -> coordinator and sites with keys exchanged by files ->
+SuperLink, agents, relays, SuperNodes -> ``cloister run`` -> export -> report. It shows what an operator and the data owners would see: the
+numbers per site are read from each agent's own status file, as its owner would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cloister_client.cli import progress_line
+from cloister_client.policy import Policy
+from cloister_client.site import enrol, read_site
+from cloister_client.status import Status, read_status
+from cloister_client.supervise import Running
+from cloister_flower.bundle import build_bundle
+from cloister_flower.control import Control
+from cloister_model.base import find_base
+from cloister_model.text import Record, Source, read
+from cloister_server.cli import event_line, round_rows, rounds_table
+from cloister_server.export import export_round
+from cloister_server.federation import Coordinator, admit_site, init, open_coordinator, read_federation
+from cloister_server.store import Store
+from cloister_shared import console
+from cloister_shared.cards import CoordinatorCard
+from cloister_shared.encoding import write_durably
+from cloister_shared.errors import CloisterError, InputError, StateError
+from cloister_shared.processes import Child, Group, free_port
+from cloister_shared.settings import quote
+
+from cloister.synthetic import make_held_out, make_silo
+
+MARK = "demo"
+_HELD_OUT = 400
+_PER_SITE = 1500
+_LEAST_PER_SITE = 8
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The demo's text, split.
+
+    Attributes:
+        sites: Records of each site.
+        held_out: The coordinator's.
+        labels: All labels, sorted.
+        synthetic: Whether it was made here.
+    """
+
+    sites: tuple[tuple[Record, ...], ...]
+    held_out: tuple[Record, ...]
+    labels: tuple[str, ...]
+    synthetic: bool
+
+
+def synthetic_shares(sites: int, seed: int) -> Shares:
+    """Customer feedback, made here."""
+
+    def records(rows: Sequence[dict[str, str]]) -> tuple[Record, ...]:
+        return tuple(Record(r["text"], r["label"]) for r in rows)
+
+    silos = tuple(records(make_silo(i, _PER_SITE, seed)) for i in range(sites))
+    held_out = records(make_held_out(sites, _HELD_OUT, seed))
+    return Shares(silos, held_out, tuple(sorted({r.label for s in silos for r in s})), True)
+
+
+def own_shares(source: Source, sites: int, partition: str, seed: int) -> Shares:
+    """The user's text: a tenth (at most 1,000 records) held out, the rest partitioned.
+
+    Raises:
+        InputError: The file, the partition or the number of sites does not fit.
+    """
+    records = list(read(source))
+    np.random.default_rng(seed).shuffle(records)  # type: ignore[arg-type]
+    held = max(1, min(1000, len(records) // 10))
+    labels = tuple(sorted({r.label for r in records}))
+    if len(labels) < 2:
+        raise InputError("too few labels", where=str(source.path), expected=">= 2 labels", got=", ".join(labels))
+    parts = split(records[held:], sites, partition, seed, str(source.path))
+    small = [i for i, part in enumerate(parts) if len(part) < _LEAST_PER_SITE]
+    if small:
+        raise InputError("a site would get too few records", where=f"--partition {partition}", expected=f">= {_LEAST_PER_SITE} for each of {sites} sites", got=f"{len(parts[small[0]])} for site-{small[0] + 1}", mend="more records, fewer --sites, or another --partition")
+    return Shares(tuple(tuple(p) for p in parts), tuple(records[:held]), labels, False)
+
+
+def split(records: Sequence[Record], sites: int, partition: str, seed: int, where: str) -> list[list[Record]]:
+    """Splits records over sites: ``iid``, ``dirichlet:ALPHA`` over labels, or ``field:NAME`` (largest values dealt to the emptiest site).
+
+    Raises:
+        InputError: An unknown partition, or a field that a record lacks.
+    """
+    kind, _, value = partition.partition(":")
+    rng = np.random.default_rng(seed)
+    parts: list[list[Record]] = [[] for _ in range(sites)]
+    if kind == "iid" and not value:
+        for i, record in enumerate(records):
+            parts[i % sites].append(record)
+        return parts
+    if kind == "dirichlet" and _positive(value):
+        for label in sorted({r.label for r in records}):
+            own = [r for r in records if r.label == label]
+            cuts = np.floor(np.cumsum(rng.dirichlet([float(value)] * sites)) * len(own)).astype(int)
+            for part, chunk in zip(parts, np.split(np.arange(len(own)), cuts[:-1]), strict=True):
+                part.extend(own[i] for i in chunk)
+        return parts
+    if kind == "field" and value:
+        keyed = [(dict(r.extra).get(value), r) for r in records]
+        missing = next((i for i, (k, _) in enumerate(keyed) if k is None), None)
+        if missing is not None:
+            raise InputError(f"field {value!r} is missing", where=where, expected=f"field {value!r} in every row", got=", ".join(k for k, _ in keyed[missing][1].extra) or "no other fields")
+        sizes = Counter(k for k, _ in keyed)
+        if len(sizes) < sites:
+            raise InputError("the field has too few values", where=f"--partition {partition}", expected=f">= {sites} values", got=str(len(sizes)))
+        load, home = [0] * sites, dict[str | None, int]()
+        for key, count in sorted(sizes.items(), key=lambda kv: (-kv[1], str(kv[0]))):
+            home[key] = int(np.argmin(load))
+            load[home[key]] += count
+        for key, record in keyed:
+            parts[home[key]].append(record)
+        return parts
+    raise InputError("unknown partition", where="--partition", expected="iid, dirichlet:ALPHA or field:NAME", got=repr(partition))
+
+
+def _positive(value: str) -> bool:
+    try:
+        return 0 < float(value) < 1e6
+    except ValueError:
+        return False
+
+
+def write_records(path: Path, records: Sequence[Record]) -> None:
+    """Writes records as JSONL, mode 0600."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, "".join(json.dumps({"text": r.text, "label": r.label}) + "\n" for r in records).encode())
+
+
+def federation_toml(shares: Shares, rounds: int, epsilon: float, port: int, steps: int, batch: int) -> str:
+    """The demo's FEDERATION.toml."""
+    labels = ", ".join(quote(label) for label in shares.labels)
+    return f"""# Made by `cloister demo`; start from it for your own.
+name = "demo"
+address = "127.0.0.1:{port}"
+base = "minilm"
+
+[task]
+kind = "text-classification"
+labels = [{labels}]
+max_tokens = 64
+# LoRA on the top 2 of MiniLM's 6 layers: under DP fewer trained dimensions cost less accuracy.
+target_modules = ["query", "value"]
+layers = [4, 5]
+rank = 8
+alpha = 16
+
+[training]
+rounds = {rounds}
+steps = {steps}
+batch = {batch}
+clipping_norm = 1.0
+adapter_rate = 1e-3
+head_rate = 3e-2
+
+[privacy]
+# For a whole run, at every site.
+epsilon = {epsilon:g}
+delta = 1e-5
+
+[round]
+deadline_seconds = 900
+min_clients = {max(1, len(shares.sites) // 2)}
+
+[held_out]
+path = "held-out.jsonl"
+text = "text"
+label = "label"
+"""
+
+
+def make_federation(home: Path, shares: Shares, rounds: int, epsilon: float, steps: int, batch: int, device: str) -> Coordinator:
+    """Makes the coordinator's and the sites' folders and exchanges keys by files."""
+    write_records(home / "held-out.jsonl", shares.held_out)
+    settings = home / "federation.toml"
+    write_durably(settings, federation_toml(shares, rounds, epsilon, free_port(), steps, batch).encode(), mode=0o644)
+    federation, base, bundle = read_federation(settings), find_base("minilm", "demo"), build_bundle()[1]
+    card: CoordinatorCard = init(home / "coordinator", federation, base.digest, bundle)
+    threads = max(1, (os.cpu_count() or 1) // len(shares.sites))
+    for number, records in enumerate(shares.sites, 1):
+        name = f"site-{number}"
+        folder = home / "sites" / name
+        text = home / "text" / f"{name}.jsonl"
+        write_records(text, records)
+        # The declared size is public: rounded, so that it does not state the true number of records.
+        declared = max(10, round(len(records), -1))
+        policy = Policy((base.digest,), ("text-classification",), ("query", "value"), 8, epsilon, federation.delta, 0.3, 1, 1000, "preferred")
+        enrol(folder, name, card, Source(text, "text", "label"), policy, base="minilm", records=declared, runtime_port=free_port(), device=device, threads=threads)
+        admit_site(home / "coordinator", folder / "card.json")
+    return open_coordinator(home / "coordinator")
+
+
+def wait_superlink(coordinator: Coordinator, child: Child) -> None:
+    """Waits until SuperLink answers.
+
+    Raises:
+        StateError: It ended or does not answer.
+    """
+    end = time.monotonic() + 60
+    while True:
+        if child.process.poll() is not None:
+            raise StateError("SuperLink ended", where=str(child.log), got=child.error_line()[:300])
+        try:
+            with Control(coordinator.card.address, coordinator.ca, coordinator.token) as control:
+                control.nodes()
+        except StateError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+        else:
+            return
+
+
+def tail(child: Child) -> Iterator[dict[str, Any] | None]:
+    """JSON lines of a log as they come, None between; ends with the child."""
+    with child.log.open() as handle:
+        while True:
+            over = child.process.poll() is not None
+            line = handle.readline()
+            if line.endswith("\n"):
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    continue
+            elif over:
+                return
+            else:
+                yield None
+                time.sleep(0.2)
+
+
+class Screen:
+    """What a person sees while it works: sites' lines in place on a terminal, now and then otherwise."""
+
+    def __init__(self, sites: Sequence[Running], every: float = 10.0) -> None:
+        self._sites, self._every, self._last, self._shown = sites, every, 0.0, 0
+        self._live = sys.stdout.isatty() and not console.OUTPUT.json
+
+    def statuses(self) -> list[Status]:
+        """The sites' own status files."""
+        found = []
+        for running in self._sites:
+            try:
+                found.append(read_status(running.site.agent_home / "status.json"))
+            except StateError:
+                continue
+        return found
+
+    def tick(self) -> None:
+        """Shows the sites' progress."""
+        training = [s for s in self.statuses() if s.round]
+        if console.OUTPUT.json or not training:
+            return
+        if self._live:
+            self.clear()
+            for status in training:
+                print(f"\x1b[2K    {progress_line(status)}")
+            self._shown = len(training)
+            sys.stdout.flush()
+        elif time.monotonic() - self._last > self._every:
+            self._last = time.monotonic()
+            for status in training:
+                print(f"    {progress_line(status)}", flush=True)
+
+    def clear(self) -> None:
+        """Takes the sites' lines away."""
+        if self._shown:
+            print(f"\x1b[{self._shown}A\x1b[J", end="", flush=True)
+            self._shown = 0
+
+
+def clean(home: Path) -> str | None:
+    """Makes room for a demo in ``home``; returns a line where an earlier demo was removed.
+
+    Raises:
+        InputError: There is a federation that is not a demo's.
+    """
+    if not home.exists() or not any(home.iterdir()):
+        return None
+    if not (home / MARK).is_file():
+        raise InputError("there is something here that no demo made", where=str(home), mend="choose another --home")
+    shutil.rmtree(home)
+    return f"removed the earlier demo in {home} with its ledgers: a demo's budget starts anew, a real site's never does"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What was asked for: the command's options."""
+
+    data: Path | None
+    text: str
+    label: str
+    sites: int
+    rounds: int
+    partition: str
+    epsilon: float
+    steps: int
+    batch: int
+    seed: int
+    device: str
+
+
+def run_demo(ask: Ask) -> None:
+    """Runs the demo.
+
+    Raises:
+        CloisterError: Text or machine do not allow it, or the run failed.
+    """
+    started, root = time.monotonic(), console.OUTPUT.home
+    shares = synthetic_shares(ask.sites, ask.seed) if ask.data is None else own_shares(Source(ask.data, ask.text, ask.label), ask.sites, ask.partition, ask.seed)
+    note = clean(root)
+    root.mkdir(parents=True, exist_ok=True)
+    write_durably(root / MARK, b"made by cloister demo; removed by the next one\n", mode=0o644)
+    what = "synthetic customer feedback, made here, of nobody" if shares.synthetic else f"your text from {ask.data}, split {ask.partition}"
+    lines = [
+        *([note] if note else []),
+        f"Text: {what}: {sum(map(len, shares.sites)):,} records at {ask.sites} sites, {len(shares.held_out)} held out, {len(shares.labels)} labels",
+        "Starting SuperLink, and an agent, a relay and a SuperNode for each site …",
+    ]
+    console.emit({"event": "demo", "synthetic": shares.synthetic, "sites": [len(s) for s in shares.sites], "held_out": len(shares.held_out), "labels": shares.labels}, lines)
+    coordinator = make_federation(root, shares, ask.rounds, ask.epsilon, ask.steps, ask.batch, ask.device)
+    with Group() as group:
+        superlink = group.start("superlink", "cloister_server.superlink", ["--home", str(coordinator.home)], coordinator.home / "superlink.log")
+        running = []
+        for number in range(1, ask.sites + 1):
+            site = Running(read_site(root / "sites" / f"site-{number}"), Group())
+            running.append(site)
+        try:
+            for one in running:
+                one.start_agent()
+            child = start_run(group, coordinator, root)
+            wait_superlink(coordinator, superlink)
+            with Control(coordinator.card.address, coordinator.ca, coordinator.token) as control:
+                for card in coordinator.sites():
+                    control.register(card.node.encode(), card.name)
+            for one in running:
+                status = one.wait_agent()
+                one.start_link()
+                console.emit({"event": "site", "site": status.site, "device": status.device, "sandbox": status.sandbox}, f"  {status.site}: agent ready; {status.device}; {status.sandbox}")
+            if not console.OUTPUT.json:
+                console.emit({}, "  NOT ISOLATED: in a demo agent and relay run as one user")
+            follow(child, running)
+        finally:
+            for one in running:
+                one.group.ask()
+            for one in running:
+                one.group.stop()
+    report(root, coordinator, started, shares)
+
+
+def start_run(group: Group, coordinator: Coordinator, root: Path) -> Child:
+    """Starts ``cloister run``; it waits for the sites by itself."""
+    arguments = ["--home", str(root), "run", str(coordinator.federation.path), "--json", "--wait", "180"]
+    return group.start("run", "cloister.cli", arguments, coordinator.home / "run.log")
+
+
+def follow(child: Child, running: Sequence[Running]) -> None:
+    """Shows the run's events and the sites' progress until it ends.
+
+    Raises:
+        CloisterError: It failed; its own words.
+    """
+    screen, error = Screen(running), None
+    for event in tail(child):
+        if event is None:
+            screen.tick()
+            for one in running:
+                one.check()
+        elif "error" in event:
+            error = event
+        elif "event" in event:
+            screen.clear()
+            line = event_line(event["event"], event)
+            if line or console.OUTPUT.json:
+                console.emit(event, line or "")
+    screen.clear()
+    if child.process.returncode != 0:
+        failure = CloisterError(error["what"], **{k: error[k] for k in ("where", "expected", "got", "mend") if k in error}) if error else StateError("the run ended without a word", where=str(child.log), got=child.error_line()[:300])
+        failure.exit_code = child.process.returncode
+        raise failure
+
+
+def report(root: Path, coordinator: Coordinator, started: float, shares: Shares) -> None:
+    """The table of rounds, the export, and what to try next."""
+    store = Store(coordinator.home)
+    run = store.find_run(None)
+    last = store.last_committed(run.id)
+    folder = export_round(store, run, last.number, root / "export")
+    rows = round_rows(store, run.id)
+    columns, cells = rounds_table(rows)
+    ledgers = {p.parent.name: read_status(p / "status.json") for p in sorted((root / "sites").glob("*/agent"))}
+    seconds = time.monotonic() - started
+    record = {
+        "event": "report", "run": run.id, "rounds": rows, "export": str(folder), "seconds": seconds, "synthetic": shares.synthetic,
+        "ledgers": {n: {"epsilon": s.epsilon, "cap": s.cap, "delta": s.delta} for n, s in ledgers.items()},
+    }  # fmt: skip
+    if not console.OUTPUT.json:
+        print()
+    console.table(record, f"Rounds of run {run.id[:8]} (scores on the coordinator's held-out text{', synthetic' if shares.synthetic else ''}; epsilon of each site's whole history)", columns, cells)
+    if console.OUTPUT.json:
+        return
+    option = "" if root == console.default_home() else f" --home {root}"
+    spent = ", ".join(f"{name} {s.epsilon:.3f} of {s.cap:g}" for name, s in ledgers.items())
+    for line in (
+        f"\nThe sites' own ledgers: {spent}, at delta {coordinator.federation.delta:g} per record (add/remove)",
+        f"Exported adapter: {folder}",
+        f"Took {seconds:.0f} s. Try next:",
+        f"  cloister rounds show {last.number}{option}",
+        f"  cloister site status{option}",
+        f"  cloister rounds export 1{option}",
+    ):
+        print(line)

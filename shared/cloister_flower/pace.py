@@ -1,0 +1,33 @@
+"""Flower's polling intervals, replaced: SuperNode's three seconds and the pull's one second become a tenth."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from cloister_flower import POLL_SECONDS
+
+
+class _Brisk:
+    """Stands in for the ``time`` module inside one flwr module."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+    @staticmethod
+    def sleep(seconds: float) -> None:
+        time.sleep(min(seconds, POLL_SECONDS))
+
+
+def quicken_supernode() -> None:
+    """Shortens the waits of SuperNode's loop in this process."""
+    from flwr.supernode import start_client_internal
+
+    start_client_internal.time = _Brisk()
+
+
+def quicken_pulls() -> None:
+    """Shortens the first wait for an object that is not there yet, in this process."""
+    from flwr.supercore.inflatable import inflatable_utils
+
+    inflatable_utils.pull_objects.__kwdefaults__["initial_backoff"] = POLL_SECONDS

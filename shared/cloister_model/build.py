@@ -1,0 +1,149 @@
+"""The trained model: a frozen base, LoRA on some of its linear layers, and a head for classification.
+
+``build`` makes it from the pinned folder; the vector order of its trained parameters is the order in which the modules
+hold them, under the names that PEFT writes. All dropout is off: under DP it costs accuracy and buys nothing, and scores
+must be the same at the sites, at the coordinator and after export. Refused here: an adapter on layers that Opacus cannot
+clip (only ``Linear`` and GPT-2's ``Conv1D`` carry LoRA).
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+from cloister_shared.errors import InputError
+from cloister_shared.plan import TaskSpec
+from cloister_shared.vectors import F32, Schema
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from cloister_model.base import BaseModel
+
+
+class Adapted(nn.Module):
+    """Encoder or decoder with LoRA, and a head on its mean-pooled states where the task is classification.
+
+    Attributes:
+        encoder: The PEFT model; its base parameters are frozen.
+        head: ``Linear(hidden, labels)`` or None.
+    """
+
+    def __init__(self, encoder: Any, head: nn.Linear | None) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits: ``(n, labels)`` for classification, ``(n, tokens, vocabulary)`` for a causal language model."""
+        out = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
+        if self.head is None:
+            return cast(Tensor, out.logits)
+        hidden: Tensor = out.last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return cast(Tensor, self.head(((hidden * mask).sum(1) / mask.sum(1).clamp(min=1)).to(self.head.weight.dtype)))
+
+
+def _quiet_config(base: BaseModel) -> Any:
+    config = AutoConfig.from_pretrained(str(base.path), local_files_only=True, trust_remote_code=False)
+    for name in (
+        "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
+        "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout",
+    ):  # fmt: skip
+        if getattr(config, name, None) is not None:
+            setattr(config, name, 0.0)
+    return config
+
+
+def lora_config(task: TaskSpec) -> LoraConfig:
+    """PEFT's configuration for ``task``; deterministic, no dropout, no DoRA."""
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM if task.kind == "causal-lm" else TaskType.FEATURE_EXTRACTION,
+        r=task.rank,
+        lora_alpha=task.alpha,  # type: ignore[arg-type]  # PEFT declares int and computes with floats
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=list(task.target_modules),
+        layers_to_transform=list(task.layers) or None,
+        fan_in_fan_out=False,
+    )
+
+
+def build(base: BaseModel, task: TaskSpec, where: str) -> Adapted:
+    """Builds the model on the CPU in float32, LoRA's B and the head at zero.
+
+    Raises:
+        InputError: The base has no such modules or layers.
+    """
+    config = _quiet_config(base)
+    kind = AutoModelForCausalLM if task.kind == "causal-lm" else AutoModel
+    model = kind.from_pretrained(
+        str(base.path), config=config, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+    )
+    depth = int(getattr(config, "num_hidden_layers", 0))
+    if any(layer >= depth for layer in task.layers):
+        raise InputError("task names a layer that the base does not have", where=where, expected=f"layers 0 to {depth - 1}", got=str(list(task.layers)))
+    linear = [(n, m) for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in task.target_modules]
+    if not linear or not all(isinstance(m, nn.Linear | Conv1D) for _, m in linear):
+        names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
+        raise InputError("target_modules are not linear layers of this base", where=where, expected=f"some of {', '.join(names)}", got=", ".join(task.target_modules))
+    if any(isinstance(m, Conv1D) for _, m in linear):
+        model_config = lora_config(task)
+        model_config.fan_in_fan_out = True
+    else:
+        model_config = lora_config(task)
+    encoder = get_peft_model(model, model_config)
+    head = None
+    if task.kind == "text-classification":
+        head = nn.Linear(int(config.hidden_size), len(task.labels))
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+    return Adapted(encoder, head)
+
+
+def _name(parameter: str) -> str:
+    return parameter.removeprefix("encoder.").replace(".default.", ".")
+
+
+def trained(model: Adapted) -> dict[str, nn.Parameter]:
+    """The trained parameters by the names that PEFT writes, in vector order."""
+    return {_name(n): p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def schema_of(model: Adapted) -> Schema:
+    """The schema of the trained parameters."""
+    return Schema(tuple((n, tuple(p.shape)) for n, p in trained(model).items()))
+
+
+def read_vector(model: Adapted) -> F32:
+    """The trained parameters as ``(d,) float32``."""
+    return np.concatenate([p.detach().to("cpu", torch.float32).numpy().reshape(-1) for p in trained(model).values()])
+
+
+def load_vector(model: Adapted, vector: F32) -> None:
+    """Puts ``(d,) float32`` into the trained parameters, in place.
+
+    Raises:
+        VerificationError: The vector has another length.
+    """
+    parts = schema_of(model).split(vector)
+    with torch.no_grad():
+        for name, parameter in trained(model).items():
+            parameter.copy_(torch.from_numpy(parts[name].copy()))
+
+
+def losses(model: nn.Module, task: TaskSpec, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+    """One loss per record, ``(n,) float32``; no record's loss depends on another.
+
+    For a causal language model it is the mean over the record's own tokens, in nats (Transformers' own mean over the batch's
+    tokens couples the records).
+    """
+    logits = model(input_ids, attention_mask).float()
+    if task.kind == "text-classification":
+        return nn.functional.cross_entropy(logits, labels, reduction="none")
+    targets = input_ids[:, 1:]
+    mask = attention_mask[:, 1:].float()
+    each = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none")
+    return cast(Tensor, (each * mask).sum(1) / mask.sum(1).clamp(min=1))

@@ -1,0 +1,76 @@
+"""Scores of a model on text that may be scored: the coordinator's held-out text, or a site's own, at home.
+
+The numbers are exact functions of the text they were computed on: whoever calls this on private text must not let them
+out un-noised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from cloister_shared.plan import TaskSpec
+
+from cloister_model.build import Adapted, losses
+from cloister_model.tokens import Encoded
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores on one set of records.
+
+    Attributes:
+        loss: Mean loss in nats.
+        accuracy: Share of right classes; None for a language model.
+        macro_f1: Unweighted mean of the classes' F1, over classes that are present or predicted; None for a language model.
+        perplexity: exp(loss); None for classification.
+    """
+
+    loss: float
+    accuracy: float | None
+    macro_f1: float | None
+    perplexity: float | None
+
+
+def macro_f1(truth: np.ndarray, guess: np.ndarray, classes: int) -> float:
+    """Unweighted mean of F1 over the classes that occur in ``truth`` or ``guess`` (both ``(n,) int``)."""
+    each = []
+    for label in range(classes):
+        hit = int(((guess == label) & (truth == label)).sum())
+        total = int((guess == label).sum() + (truth == label).sum())
+        if total:
+            each.append(2 * hit / total)
+    return float(np.mean(each)) if each else 0.0
+
+
+@torch.no_grad()
+def predict(model: Adapted, data: Encoded, *, batch: int = 64, device: str = "cpu") -> np.ndarray:
+    """Logits ``(n, labels) float32`` of a classifier, in the records' order."""
+    model.eval()
+    order = sorted(range(len(data)), key=lambda i: len(data.ids[i]))
+    out: dict[int, np.ndarray] = {}
+    for at in range(0, len(order), batch):
+        rows = order[at : at + batch]
+        ids, mask, _ = data.batch(rows, device)
+        for i, row in enumerate(model(ids, mask).float().cpu().numpy()):
+            out[rows[i]] = row
+    return np.stack([out[i] for i in range(len(data))])
+
+
+@torch.no_grad()
+def score(model: Adapted, task: TaskSpec, data: Encoded, *, batch: int = 64, device: str = "cpu") -> Scores:
+    """Scores ``model`` on ``data``, which must not be empty."""
+    if task.kind == "causal-lm":
+        model.eval()
+        order = sorted(range(len(data)), key=lambda i: len(data.ids[i]))
+        each = [losses(model, task, *data.batch(order[at : at + batch], device)) for at in range(0, len(order), batch)]
+        loss = float(torch.cat(each).double().mean())
+        return Scores(loss, None, None, float(np.exp(loss)))
+    logits = predict(model, data, batch=batch, device=device).astype(np.float64)
+    truth = np.asarray(data.labels)
+    peak = logits.max(1, keepdims=True)
+    log_sum = peak[:, 0] + np.log(np.exp(logits - peak).sum(1))
+    loss = float((log_sum - logits[np.arange(len(truth)), truth]).mean())
+    guess = logits.argmax(1)
+    return Scores(loss, float((guess == truth).mean()), macro_f1(truth, guess, len(task.labels)), None)

@@ -1,0 +1,52 @@
+"""Text to token ids, and batches of them. The tokeniser is the base model's own; nothing is kept or written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from cloister_model.base import BaseModel
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised records.
+
+    Attributes:
+        ids: Token ids per record; at least one each.
+        labels: Class index per record; zeros where the task has none.
+        pad: Padding id.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    labels: tuple[int, ...]
+    pad: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, rows: Sequence[int] | np.ndarray[Any, Any], device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+        """Pads ``rows`` to their longest: ``(n, t) int64`` ids, the same mask, ``(n,) int64`` labels."""
+        chosen = [self.ids[int(i)] for i in rows]
+        width = max(len(ids) for ids in chosen)
+        ids = torch.full((len(chosen), width), self.pad, dtype=torch.int64)
+        mask = torch.zeros((len(chosen), width), dtype=torch.int64)
+        for row, tokens in enumerate(chosen):
+            ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+            mask[row, : len(tokens)] = 1
+        labels = torch.tensor([self.labels[int(i)] for i in rows], dtype=torch.int64)
+        return ids.to(device), mask.to(device), labels.to(device)
+
+
+def encode(base: BaseModel, texts: Sequence[str], labels: Sequence[int], max_tokens: int) -> Encoded:
+    """Tokenises ``texts``, cut to ``max_tokens``; an empty result becomes the padding id alone."""
+    tokeniser = AutoTokenizer.from_pretrained(str(base.path), local_files_only=True, trust_remote_code=False)
+    pad = tokeniser.pad_token_id if tokeniser.pad_token_id is not None else (tokeniser.eos_token_id or 0)
+    rows = tokeniser(list(texts), truncation=True, max_length=max_tokens, padding=False)["input_ids"] if texts else []
+    return Encoded(tuple(tuple(row) or (pad,) for row in rows), tuple(int(v) for v in labels), int(pad))

@@ -1,0 +1,174 @@
+"""Cards: the public halves that coordinator and sites hand each other as files.
+
+A site's card is signed by the key that it introduces (it proves possession, not identity: people compare fingerprints). Reading
+checks every field before anything is kept.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cloister_shared.encoding import canonical, read_json, write_durably
+from cloister_shared.errors import InputError, VerificationError
+from cloister_shared.plan import TASK_KINDS
+from cloister_shared.sealing import SealingKey
+from cloister_shared.signing import SigningKey, VerifyKey
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
+_SITE_PURPOSE = "site-card"
+
+
+def check_name(name: str, where: str) -> str:
+    """Checks a site's or federation's name: lower-case letters, digits, dashes, at most 40.
+
+    Raises:
+        InputError: Another form.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError("not a name", where=where, expected="lower-case letters, digits and dashes, at most 40", got=repr(name)[:60])
+    return name
+
+
+@dataclass(frozen=True)
+class CoordinatorCard:
+    """What a site needs to know of a coordinator.
+
+    Attributes:
+        federation: Its name.
+        address: ``host:port`` of the SuperLink.
+        ca: PEM of the CA that signed the SuperLink's certificate.
+        key: The coordinator's Ed25519 key, hex.
+        bundle: SHA-256 of the Flower bundle, hex.
+        base: Digest of the base model.
+        base_source: How the coordinator found it (``minilm`` or a folder's name).
+        task: Task kind.
+        labels: The task's labels.
+        target_modules: Layers that carry LoRA.
+        rank: LoRA rank.
+    """
+
+    federation: str
+    address: str
+    ca: str
+    key: str
+    bundle: str
+    base: str
+    base_source: str
+    task: str
+    labels: tuple[str, ...]
+    target_modules: tuple[str, ...]
+    rank: int
+
+    def save(self, path: Path) -> None:
+        """Writes the card."""
+        write_durably(path, canonical(asdict(self)) + b"\n", mode=0o644)
+
+    @property
+    def verify_key(self) -> VerifyKey:
+        """The coordinator's key."""
+        return VerifyKey.from_hex(self.key, "coordinator card")
+
+    @property
+    def fingerprint(self) -> str:
+        """Key id, hex: what people compare."""
+        return self.verify_key.id.hex()
+
+
+def _checked(record: dict[str, Any], kind: type, path: Path) -> dict[str, Any]:
+    fields = set(kind.__dataclass_fields__)
+    if set(record) != fields:
+        raise InputError("card has other fields", where=str(path), expected=", ".join(sorted(fields)), got=", ".join(sorted(record))[:200])
+    return record
+
+
+def read_coordinator_card(path: Path) -> CoordinatorCard:
+    """Reads and checks a coordinator's card.
+
+    Raises:
+        InputError: It is not one.
+    """
+    record = _checked(read_json(path, "coordinator card"), CoordinatorCard, path)
+    texts = ("federation", "address", "ca", "key", "bundle", "base", "base_source", "task")
+    lists = ("labels", "target_modules")
+    if not all(isinstance(record[n], str) and record[n] for n in texts) or record["task"] not in TASK_KINDS or not isinstance(record["rank"], int):
+        raise InputError("card has an empty or malformed field", where=str(path))
+    if not all(isinstance(record[n], list) and all(isinstance(v, str) for v in record[n]) for n in lists):
+        raise InputError("card has a malformed list", where=str(path))
+    card = CoordinatorCard(**(record | {n: tuple(record[n]) for n in lists}))
+    check_name(card.federation, str(path))
+    split_address(card.address, str(path))
+    try:
+        card.verify_key.id  # noqa: B018
+    except VerificationError as error:
+        raise InputError(error.what, where=str(path)) from error
+    return card
+
+
+def split_address(address: str, where: str) -> tuple[str, int]:
+    """Splits ``host:port``.
+
+    Raises:
+        InputError: Another form.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise InputError("not an address", where=where, expected="host:port", got=repr(address)[:80])
+    return host, int(port)
+
+
+@dataclass(frozen=True)
+class SiteCard:
+    """What a coordinator needs to know of a site.
+
+    Attributes:
+        name: The site's name.
+        key: Its Ed25519 key, hex.
+        sealing: Its sealing key, hex.
+        node: PEM of its SuperNode's P-384 key.
+        records: Declared, public number of its records.
+    """
+
+    name: str
+    key: str
+    sealing: str
+    node: str
+    records: int
+
+    @property
+    def verify_key(self) -> VerifyKey:
+        """The site's signing key."""
+        return VerifyKey.from_hex(self.key, f"card of {self.name}")
+
+    @property
+    def sealing_key(self) -> SealingKey:
+        """The site's sealing key."""
+        return SealingKey.from_hex(self.sealing, f"card of {self.name}")
+
+    def save(self, path: Path, by: SigningKey) -> None:
+        """Writes the signed card."""
+        body = asdict(self)
+        write_durably(path, canonical(body | {"signature": by.sign(_SITE_PURPOSE, canonical(body)).hex()}) + b"\n", mode=0o644)
+
+
+def read_site_card(path: Path) -> SiteCard:
+    """Reads and checks a site's card and its signature.
+
+    Raises:
+        InputError: It is not one, or is not signed by the key it introduces.
+    """
+    record = read_json(path, "site card")
+    signature = record.pop("signature", None)
+    _checked(record, SiteCard, path)
+    if not all(isinstance(record[n], str) for n in ("name", "key", "sealing", "node")) or not isinstance(record["records"], int) or record["records"] < 1:
+        raise InputError("card has a malformed field", where=str(path))
+    card = SiteCard(**record)
+    check_name(card.name, str(path))
+    try:
+        card.verify_key.verify(_SITE_PURPOSE, canonical(asdict(card)), bytes.fromhex(str(signature)), str(path))
+        card.sealing_key._public()
+    except (VerificationError, ValueError) as error:
+        raise InputError("card is not signed by the key it introduces", where=str(path), mend="ask the site for its card again") from error
+    return card

@@ -1,0 +1,344 @@
+"""The plan of a round: what one client is asked to do, signed by the coordinator.
+
+``PlanCore`` is what training and its price depend on; its digest names the work, so that a new attempt at the same round
+is the same work. ``Plan`` adds what may change between attempts: the round's sealing key, the attempt, receipts.
+On the wire: u32 length | signed plan JSON | 64-byte signature | parent adapter as float32 bytes, all inside an envelope.
+
+Reading validates every field's type and range; the client's policy judges what they ask for.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from cloister_shared.encoding import canonical, digest, parse_record
+from cloister_shared.errors import VerificationError
+from cloister_shared.privacy import DpSgd
+from cloister_shared.sealing import SealingKey
+from cloister_shared.signing import SIGNATURE_BYTES, SigningKey, VerifyKey
+from cloister_shared.vectors import F32, Schema, vector_from_bytes, vector_to_bytes
+
+PURPOSE = "plan"
+CLOSING_PURPOSE = "closing"
+FORMAT = "cloister-plan/1"
+TaskKind = Literal["text-classification", "causal-lm"]
+TASK_KINDS = ("text-classification", "causal-lm")
+MAX_LABELS = 1000
+
+
+def _must(good: bool, what: str, got: object) -> None:
+    if not good:
+        raise VerificationError(f"plan: {what}", got=repr(got)[:80])
+
+
+def _hex(value: Any, size: int, what: str) -> None:
+    _must(isinstance(value, str) and len(value) == 2 * size and set(value) <= set("0123456789abcdef"), f"{what} is not {size} bytes in hex", value)
+
+
+def _number(value: Any, low: float, high: float, what: str) -> None:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+    _must(good, f"{what} is not from {low:g} to {high:g}", value)
+
+
+def _integer(value: Any, low: int, high: int, what: str) -> None:
+    _must(isinstance(value, int) and not isinstance(value, bool) and low <= value <= high, f"{what} is not an integer from {low} to {high}", value)
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What is learnt and which parameters are trained.
+
+    Attributes:
+        kind: ``text-classification`` or ``causal-lm``.
+        labels: Class names in order; empty for ``causal-lm``.
+        max_tokens: Tokens per record, the rest is cut; 4 to 4096.
+        target_modules: Names of the linear layers that get LoRA.
+        layers: Indices of the transformer layers that get LoRA; empty for all.
+        rank: LoRA rank; 1 to 256.
+        alpha: LoRA scale numerator; the update is ``alpha / rank * B A``.
+    """
+
+    kind: TaskKind
+    labels: tuple[str, ...]
+    max_tokens: int
+    target_modules: tuple[str, ...]
+    layers: tuple[int, ...]
+    rank: int
+    alpha: float
+
+    def __post_init__(self) -> None:
+        _must(self.kind in TASK_KINDS, "unknown task", self.kind)
+        texts = (*self.labels, *self.target_modules)
+        _must(all(isinstance(v, str) and 0 < len(v) <= 200 for v in texts), "labels or modules are not short texts", texts)
+        _must(len(set(self.labels)) == len(self.labels) <= MAX_LABELS, "labels repeat or are too many", len(self.labels))
+        _must((len(self.labels) >= 2) == (self.kind == "text-classification"), "labels do not fit the task", self.labels[:3])
+        _must(bool(self.target_modules), "no target modules", self.target_modules)
+        _integer(self.max_tokens, 4, 4096, "max_tokens")
+        _integer(self.rank, 1, 256, "rank")
+        _number(self.alpha, 1e-3, 1e4, "alpha")
+        for layer in self.layers:
+            _integer(layer, 0, 1000, "layer")
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """How a client trains in one round.
+
+    Attributes:
+        steps: DP-SGD steps.
+        sample_rate: Probability that a record is in a batch.
+        expected_batch: Denominator of the mean gradient: ``sample_rate`` times the declared number of records.
+        noise_multiplier: Standard deviation of the noise over the clipping norm.
+        clipping_norm: L2 bound on one record's gradient.
+        adapter_rate: Learning rate of LoRA's parameters.
+        head_rate: Learning rate of the classification head.
+        delta: Delta at which epsilon is stated.
+        unit: What one privacy unit is.
+    """
+
+    steps: int
+    sample_rate: float
+    expected_batch: float
+    noise_multiplier: float
+    clipping_norm: float
+    adapter_rate: float
+    head_rate: float
+    delta: float
+    unit: str = "record"
+
+    def __post_init__(self) -> None:
+        _integer(self.steps, 1, 100_000, "steps")
+        _number(self.sample_rate, 1e-9, 1.0, "sample_rate")
+        _number(self.expected_batch, 1e-3, 1e9, "expected_batch")
+        _number(self.noise_multiplier, 1e-6, 1000, "noise_multiplier")
+        _number(self.clipping_norm, 1e-6, 1e6, "clipping_norm")
+        _number(self.adapter_rate, 0, 10, "adapter_rate")
+        _number(self.head_rate, 0, 10, "head_rate")
+        _number(self.delta, 1e-15, 0.5, "delta")
+        _must(self.unit == "record", "unknown privacy unit", self.unit)
+
+    @property
+    def event(self) -> DpSgd:
+        """What one round of this costs."""
+        return DpSgd(self.noise_multiplier, self.sample_rate, self.steps)
+
+
+@dataclass(frozen=True)
+class PlanCore:
+    """The work of one client in one round.
+
+    Attributes:
+        federation: The federation's name.
+        run: 16-byte run id, hex.
+        round: 1-based number.
+        rounds: Rounds planned for the whole run.
+        client: Key id of the client, hex.
+        cohort: Key ids of all clients asked in this round, hex, sorted.
+        weight: Weight of this client in the aggregate, set by the coordinator; > 0.
+        rule: Aggregation rule.
+        base: Digest of the base model.
+        schema: Digest of the adapter's schema.
+        parent: SHA-256 of the parent adapter's float32 bytes.
+        task: What is learnt.
+        training: How, and under which privacy parameters.
+    """
+
+    federation: str
+    run: str
+    round: int
+    rounds: int
+    client: str
+    cohort: tuple[str, ...]
+    weight: float
+    rule: str
+    base: str
+    schema: str
+    parent: str
+    task: TaskSpec
+    training: TrainingSpec
+
+    def __post_init__(self) -> None:
+        _must(isinstance(self.federation, str) and 0 < len(self.federation) <= 100, "federation has no name", self.federation)
+        _hex(self.run, 16, "run")
+        _integer(self.rounds, 1, 1_000_000, "rounds")
+        _integer(self.round, 1, self.rounds, "round")
+        for member in (self.client, *self.cohort):
+            _hex(member, 16, "client")
+        _must(list(self.cohort) == sorted(set(self.cohort)) and self.client in self.cohort, "cohort is not sorted, distinct and with the client", self.cohort)
+        _number(self.weight, 1e-9, 1e9, "weight")
+        _must(self.rule == "mean", "unknown aggregation rule", self.rule)
+        for name in ("base", "schema", "parent"):
+            _hex(getattr(self, name), 32, name)
+
+    def to_bytes(self) -> bytes:
+        """Canonical form."""
+        return canonical({"format": FORMAT} | asdict(self))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical form, hex: the name of this work."""
+        return digest(self.to_bytes())
+
+    @classmethod
+    def from_dict(cls, value: Any) -> PlanCore:
+        """Reads the JSON form strictly.
+
+        Raises:
+            VerificationError: A field is missing, unknown, of another type or out of range.
+        """
+        try:
+            record = dict(value)
+            if record.pop("format") != FORMAT:
+                raise VerificationError("plan of another format", expected=FORMAT)
+            task, training = dict(record.pop("task")), dict(record.pop("training"))
+            for name in ("labels", "target_modules", "layers"):
+                task[name] = tuple(task[name])
+            record["cohort"] = tuple(record["cohort"])
+            return cls(task=TaskSpec(**task), training=TrainingSpec(**training), **record)
+        except (TypeError, KeyError, ValueError) as error:
+            raise VerificationError("plan is malformed", got=str(error)[:200]) from error
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What became of a client's update, told with the next plan.
+
+    Attributes:
+        run: 16-byte run id, hex.
+        round: Number of the committed round.
+        plan: Digest of the core that the update answered.
+        update: SHA-256 of the update's bytes that were accepted, or empty where none was.
+        verdict: ``accepted`` or the admission code.
+        adapter: SHA-256 of the committed adapter.
+    """
+
+    run: str
+    round: int
+    plan: str
+    update: str
+    verdict: str
+    adapter: str
+
+    @classmethod
+    def from_dict(cls, value: Any) -> Receipt:
+        """Reads the JSON form.
+
+        Raises:
+            VerificationError: It is malformed.
+        """
+        try:
+            receipt = cls(**value)
+        except TypeError as error:
+            raise VerificationError("receipt is malformed", got=str(error)[:200]) from error
+        _hex(receipt.run, 16, "receipt.run")
+        _integer(receipt.round, 1, 1_000_000, "receipt.round")
+        for digest_hex in filter(None, (receipt.plan, receipt.update, receipt.adapter)):
+            _hex(digest_hex, 32, "receipt digest")
+        _must(isinstance(receipt.verdict, str) and 0 < len(receipt.verdict) <= 100, "receipt has no verdict", receipt.verdict)
+        return receipt
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan as it is sent: the work, this attempt at it, and receipts.
+
+    Attributes:
+        core: The work.
+        attempt: 1-based attempt.
+        round_key: The key that updates of this attempt are sealed to.
+        issued: Seconds since 1970.
+        receipts: What became of this client's earlier updates.
+    """
+
+    core: PlanCore
+    attempt: int
+    round_key: SealingKey
+    issued: int
+    receipts: tuple[Receipt, ...] = ()
+
+    def to_bytes(self, parent: F32, by: SigningKey) -> bytes:
+        """The signed plaintext of the envelope."""
+        record = canonical(
+            {
+                "core": {"format": FORMAT} | asdict(self.core),
+                "attempt": self.attempt,
+                "round_key": self.round_key.raw.hex(),
+                "issued": self.issued,
+                "receipts": [asdict(receipt) for receipt in self.receipts],
+            }
+        )
+        return struct.pack(">I", len(record)) + record + by.sign(PURPOSE, record) + vector_to_bytes(parent)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, by: VerifyKey, where: str) -> tuple[Plan, bytes]:
+        """Checks and reads a plan; the parent adapter's bytes are returned as they came, for ``read_parent``.
+
+        Args:
+            data: The envelope's plaintext.
+            by: The coordinator's pinned key.
+            where: For messages.
+
+        Raises:
+            VerificationError: The signature or the form does not hold.
+        """
+        if len(data) < 4 + SIGNATURE_BYTES:
+            raise VerificationError("plan is cut short", where=where)
+        (size,) = struct.unpack(">I", data[:4])
+        record_bytes, rest = data[4 : 4 + size], data[4 + size :]
+        by.verify(PURPOSE, record_bytes, rest[:SIGNATURE_BYTES], where)
+        record = parse_record(record_bytes, where)
+        try:
+            plan = cls(
+                PlanCore.from_dict(record["core"]), record["attempt"], SealingKey.from_hex(record["round_key"], where), record["issued"],
+                tuple(Receipt.from_dict(r) for r in record["receipts"]),
+            )  # fmt: skip
+        except (KeyError, TypeError) as error:
+            raise VerificationError("plan is malformed", where=where, got=str(error)) from error
+        _integer(plan.attempt, 1, 1_000_000, "attempt")
+        _integer(plan.issued, 0, 1 << 62, "issued")
+        return plan, rest[SIGNATURE_BYTES:]
+
+
+def read_parent(core: PlanCore, data: bytes, schema: Schema, where: str) -> F32:
+    """Reads the parent adapter that came with a plan.
+
+    Args:
+        core: The plan's work.
+        data: The bytes after the plan.
+        schema: The schema that our own model has.
+        where: For messages.
+
+    Raises:
+        VerificationError: The plan is for another schema, or the bytes are not the parent it names.
+    """
+    if core.schema != schema.digest:
+        raise VerificationError("plan is for another adapter schema", where=where, expected=schema.digest[:16], got=core.schema[:16])
+    if digest(data) != core.parent:
+        raise VerificationError("parent adapter has another digest", where=where, expected=core.parent[:16], got=digest(data)[:16])
+    return vector_from_bytes(data, schema, where)
+
+
+def closing_bytes(run: str, receipts: tuple[Receipt, ...], by: SigningKey) -> bytes:
+    """The signed plaintext of the closing message after a run's last round."""
+    record = canonical({"run": run, "receipts": [asdict(receipt) for receipt in receipts]})
+    return struct.pack(">I", len(record)) + record + by.sign(CLOSING_PURPOSE, record)
+
+
+def read_closing(data: bytes, by: VerifyKey, where: str) -> tuple[Receipt, ...]:
+    """Checks and reads a closing message.
+
+    Raises:
+        VerificationError: The signature or the form does not hold.
+    """
+    if len(data) < 4 + SIGNATURE_BYTES:
+        raise VerificationError("closing message is cut short", where=where)
+    (size,) = struct.unpack(">I", data[:4])
+    record_bytes, signature = data[4 : 4 + size], data[4 + size :]
+    by.verify(CLOSING_PURPOSE, record_bytes, signature, where)
+    try:
+        return tuple(Receipt.from_dict(r) for r in parse_record(record_bytes, where)["receipts"])
+    except (KeyError, TypeError) as error:
+        raise VerificationError("closing message is malformed", where=where, got=str(error)) from error
