@@ -33,6 +33,7 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
     """
     import torch
     from cloister_model.base import find_base
+    from cloister_model.text import read
     from cloister_shared.errors import InputError, StateError, VerificationError
     from cloister_shared.sealing import OpeningKey
     from cloister_shared.signing import SigningKey
@@ -42,21 +43,28 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
     from cloister_client.round import Desk
     from cloister_client.site import read_site
     from cloister_client.status import Status, StatusFile
-    from cloister_model.text import read
     from cloister_client.train import choose_device
 
     site = read_site(home)
     tell = StatusFile(site.agent_home / "status.json", Status(site.name, sandbox=shut.why, isolated=site.isolated))
     policy, card = read_policy(home / "policy.toml"), site.coordinator()
     if policy.sandbox == "required" and not shut.shut:
-        raise StateError("the agent's door cannot be shut", where="policy.toml sandbox", expected="seccomp", got=shut.why, mend='install libseccomp2, or set sandbox = "preferred"')
+        raise StateError(
+            "the agent's door cannot be shut",
+            where="policy.toml sandbox",
+            expected="seccomp",
+            got=shut.why,
+            mend='install libseccomp2, or set sandbox = "preferred"',
+        )
     if site.threads:
         torch.set_num_threads(site.threads)
     base = find_base(site.base, f"{home / 'site.toml'} base")
     try:
         base.check(card.base, f"{home / 'site.toml'} base")
     except VerificationError as error:
-        raise InputError(error.what, where=error.where, expected=error.expected, got=error.got, mend=error.mend) from error
+        raise InputError(
+            error.what, where=error.where, expected=error.expected, got=error.got, mend=error.mend
+        ) from error
     ledger = Ledger(site.agent_home / "ledger.db", policy.epsilon_cap, policy.delta)
     lost = ledger.close_open()
     if lost:
@@ -65,12 +73,23 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
     records = tuple(read(site.source, labels))
     device = choose_device(site.device)
     standing = ledger.standing()
-    tell.update(epsilon=standing.epsilon, cap=standing.cap, delta=standing.delta, records=len(records), device=device.why)
+    tell.update(
+        epsilon=standing.epsilon, cap=standing.cap, delta=standing.delta, records=len(records), device=device.why
+    )
     (site.agent_home / "kept").mkdir(mode=0o700, exist_ok=True)
     desk = Desk(
-        site.name, card, policy, SigningKey.load(site.agent_home / "sign.key"), OpeningKey.load(site.agent_home / "seal.key"),
-        ledger, base, records, device, site.agent_home / "kept", tell,
-    )  # fmt: skip
+        site.name,
+        card,
+        policy,
+        SigningKey.load(site.agent_home / "sign.key"),
+        OpeningKey.load(site.agent_home / "seal.key"),
+        ledger,
+        base,
+        records,
+        device,
+        site.agent_home / "kept",
+        tell,
+    )
     return desk, tell
 
 
@@ -91,7 +110,7 @@ def listen(desk: Desk, socket: Path) -> Any:
 
     busy = threading.Lock()
 
-    class Service(agent_pb2_grpc.AgentServicer):
+    class Service(agent_pb2_grpc.AgentServicer):  # type: ignore[misc]
         def Execute(self, request: Any, context: Any) -> Any:  # noqa: N802
             if not busy.acquire(blocking=False):
                 return agent_pb2.ExecuteReply(code="busy")
@@ -106,8 +125,13 @@ def listen(desk: Desk, socket: Path) -> Any:
         def Ready(self, request: Any, context: Any) -> Any:  # noqa: N802
             return agent_pb2.ReadyReply(version=__version__)
 
-    options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", MAX_MESSAGE_BYTES)]
-    server = grpc.server(futures.ThreadPoolExecutor(KEEPALIVE_THREADS), options=options, maximum_concurrent_rpcs=KEEPALIVE_THREADS)
+    options = [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ]
+    server = grpc.server(
+        futures.ThreadPoolExecutor(KEEPALIVE_THREADS), options=options, maximum_concurrent_rpcs=KEEPALIVE_THREADS
+    )
     agent_pb2_grpc.add_AgentServicer_to_server(Service(), server)
     socket.unlink(missing_ok=True)
     old = os.umask(0o117)

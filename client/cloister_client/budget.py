@@ -109,18 +109,27 @@ class Ledger:
         except sqlite3.IntegrityError:
             raise
         except sqlite3.Error as error:
-            raise StateError("the ledger cannot be used", where=str(self.path), got=str(error), mend="free space, or restore nothing: ask `cloister doctor`") from error
+            raise StateError(
+                "the ledger cannot be used",
+                where=str(self.path),
+                got=str(error),
+                mend="free space, or restore nothing: ask `cloister doctor`",
+            ) from error
         finally:
             db.close()
 
     def _history(self, db: sqlite3.Connection) -> tuple[DpSgd, ...]:
-        rows = db.execute("SELECT noise_multiplier, sample_rate, SUM(steps) FROM entry GROUP BY noise_multiplier, sample_rate")
+        rows = db.execute(
+            "SELECT noise_multiplier, sample_rate, SUM(steps) FROM entry GROUP BY noise_multiplier, sample_rate"
+        )
         return grouped(DpSgd(*row) for row in rows)
 
     def close_open(self) -> int:
         """Turns open reservations of a process that died into ``lost``, which stay charged; returns how many."""
         with self._transaction() as db:
-            return db.execute("UPDATE entry SET state = 'lost', closed_at = ? WHERE state = 'reserved'", (time.time(),)).rowcount
+            return db.execute(
+                "UPDATE entry SET state = 'lost', closed_at = ? WHERE state = 'reserved'", (time.time(),)
+            ).rowcount
 
     def reserve(self, core: PlanCore, rounds_per_day: int) -> int:
         """Reserves the cost of ``core`` durably; returns the entry's id.
@@ -132,19 +141,41 @@ class Ledger:
         where = f"plan of round {core.round}"
         with self._transaction() as db:
             if db.execute("SELECT 1 FROM entry WHERE plan = ? AND state <> 'lost'", (core.digest,)).fetchone():
-                raise RefusedError("budget.already_done", "this work was done already", where=where, expected="a new plan", got=core.digest[:16])
+                raise RefusedError(
+                    "budget.already_done",
+                    "this work was done already",
+                    where=where,
+                    expected="a new plan",
+                    got=core.digest[:16],
+                )
             today = db.execute("SELECT COUNT(*) FROM entry WHERE reserved_at > ?", (time.time() - _DAY,)).fetchone()[0]
             if today >= rounds_per_day:
-                raise RefusedError("policy.rounds_per_day", "too many rounds today", where=where, expected=f"<= {rounds_per_day}", got=str(today + 1))
+                raise RefusedError(
+                    "policy.rounds_per_day",
+                    "too many rounds today",
+                    where=where,
+                    expected=f"<= {rounds_per_day}",
+                    got=str(today + 1),
+                )
             history = self._history(db)
             after = admit(history, [event], self.cap, self.delta, where)
             cursor = db.execute(
-                "INSERT INTO entry (state, run, round, plan, noise_multiplier, sample_rate, steps, epsilon_after, delta, cap, record, reserved_at)"
+                "INSERT INTO entry (state, run, round, plan, noise_multiplier, sample_rate, steps, epsilon_after, delta, cap,"
+                " record, reserved_at)"
                 " VALUES ('reserved', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
-                    core.run, core.round, core.digest, event.noise_multiplier, event.sample_rate, event.steps,
-                    after, self.delta, self.cap, core.to_bytes(), time.time(),
-                ),  # fmt: skip
+                    core.run,
+                    core.round,
+                    core.digest,
+                    event.noise_multiplier,
+                    event.sample_rate,
+                    event.steps,
+                    after,
+                    self.delta,
+                    self.cap,
+                    core.to_bytes(),
+                    time.time(),
+                ),
             )
             return int(cursor.lastrowid or 0)
 
@@ -165,7 +196,10 @@ class Ledger:
     def lose(self, entry: int) -> None:
         """Closes a reservation whose training failed; it stays charged."""
         with self._transaction() as db:
-            db.execute("UPDATE entry SET state = 'lost', closed_at = ? WHERE id = ? AND state = 'reserved'", (time.time(), entry))
+            db.execute(
+                "UPDATE entry SET state = 'lost', closed_at = ? WHERE id = ? AND state = 'reserved'",
+                (time.time(), entry),
+            )
 
     def knows(self, plan: str) -> bool:
         """Whether this work was ever reserved here."""

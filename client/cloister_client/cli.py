@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from cloister_model.text import Source, read
 from cloister_shared import console
 from cloister_shared.cards import read_coordinator_card
 from cloister_shared.errors import InputError, StateError
@@ -20,7 +21,6 @@ from cloister_client.site import enrol as make_site
 from cloister_client.site import read_site
 from cloister_client.status import Status, read_status
 from cloister_client.supervise import Running, check_users
-from cloister_model.text import Source, read
 
 site_app = typer.Typer(no_args_is_help=True, help="What an organisation that owns text runs.")
 
@@ -40,7 +40,9 @@ def enrol(
     data: Annotated[Path, typer.Option(help="Private text: JSONL, CSV or Parquet, plain or gzipped.")],
     text: Annotated[str, typer.Option(help="The text's field.")] = "text",
     label: Annotated[str, typer.Option(help="The label's field.")] = "label",
-    records: Annotated[int, typer.Option(min=1, help="Declared, public number of records; it fixes the sample rate.")] = 1000,
+    records: Annotated[
+        int, typer.Option(min=1, help="Declared, public number of records; it fixes the sample rate.")
+    ] = 1000,
     epsilon_cap: Annotated[float, typer.Option(help="Lifetime cap on epsilon for this text.")] = 8.0,
     delta: Annotated[float, typer.Option(help="Delta of the cap.")] = 1e-5,
     least_noise: Annotated[float, typer.Option(help="Least noise multiplier.")] = 0.3,
@@ -58,11 +60,38 @@ def enrol(
     classify = card.task == "text-classification"
     source = Source(data, text, label if classify else "")
     found = sum(1 for _ in read(source, card.labels if classify else None))
-    policy = Policy((card.base,), (card.task,), card.target_modules, card.rank, epsilon_cap, delta, least_noise, least_cohort, 1000, "preferred")
+    policy = Policy(
+        (card.base,),
+        (card.task,),
+        card.target_modules,
+        card.rank,
+        epsilon_cap,
+        delta,
+        least_noise,
+        least_cohort,
+        1000,
+        "preferred",
+    )
     folder = console.OUTPUT.home / "sites" / name
-    own = make_site(folder, name, card, source, policy, base=base or card.base_source, records=records, runtime_port=free_port(), device=device)
+    own = make_site(
+        folder,
+        name,
+        card,
+        source,
+        policy,
+        base=base or card.base_source,
+        records=records,
+        runtime_port=free_port(),
+        device=device,
+    )
     console.emit(
-        {"site": name, "home": str(folder), "card": str(folder / "card.json"), "coordinator": card.fingerprint, "key": own.verify_key.id.hex()},
+        {
+            "site": name,
+            "home": str(folder),
+            "card": str(folder / "card.json"),
+            "coordinator": card.fingerprint,
+            "key": own.verify_key.id.hex(),
+        },
         [
             f"site {name}: {found} records read and checked, {records} declared",
             f"coordinator {card.federation}: fingerprint {card.fingerprint} (compare it with theirs)",
@@ -74,7 +103,11 @@ def enrol(
 
 
 @site_app.command()
-def up(name: Annotated[str | None, typer.Argument(help="The site; the only one by default.")] = None, json: Json = False, home: Home = None) -> None:
+def up(
+    name: Annotated[str | None, typer.Argument(help="The site; the only one by default.")] = None,
+    json: Json = False,
+    home: Home = None,
+) -> None:
     """Run this site: agent, relay and SuperNode, until stopped."""
     console.choose(json, home)
     site = read_site(console.site_home(name))
@@ -96,13 +129,22 @@ def up(name: Annotated[str | None, typer.Argument(help="The site; the only one b
                 status = read_status(site.agent_home / "status.json")
             except StateError:
                 continue
-            if (status.round, status.step, status.state, status.refusal) != (last.round, last.step, last.state, last.refusal):
+            if (status.round, status.step, status.state, status.refusal) != (
+                last.round,
+                last.step,
+                last.state,
+                last.refusal,
+            ):
                 console.emit({"event": "status"} | asdict(status), progress_line(status))
                 last = status
 
 
 def _ready_lines(status: Status) -> list[str]:
-    apart = "agent and relay are different users" if status.isolated else "NOT ISOLATED: agent and relay run as one user (see [processes] in site.toml)"
+    apart = (
+        "agent and relay are different users"
+        if status.isolated
+        else "NOT ISOLATED: agent and relay run as one user (see [processes] in site.toml)"
+    )
     return [
         f"site {status.site}: ready with {status.records} records",
         f"  device   {status.device}",
@@ -118,11 +160,16 @@ def progress_line(status: Status) -> str:
         return f"site {status.site}: refused: {status.refusal}"
     loss = f"loss {status.loss:.3f}  " if status.loss is not None else ""
     left = max(0.0, status.cap - status.epsilon)
-    return f"site {status.site}: round {status.round}/{status.rounds} step {status.step}/{status.steps}  {loss}budget left {left:.3f} of {status.cap:g}"
+    place = f"round {status.round}/{status.rounds} step {status.step}/{status.steps}"
+    return f"site {status.site}: {place}  {loss}budget left {left:.3f} of {status.cap:g}"
 
 
 @site_app.command()
-def status(name: Annotated[str | None, typer.Argument(help="The site; all by default.")] = None, json: Json = False, home: Home = None) -> None:
+def status(
+    name: Annotated[str | None, typer.Argument(help="The site; all by default.")] = None,
+    json: Json = False,
+    home: Home = None,
+) -> None:
     """Say how this site stands: its agent, isolation and budget."""
     console.choose(json, home)
     folders = [console.site_home(name)] if name else console.site_homes()
@@ -137,7 +184,9 @@ def status(name: Annotated[str | None, typer.Argument(help="The site; all by def
             found.append(Status(site.name, state="never started"))
     for one in found:
         age = time.time() - one.updated if one.updated else None
-        lines = [f"site {one.site}: {one.state}", *([] if age is None else _ready_lines(one)[1:]), *([progress_line(one)] if one.round else [])]
+        lines = [
+            f"site {one.site}: {one.state}",
+            *([] if age is None else _ready_lines(one)[1:]),
+            *([progress_line(one)] if one.round else []),
+        ]
         console.emit(asdict(one), lines)
-
-

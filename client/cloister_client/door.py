@@ -55,8 +55,14 @@ def shut() -> Report:
             if kind != socket.SOCK_STREAM:
                 rules.add_rule(denied, call, seccomp.Arg(1, seccomp.MASKED_EQ, _SOCK_TYPE_MASK, kind))
     for call in (
-        "io_uring_setup", "io_uring_enter", "io_uring_register", "ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd",
-    ):  # fmt: skip
+        "io_uring_setup",
+        "io_uring_enter",
+        "io_uring_register",
+        "ptrace",
+        "process_vm_readv",
+        "process_vm_writev",
+        "pidfd_getfd",
+    ):
         rules.add_rule(denied, call)
     try:
         rules.load()

@@ -96,12 +96,21 @@ def check(policy: Policy, core: PlanCore) -> None:
 
     def refuse(rule: str, what: str, allowed: object, asked: object) -> None:
         raise RefusedError(
-            f"policy.{rule}", what, where=f"plan of round {core.round}", expected=str(allowed)[:200], got=str(asked)[:200],
+            f"policy.{rule}",
+            what,
+            where=f"plan of round {core.round}",
+            expected=str(allowed)[:200],
+            got=str(asked)[:200],
             mend=f"change the plan, or {rule} in policy.toml",
-        )  # fmt: skip
+        )
 
     if core.base not in policy.base_models:
-        refuse("base_models", "this base model is not allowed", ", ".join(d[:16] for d in policy.base_models), core.base[:16])
+        refuse(
+            "base_models",
+            "this base model is not allowed",
+            ", ".join(d[:16] for d in policy.base_models),
+            core.base[:16],
+        )
     if core.task.kind not in policy.tasks:
         refuse("tasks", "this task is not allowed", ", ".join(policy.tasks), core.task.kind)
     if odd := sorted(set(core.task.target_modules) - set(policy.target_modules)):

@@ -38,9 +38,12 @@ class Agent:
 
     def __init__(self, socket: Path) -> None:
         options = [
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_reconnect_backoff_ms", 500), ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.enable_http_proxy", 0),
-        ]  # fmt: skip
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_reconnect_backoff_ms", 500),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.enable_http_proxy", 0),
+        ]
         self._stub = agent_pb2_grpc.AgentStub(grpc.insecure_channel(f"unix:{socket}", options=options))
 
     def execute(self, frame: bytes) -> tuple[bytes, str]:
@@ -64,7 +67,12 @@ def check_bundle(content: bytes, allowed: tuple[str, ...]) -> None:
     """
     got = hashlib.sha256(content).hexdigest()
     if not any(hmac.compare_digest(got, good) for good in allowed):
-        raise VerificationError("the bundle is not allowed here", where="Flower bundle", expected=", ".join(a[:16] for a in allowed), got=got[:16])
+        raise VerificationError(
+            "the bundle is not allowed here",
+            where="Flower bundle",
+            expected=", ".join(a[:16] for a in allowed),
+            got=got[:16],
+        )
 
 
 def handle(task: Task, agent: Agent, allowed: tuple[str, ...]) -> str:

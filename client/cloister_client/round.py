@@ -9,6 +9,7 @@ text: labels and records are checked at the agent's start, where only the data o
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Protocol
 
 from cloister_model.base import BaseModel
 from cloister_model.build import build, schema_of
+from cloister_model.text import Record
 from cloister_model.tokens import Encoded, encode
 from cloister_shared.cards import CoordinatorCard
 from cloister_shared.encoding import canonical, digest, write_durably
@@ -28,7 +30,6 @@ from cloister_shared.vectors import F32, vector_to_bytes
 
 from cloister_client.budget import Ledger
 from cloister_client.policy import Policy, check
-from cloister_model.text import Record
 from cloister_client.train import Device, Trainer
 
 MAX_PLAN_BYTES = 256 * 1024 * 1024
@@ -78,7 +79,11 @@ class Desk:
             self._warm = None
             model = build(self.base, task, "plan")
             labels = [task.labels.index(r.label) if task.labels else 0 for r in self.records]
-            self._warm = (task, Trainer(model, task, self.device), encode(self.base, [r.text for r in self.records], labels, task.max_tokens))
+            self._warm = (
+                task,
+                Trainer(model, task, self.device),
+                encode(self.base, [r.text for r in self.records], labels, task.max_tokens),
+            )
         return self._warm[1], self._warm[2]
 
 
@@ -108,7 +113,13 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
         rule = error.rule if isinstance(error, RefusedError) else "plan.invalid"
         desk.tell.update(state="ready", refusal=f"round {core.round}: {error}")
         limits = {"expected": error.expected, "got": error.got} if rule.startswith(("policy.", "budget.")) else {}
-        answer = _seal(desk, plan, header, Codec.REFUSAL, canonical({"rule": rule, "what": error.what if limits else "refused"} | limits))
+        answer = _seal(
+            desk,
+            plan,
+            header,
+            Codec.REFUSAL,
+            canonical({"rule": rule, "what": error.what if limits else "refused"} | limits),
+        )
     return answer
 
 
@@ -117,18 +128,32 @@ def _open(desk: Desk, envelope: bytes) -> tuple[Header, bytes]:
         envelope,
         by=desk.card.verify_key,
         key=desk.opening,
-        expect={"direction": Direction.TO_CLIENT, "client": desk.signing.verify_key.id, "server": desk.card.verify_key.id},
+        expect={
+            "direction": Direction.TO_CLIENT,
+            "client": desk.signing.verify_key.id,
+            "server": desk.card.verify_key.id,
+        },
         max_bytes=MAX_PLAN_BYTES,
         where="envelope from the coordinator",
     )
     if header.codec not in (Codec.PLAN, Codec.CLOSING):
-        raise VerificationError("envelope is neither plan nor closing", where="envelope from the coordinator", got=header.codec.name)
+        raise VerificationError(
+            "envelope is neither plan nor closing", where="envelope from the coordinator", got=header.codec.name
+        )
     return header, plaintext
 
 
 def _same(header: Header, plan: Plan) -> None:
     core = plan.core
-    stated = (header.run.hex(), header.round, header.attempt, header.client.hex(), header.base.hex(), header.schema.hex(), header.plan.hex())
+    stated = (
+        header.run.hex(),
+        header.round,
+        header.attempt,
+        header.client.hex(),
+        header.base.hex(),
+        header.schema.hex(),
+        header.plan.hex(),
+    )
     if stated != (core.run, core.round, plan.attempt, core.client, core.base, core.schema, core.digest):
         raise VerificationError("envelope and plan disagree", where="plan")
 
@@ -156,32 +181,58 @@ def work(desk: Desk, core: PlanCore, rest: bytes) -> bytes:
     """
     check(desk.policy, core)
     if core.federation != desk.card.federation:
-        raise RefusedError("policy.federation", "the plan is for another federation", expected=desk.card.federation, got=core.federation)
+        raise RefusedError(
+            "policy.federation",
+            "the plan is for another federation",
+            expected=desk.card.federation,
+            got=core.federation,
+        )
     if core.task.kind == "text-classification" and core.task.labels != desk.card.labels:
-        raise RefusedError("policy.labels", "the plan has other labels than were agreed at enrolment", expected=", ".join(desk.card.labels)[:200])
+        raise RefusedError(
+            "policy.labels",
+            "the plan has other labels than were agreed at enrolment",
+            expected=", ".join(desk.card.labels)[:200],
+        )
     if core.base != desk.base.digest:
-        raise RefusedError("policy.base_models", "another base model is loaded here", expected=desk.base.digest[:16], got=core.base[:16])
+        raise RefusedError(
+            "policy.base_models",
+            "another base model is loaded here",
+            expected=desk.base.digest[:16],
+            got=core.base[:16],
+        )
     trainer, data = desk.warm(core.task)
     parent = read_parent(core, rest, schema_of(trainer.model), "plan")
     entry = desk.ledger.reserve(core, desk.policy.rounds_per_day)
     standing = desk.ledger.standing()
     desk.tell.update(
-        state="training", run=core.run, round=core.round, rounds=core.rounds, step=0, steps=core.training.steps,
-        epsilon=standing.epsilon, cap=standing.cap, delta=standing.delta, refusal="",
-    )  # fmt: skip
+        state="training",
+        run=core.run,
+        round=core.round,
+        rounds=core.rounds,
+        step=0,
+        steps=core.training.steps,
+        epsilon=standing.epsilon,
+        cap=standing.cap,
+        delta=standing.delta,
+        refusal="",
+    )
     try:
         update = vector_to_bytes(_train(desk, trainer, core, parent, data))
         write_durably(desk.kept / f"{core.digest}.f32", update)
     except (RuntimeError, MemoryError) as error:
         desk.ledger.lose(entry)
-        raise RefusedError("train.failed", "training failed; what was reserved stays charged", got=f"{type(error).__name__}: {error}"[:300]) from error
+        raise RefusedError(
+            "train.failed",
+            "training failed; what was reserved stays charged",
+            got=f"{type(error).__name__}: {error}"[:300],
+        ) from error
     desk.ledger.spend(entry, digest(update))
     return update
 
 
 def _train(desk: Desk, trainer: Trainer, core: PlanCore, parent: F32, data: Encoded) -> F32:
     def progress(step: int, steps: int, loss: float) -> None:
-        desk.tell.update(step=step, steps=steps, loss=loss if loss == loss else None)
+        desk.tell.update(step=step, steps=steps, loss=None if math.isnan(loss) else loss)
 
     return trainer.run(core.training, parent, data, progress)
 
@@ -189,10 +240,19 @@ def _train(desk: Desk, trainer: Trainer, core: PlanCore, parent: F32, data: Enco
 def _seal(desk: Desk, plan: Plan, header: Header, codec: Codec, plaintext: bytes) -> bytes:
     to: SealingKey = plan.round_key
     back = Header(
-        direction=Direction.TO_COORDINATOR, codec=codec, run=header.run, round=header.round, attempt=header.attempt, client=header.client,
-        server=header.server, base=header.base, schema=header.schema, plan=header.plan,
-        parameters=len(plaintext) // 4 if codec == Codec.UPDATE_F32 else 0, length=len(plaintext), time=int(time.time()), nonce=os.urandom(16),
-    )  # fmt: skip
+        direction=Direction.TO_COORDINATOR,
+        codec=codec,
+        run=header.run,
+        round=header.round,
+        attempt=header.attempt,
+        client=header.client,
+        server=header.server,
+        base=header.base,
+        schema=header.schema,
+        plan=header.plan,
+        parameters=len(plaintext) // 4 if codec == Codec.UPDATE_F32 else 0,
+        length=len(plaintext),
+        time=int(time.time()),
+        nonce=os.urandom(16),
+    )
     return seal(back, plaintext, to, desk.signing)
-
-

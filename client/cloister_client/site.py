@@ -15,6 +15,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from cloister_model.text import Source
 from cloister_shared.cards import CoordinatorCard, SiteCard, check_name, read_coordinator_card
 from cloister_shared.encoding import write_durably
 from cloister_shared.errors import InputError, StateError
@@ -24,7 +25,6 @@ from cloister_shared.signing import SigningKey
 from cloister_shared.tls import make_node_key, make_tls
 
 from cloister_client.policy import Policy
-from cloister_model.text import Source
 
 SOCKET = "agent.sock"
 MAX_SOCKET_PATH = 104
@@ -83,7 +83,12 @@ class Site:
         """
         path = self.runtime / SOCKET
         if len(os.fsencode(path)) >= MAX_SOCKET_PATH:
-            raise StateError("the socket's path is too long", where=str(path), expected=f"< {MAX_SOCKET_PATH} bytes", mend="set CLOISTER_RUNTIME to a short folder")
+            raise StateError(
+                "the socket's path is too long",
+                where=str(path),
+                expected=f"< {MAX_SOCKET_PATH} bytes",
+                mend="set CLOISTER_RUNTIME to a short folder",
+            )
         return path
 
     @property
@@ -108,10 +113,22 @@ def make_runtime(site: Site) -> Path:
     except FileExistsError:
         pass
     except OSError as error:
-        raise StateError("cannot make the socket's folder", where=str(path), got=str(error), mend="set CLOISTER_RUNTIME") from error
+        raise StateError(
+            "cannot make the socket's folder", where=str(path), got=str(error), mend="set CLOISTER_RUNTIME"
+        ) from error
     found = path.lstat()
-    if path.is_symlink() or not path.is_dir() or found.st_uid not in (os.getuid(), 0, site.agent_user) or found.st_mode & 0o027:
-        raise StateError("the socket's folder is not ours", where=str(path), expected=f"mode 0750, user {os.getuid()}", mend="remove it")
+    if (
+        path.is_symlink()
+        or not path.is_dir()
+        or found.st_uid not in (os.getuid(), 0, site.agent_user)
+        or found.st_mode & 0o027
+    ):
+        raise StateError(
+            "the socket's folder is not ours",
+            where=str(path),
+            expected=f"mode 0750, user {os.getuid()}",
+            mend="remove it",
+        )
     if os.getuid() == 0:
         os.chown(path, site.agent_user, site.group)
     return path
@@ -145,7 +162,19 @@ def read_site(home: Path) -> Site:
     return site
 
 
-def enrol(home: Path, name: str, card: CoordinatorCard, source: Source, policy: Policy, *, base: str, records: int, runtime_port: int, device: str = "auto", threads: int = 0) -> SiteCard:
+def enrol(
+    home: Path,
+    name: str,
+    card: CoordinatorCard,
+    source: Source,
+    policy: Policy,
+    *,
+    base: str,
+    records: int,
+    runtime_port: int,
+    device: str = "auto",
+    threads: int = 0,
+) -> SiteCard:
     """Makes a site's folder with fresh keys and pins the coordinator; returns the card to hand over.
 
     Raises:
@@ -153,7 +182,11 @@ def enrol(home: Path, name: str, card: CoordinatorCard, source: Source, policy: 
     """
     check_name(name, "site name")
     if (home / "site.toml").exists():
-        raise InputError("there is a site here already", where=str(home), mend="choose another --home; a ledger is never started twice")
+        raise InputError(
+            "there is a site here already",
+            where=str(home),
+            mend="choose another --home; a ledger is never started twice",
+        )
     home.mkdir(parents=True, exist_ok=True)
     site_toml = f"""name = {quote(name)}
 base = {quote(base)}

@@ -29,7 +29,14 @@ def main() -> None:
 
     card = site.coordinator()
     try:
-        serve(card.address, card.ca.encode(), link / "node.key", link / "tls", site.runtime_port, read_secret(link / "superexec.secret"))
+        serve(
+            card.address,
+            card.ca.encode(),
+            link / "node.key",
+            link / "tls",
+            site.runtime_port,
+            read_secret(link / "superexec.secret"),
+        )
     except CloisterError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

@@ -19,7 +19,7 @@ START_SECONDS = 180.0
 RESTART_SECONDS = 5.0
 
 
-class _AgentEnded(CloisterError):
+class _AgentEndedError(CloisterError):
     """The agent's own words, passed on as they are."""
 
     def __init__(self, line: str, code: int) -> None:
@@ -51,7 +51,14 @@ class Running:
         log = self.site.agent_home / "agent.log"
         log.unlink(missing_ok=True)
         (self.site.agent_home / "status.json").unlink(missing_ok=True)
-        self.group.start("agent", "cloister_client.agent", ["--home", str(self.site.home)], log, user=self.site.agent_user, group=self.site.group)
+        self.group.start(
+            "agent",
+            "cloister_client.agent",
+            ["--home", str(self.site.home)],
+            log,
+            user=self.site.agent_user,
+            group=self.site.group,
+        )
 
     def wait_agent(self) -> Status:
         """Waits until the agent listens.
@@ -63,7 +70,7 @@ class Running:
         while time.monotonic() < end:
             code = agent.process.poll()
             if code is not None:
-                raise _AgentEnded(agent.error_line(), code)
+                raise _AgentEndedError(agent.error_line(), code)
             try:
                 status = read_status(self.site.agent_home / "status.json")
             except StateError:
@@ -80,7 +87,9 @@ class Running:
 
     def _start(self, name: str) -> None:
         arguments, log = ["--home", str(self.site.home)], self.site.link_home / f"{name}.log"
-        self.group.start(name, f"cloister_client.{name}", arguments, log, user=self.site.link_user, group=self.site.group)
+        self.group.start(
+            name, f"cloister_client.{name}", arguments, log, user=self.site.link_user, group=self.site.group
+        )
 
     def _child(self, name: str) -> Child:
         return next(child for child in self.group.children if child.name == name)
@@ -96,7 +105,7 @@ class Running:
             if code is None:
                 continue
             if child.name == "agent":
-                raise _AgentEnded(child.error_line(), code)
+                raise _AgentEndedError(child.error_line(), code)
             if time.monotonic() >= self._restart_at:
                 self._restart_at = time.monotonic() + RESTART_SECONDS
                 self.group.children.remove(child)
@@ -112,4 +121,8 @@ def check_users(site: Site) -> None:
     import os
 
     if (site.agent_user >= 0 or site.link_user >= 0) and os.getuid() != 0:
-        raise InputError("separate users need root", where=f"{site.home / 'site.toml'} [processes]", mend="run `cloister site up` as root, or set the ids to -1")
+        raise InputError(
+            "separate users need root",
+            where=f"{site.home / 'site.toml'} [processes]",
+            mend="run `cloister site up` as root, or set the ids to -1",
+        )

@@ -33,9 +33,9 @@ PHYSICAL_BATCH = 32
 
 
 @register_grad_sampler(nn.Linear)  # type: ignore[untyped-decorator]
-def _linear_grad_sample(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+def _linear_grad_sample(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> dict[Tensor, Tensor]:
     """Per-sample gradients of ``Linear`` in float32, whatever autocast made of activations and backprops."""
-    out: dict[nn.Parameter, Tensor] = {}
+    out: dict[Tensor, Tensor] = {}
     back = backprops.float()
     if layer.weight.requires_grad:
         out[layer.weight] = torch.einsum("n...i,n...j->nij", back, activations[0].float())
@@ -97,7 +97,9 @@ def choose_device(wanted: str) -> Device:
         return Device("cpu", False, "cpu: asked for")
     if torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported()
-        return Device("cuda", bf16, f"cuda: {torch.cuda.get_device_name()}, {'bf16 autocast' if bf16 else 'float32 (no bf16)'}")
+        return Device(
+            "cuda", bf16, f"cuda: {torch.cuda.get_device_name()}, {'bf16 autocast' if bf16 else 'float32 (no bf16)'}"
+        )
     if torch.version.cuda is None:
         why = "this torch was built without CUDA"
     elif torch.cuda.device_count() == 0:
@@ -105,7 +107,9 @@ def choose_device(wanted: str) -> Device:
     else:
         why = "CUDA does not start"
     if wanted == "cuda":
-        raise StateError("CUDA was asked for", where="device", expected="a CUDA device", got=why, mend='set device = "auto" or "cpu"')
+        raise StateError(
+            "CUDA was asked for", where="device", expected="a CUDA device", got=why, mend='set device = "auto" or "cpu"'
+        )
     return Device("cpu", False, f"cpu: {why}")
 
 
@@ -121,7 +125,13 @@ def refuse_unclippable(model: nn.Module) -> None:
         if getattr(module, "use_dora", None) and any(module.use_dora.values()):
             raise RefusedError("train.dora", "DoRA's gradients cannot be clipped per record", where=name)
         if not isinstance(module, nn.Linear) and any(p.requires_grad for p in module.parameters(recurse=False)):
-            raise RefusedError("train.unclipped", "a trained parameter would not be clipped", where=name, expected="Linear layers", got=type(module).__name__)
+            raise RefusedError(
+                "train.unclipped",
+                "a trained parameter would not be clipped",
+                where=name,
+                expected="Linear layers",
+                got=type(module).__name__,
+            )
 
 
 def physical_batches(rows: np.ndarray[Any, Any], data: Encoded, size: int) -> list[np.ndarray[Any, Any]]:
@@ -171,7 +181,7 @@ class Trainer:
                 p.grad_sample = None
             with self.device.autocast():
                 each = losses(self.hooked, self.task, *data.batch(part, self.device.name))
-            each.sum().backward()
+            torch.autograd.backward(each.sum())
             optimiser.clip_and_accumulate()
             total += float(each.detach().sum())
         if len(rows) == 0:
@@ -190,9 +200,7 @@ class Trainer:
         optimiser.zero_grad(set_to_none=True)
         return mean
 
-    def run(
-        self, spec: TrainingSpec, parent: F32, data: Encoded, progress: Callable[[int, int, float], None]
-    ) -> F32:
+    def run(self, spec: TrainingSpec, parent: F32, data: Encoded, progress: Callable[[int, int, float], None]) -> F32:
         """Trains one round.
 
         Args:

@@ -47,5 +47,10 @@ def admit_update(update: F32, schema: Schema, training: TrainingSpec) -> Verdict
         if peak / limit > worst / limit_there or not name_there:
             worst, limit_there, name_there = peak, limit, name
     if worst > limit_there:
-        return Verdict("out-of-bounds", worst, limit_there, f"{name_there} moved by {worst:.3g}, {training.steps} steps can move it by {limit_there:.3g}")
+        return Verdict(
+            "out-of-bounds",
+            worst,
+            limit_there,
+            f"{name_there} moved by {worst:.3g}, {training.steps} steps can move it by {limit_there:.3g}",
+        )
     return Verdict("accepted", worst, limit_there, f"largest move {worst:.3g} of {limit_there:.3g} possible")

@@ -22,7 +22,11 @@ def weighted_mean(updates: F32, weights: npt.NDArray[np.float64]) -> F32:
         VerificationError: No rows, another shape, a weight that is not positive, or a number that is not finite.
     """
     if updates.ndim != 2 or weights.shape != (len(updates),) or not len(updates):
-        raise VerificationError("nothing to aggregate, or shapes differ", expected="(n, d) and (n,), n >= 1", got=f"{updates.shape} and {weights.shape}")
+        raise VerificationError(
+            "nothing to aggregate, or shapes differ",
+            expected="(n, d) and (n,), n >= 1",
+            got=f"{updates.shape} and {weights.shape}",
+        )
     if not (np.isfinite(weights).all() and (weights > 0).all() and np.isfinite(updates).all()):
         raise VerificationError("a weight or an update is not finite or not positive")
     share = weights / weights.sum()

@@ -51,7 +51,18 @@ class Blobs:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise VerificationError("blob is missing", where=str(path), got=error.strerror or str(error), mend="restore it from a copy of the registry") from error
+            raise VerificationError(
+                "blob is missing",
+                where=str(path),
+                got=error.strerror or str(error),
+                mend="restore it from a copy of the registry",
+            ) from error
         if digest(data) != name:
-            raise VerificationError("blob was changed", where=str(path), expected=name[:16], got=digest(data)[:16], mend="restore it from a copy of the registry")
+            raise VerificationError(
+                "blob was changed",
+                where=str(path),
+                expected=name[:16],
+                got=digest(data)[:16],
+                mend="restore it from a copy of the registry",
+            )
         return data

@@ -34,7 +34,9 @@ def register(app: typer.Typer) -> None:
 
 
 @coordinator_app.command()
-def init(federation: Annotated[Path, typer.Argument(help="FEDERATION.toml.")], json: Json = False, home: Home = None) -> None:
+def init(
+    federation: Annotated[Path, typer.Argument(help="FEDERATION.toml.")], json: Json = False, home: Home = None
+) -> None:
     """Make the coordinator's keys, and the card that sites enrol with."""
     console.choose(json, home)
     from cloister_flower.bundle import build_bundle
@@ -44,7 +46,13 @@ def init(federation: Annotated[Path, typer.Argument(help="FEDERATION.toml.")], j
     folder = console.coordinator_home()
     card = make_coordinator(folder, settings, find_base(settings.base, f"{federation} base").digest, build_bundle()[1])
     console.emit(
-        {"federation": card.federation, "home": str(folder), "card": str(folder / "card.json"), "fingerprint": card.fingerprint, "base": card.base},
+        {
+            "federation": card.federation,
+            "home": str(folder),
+            "card": str(folder / "card.json"),
+            "fingerprint": card.fingerprint,
+            "base": card.base,
+        },
         [
             f"federation {card.federation}: made in {folder}",
             f"hand to each site: {folder / 'card.json'} (fingerprint {card.fingerprint})",
@@ -54,13 +62,20 @@ def init(federation: Annotated[Path, typer.Argument(help="FEDERATION.toml.")], j
 
 
 @coordinator_app.command()
-def admit(card: Annotated[Path, typer.Argument(help="A site's card.json, from a channel you trust.")], json: Json = False, home: Home = None) -> None:
+def admit(
+    card: Annotated[Path, typer.Argument(help="A site's card.json, from a channel you trust.")],
+    json: Json = False,
+    home: Home = None,
+) -> None:
     """Admit a site by its card."""
     console.choose(json, home)
     open_coordinator(console.coordinator_home())
     site = admit_site(console.coordinator_home(), card)
     key = site.verify_key.id.hex()
-    console.emit({"site": site.name, "key": key, "records": site.records}, f"site {site.name}: admitted, fingerprint {key} (compare it with theirs), {site.records} records declared")
+    console.emit(
+        {"site": site.name, "key": key, "records": site.records},
+        f"site {site.name}: admitted, fingerprint {key} (compare it with theirs), {site.records} records declared",
+    )
 
 
 @coordinator_app.command()
@@ -96,7 +111,10 @@ def up(json: Json = False, home: Home = None) -> None:
                 continue
             if not ready:
                 ready = True
-                console.emit({"event": "ready", "address": coordinator.card.address}, f"SuperLink of {coordinator.card.federation} listens on {coordinator.card.address}")
+                console.emit(
+                    {"event": "ready", "address": coordinator.card.address},
+                    f"SuperLink of {coordinator.card.federation} listens on {coordinator.card.address}",
+                )
             for card in new:
                 known.add(card.key)
                 console.emit({"event": "registered", "site": card.name}, f"site {card.name}: may connect")
@@ -115,7 +133,8 @@ def event_line(kind: str, e: dict[str, Any]) -> str | None:
     if kind == "waiting":
         return f"{e['online']} of {e['sites']} sites online"
     if kind == "member":
-        return f"  {e['site']}: noise multiplier {e['noise_multiplier']:g}, sample rate {e['sample_rate']:.4g}, whole run epsilon {e['epsilon']:.3f} at delta {e['delta']:g}"
+        how = f"noise multiplier {e['noise_multiplier']:g}, sample rate {e['sample_rate']:.4g}"
+        return f"  {e['site']}: {how}, whole run epsilon {e['epsilon']:.3f} at delta {e['delta']:g}"
     if kind == "round":
         attempt = f", attempt {e['attempt']}" if e["attempt"] > 1 else ""
         return f"round {e['number']}/{e['rounds']}: sent to {e['cohort']} sites{attempt}"
@@ -123,13 +142,17 @@ def event_line(kind: str, e: dict[str, Any]) -> str | None:
         return f"  {e['site']}: {e['verdict']}{' (' + e['reason'] + ')' if e['reason'] else ''}, {e['bytes']:,} bytes"
     if kind == "committed":
         scores = _scores(e["metrics"])
-        return f"round {e['number']}/{e['rounds']}: committed, {e['accepted']} of {e['cohort']} accepted{', ' + scores if scores else ''}, {e['seconds']:.1f} s + {e['judging_seconds']:.1f} s judging"
+        took = f"{e['seconds']:.1f} s + {e['judging_seconds']:.1f} s judging"
+        who = f"{e['accepted']} of {e['cohort']} accepted"
+        return f"round {e['number']}/{e['rounds']}: committed, {', '.join(filter(None, (who, scores, took)))}"
     return f"run {e['run'][:8]}: finished" if kind == "finished" else None
 
 
 def run(
     federation: Annotated[Path, typer.Argument(help="FEDERATION.toml.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the last run, from its last committed round.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the last run, from its last committed round.")
+    ] = False,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for all admitted sites.")] = 60.0,
     json: Json = False,
     home: Home = None,
@@ -157,12 +180,21 @@ def round_rows(store: Store, run_id: str) -> list[dict[str, Any]]:
         clients = store.clients(run_id, row.number)
         rows.append(
             {
-                "round": row.number, "state": row.state, "attempts": row.attempt, "adapter": row.adapter, "metrics": store.metrics(run_id, row.number),
-                "participants": sum(c.verdict == "accepted" for c in clients), "refused": sum(c.verdict not in ("accepted", "missing", "open") for c in clients),
-                "missing": sum(c.verdict == "missing" for c in clients), "epsilon": {c.name: c.epsilon for c in clients}, "sent_bytes": row.sent_bytes,
-                "received_bytes": row.received_bytes, "seconds": row.seconds, "judging_seconds": row.judging_seconds,
+                "round": row.number,
+                "state": row.state,
+                "attempts": row.attempt,
+                "adapter": row.adapter,
+                "metrics": store.metrics(run_id, row.number),
+                "participants": sum(c.verdict == "accepted" for c in clients),
+                "refused": sum(c.verdict not in ("accepted", "missing", "open") for c in clients),
+                "missing": sum(c.verdict == "missing" for c in clients),
+                "epsilon": {c.name: c.epsilon for c in clients},
+                "sent_bytes": row.sent_bytes,
+                "received_bytes": row.received_bytes,
+                "seconds": row.seconds,
+                "judging_seconds": row.judging_seconds,
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -170,15 +202,31 @@ def rounds_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     """Columns and cells of the table of rounds."""
     names = [n for n in ("accuracy", "macro_f1", "perplexity") if any(n in r["metrics"] for r in rows)]
     sites = sorted({s for r in rows for s in r["epsilon"]})
-    columns = ["round", "state", *(n.replace("_", "-") for n in names), "sites", "refused", *(f"eps {s}" for s in sites[:8]), "kB out", "kB in", "seconds"]
+    columns = [
+        "round",
+        "state",
+        *(n.replace("_", "-") for n in names),
+        "sites",
+        "refused",
+        *(f"eps {s}" for s in sites[:8]),
+        "kB out",
+        "kB in",
+        "seconds",
+    ]
     cells = [
         [
-            str(r["round"]), r["state"], *(f"{r['metrics'][n]:.4f}" if n in r["metrics"] else "" for n in names), str(r["participants"]), str(r["refused"]),
-            *(f"{r['epsilon'][s]:.3f}" if s in r["epsilon"] else "" for s in sites[:8]), f"{r['sent_bytes'] / 1e3:.0f}", f"{r['received_bytes'] / 1e3:.0f}",
+            str(r["round"]),
+            r["state"],
+            *(f"{r['metrics'][n]:.4f}" if n in r["metrics"] else "" for n in names),
+            str(r["participants"]),
+            str(r["refused"]),
+            *(f"{r['epsilon'][s]:.3f}" if s in r["epsilon"] else "" for s in sites[:8]),
+            f"{r['sent_bytes'] / 1e3:.0f}",
+            f"{r['received_bytes'] / 1e3:.0f}",
             f"{r['seconds']:.1f}",
         ]
         for r in rows
-    ]  # fmt: skip
+    ]
     return columns, cells
 
 
@@ -191,31 +239,54 @@ def list_rounds(run_name: RunName = None, json: Json = False, home: Home = None)
     rows = round_rows(store, found.id)
     columns, cells = rounds_table(rows)
     others = [r.id for r in store.runs() if r.id != found.id]
-    console.table({"run": found.id, "finished": found.finished is not None, "rounds": rows, "other_runs": others}, f"run {found.id[:8]} of {found.federation}", columns, cells)
+    console.table(
+        {"run": found.id, "finished": found.finished is not None, "rounds": rows, "other_runs": others},
+        f"run {found.id[:8]} of {found.federation}",
+        columns,
+        cells,
+    )
     if others and not console.OUTPUT.json:
         console.emit({}, f"other runs: {', '.join(o[:8] for o in others)}")
 
 
 @rounds_app.command()
-def show(number: Annotated[int, typer.Argument(help="The round.")], run_name: RunName = None, json: Json = False, home: Home = None) -> None:
+def show(
+    number: Annotated[int, typer.Argument(help="The round.")],
+    run_name: RunName = None,
+    json: Json = False,
+    home: Home = None,
+) -> None:
     """Show one round: every client, its verdict and why."""
     console.choose(json, home)
     store = _store()
     found = store.find_run(run_name)
     row = next((r for r in round_rows(store, found.id) if r["round"] == number), None)
     if row is None:
-        raise StateError("no such round", where=f"run {found.id[:8]}", expected=f"0 to {store.rounds(found.id)[-1].number}", got=str(number))
+        raise StateError(
+            "no such round",
+            where=f"run {found.id[:8]}",
+            expected=f"0 to {store.rounds(found.id)[-1].number}",
+            got=str(number),
+        )
     clients = [c.model_dump(exclude={"core"}) for c in store.clients(found.id, number)]
     if row["adapter"]:
         store.adapter(row["adapter"])
     columns = ["site", "verdict", "weight", "noise", "rate", "steps", "epsilon", "kB in", "update", "reason"]
     cells = [
         [
-            c["name"], c["verdict"], f"{c['weight']:g}", f"{c['noise_multiplier']:g}", f"{c['sample_rate']:.4g}", c["steps"], f"{c['epsilon']:.4f}",
-            f"{c['received_bytes'] / 1e3:.0f}", c["update"][:12], c["reason"],
+            c["name"],
+            c["verdict"],
+            f"{c['weight']:g}",
+            f"{c['noise_multiplier']:g}",
+            f"{c['sample_rate']:.4g}",
+            c["steps"],
+            f"{c['epsilon']:.4f}",
+            f"{c['received_bytes'] / 1e3:.0f}",
+            c["update"][:12],
+            c["reason"],
         ]
         for c in clients
-    ]  # fmt: skip
+    ]
     scores = _scores(row["metrics"])
     title = f"run {found.id[:8]} round {number}: {row['state']}{', ' + scores if scores else ''}\nadapter {row['adapter']}, digest checked"
     console.table({"run": found.id} | row | {"clients": clients}, title, columns, cells)
@@ -236,8 +307,15 @@ def export(
     store = _store()
     found = store.find_run(run_name)
     chosen = number if number is not None else store.last_committed(found.id).number
-    folder = export_round(store, found, chosen, out or console.OUTPUT.home / "exports" / f"{found.federation}-{found.id[:8]}-round-{chosen}")
-    console.emit({"run": found.id, "round": chosen, "path": str(folder)}, f"round {chosen} of run {found.id[:8]}: {folder}")
+    folder = export_round(
+        store,
+        found,
+        chosen,
+        out or console.OUTPUT.home / "exports" / f"{found.federation}-{found.id[:8]}-round-{chosen}",
+    )
+    console.emit(
+        {"run": found.id, "round": chosen, "path": str(folder)}, f"round {chosen} of run {found.id[:8]}: {folder}"
+    )
 
 
 def _store() -> Store:

@@ -42,7 +42,7 @@ Each site's own ledger is the authority over its text.
 ## Loading it
 {loading}
 """
-_CLASSIFY = '''```python
+_CLASSIFY = """```python
 import json, torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -59,19 +59,24 @@ with torch.no_grad():
 mask = batch["attention_mask"].unsqueeze(-1).float()
 logits = (hidden * mask).sum(1) / mask.sum(1) @ head["weight"].T + head["bias"]
 print(labels[logits.argmax(-1).item()])
-```'''
-_CAUSAL = '''```python
+```"""
+_CAUSAL = """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), ".").eval()
-```'''
+```"""
 
 
 def _privacy_table(clients: list[RoundClient]) -> str:
-    lines = ["| site | epsilon so far | delta | noise multiplier | sample rate | steps a round | verdict |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| site | epsilon so far | delta | noise multiplier | sample rate | steps a round | verdict |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for c in clients:
-        lines.append(f"| {c.name} | {c.epsilon:.4f} | {c.delta:g} | {c.noise_multiplier:g} | {c.sample_rate:.6g} | {c.steps} | {c.verdict} |")
+        lines.append(
+            f"| {c.name} | {c.epsilon:.4f} | {c.delta:g} | {c.noise_multiplier:g} | {c.sample_rate:.6g} | {c.steps} | {c.verdict} |"
+        )
     return "\n".join(lines)
 
 
@@ -87,7 +92,12 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
     """
     row = next((r for r in store.rounds(run.id) if r.number == number and r.state == "committed"), None)
     if row is None or row.adapter is None:
-        raise InputError("no such committed round", where=f"run {run.id[:8]}", expected=f"0 to {store.last_committed(run.id).number}", got=str(number))
+        raise InputError(
+            "no such committed round",
+            where=f"run {run.id[:8]}",
+            expected=f"0 to {store.last_committed(run.id).number}",
+            got=str(number),
+        )
     if out.exists():
         raise InputError("the folder is there already", where=str(out), mend="choose another --out")
     schema = Schema.from_list(json.loads(run.tensors), "registry")
@@ -109,21 +119,50 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
             if not chosen:
                 continue
             part = Schema(tuple((n.removeprefix(prefix), s) for n, s in chosen))
-            data = to_safetensors(part.join({n.removeprefix(prefix): parts[n] for n, _ in chosen}), part, {"format": "pt"})
+            data = to_safetensors(
+                part.join({n.removeprefix(prefix): parts[n] for n, _ in chosen}), part, {"format": "pt"}
+            )
             write_durably(temp / name, data, mode=0o644)
         metrics = store.metrics(run.id, number)
         record = {
-            "federation": run.federation, "run": run.id, "round": number, "adapter": row.adapter, "base": run.base, "task": task.kind, "labels": list(task.labels),
-            "max_tokens": task.max_tokens, "pooling": "mean" if task.labels else None, "metrics": metrics, "vector": digest(vector.tobytes()),
-            "clients": [{"name": c.name, "key": c.client, "verdict": c.verdict, "epsilon": c.epsilon, "delta": c.delta, "plan": c.plan} for c in clients],
-        }  # fmt: skip
+            "federation": run.federation,
+            "run": run.id,
+            "round": number,
+            "adapter": row.adapter,
+            "base": run.base,
+            "task": task.kind,
+            "labels": list(task.labels),
+            "max_tokens": task.max_tokens,
+            "pooling": "mean" if task.labels else None,
+            "metrics": metrics,
+            "vector": digest(vector.tobytes()),
+            "clients": [
+                {
+                    "name": c.name,
+                    "key": c.client,
+                    "verdict": c.verdict,
+                    "epsilon": c.epsilon,
+                    "delta": c.delta,
+                    "plan": c.plan,
+                }
+                for c in clients
+            ],
+        }
         write_durably(temp / "cloister.json", json.dumps(record, indent=1, sort_keys=True).encode() + b"\n", mode=0o644)
         loading = _CLASSIFY.replace("MAX_TOKENS", str(task.max_tokens)) if task.labels else _CAUSAL
         card = _CARD.format(
-            federation=run.federation, run=run.id[:8], number=number, sites=sum(c.verdict == "accepted" for c in clients), base=run.base, adapter=row.adapter,
-            metrics=", ".join(f"{k} {v:.4f}" for k, v in metrics.items()) or "none", neighbours=NEIGHBOURS, accountant=ACCOUNTANT,
-            privacy=_privacy_table(clients), loading=loading,
-        )  # fmt: skip
+            federation=run.federation,
+            run=run.id[:8],
+            number=number,
+            sites=sum(c.verdict == "accepted" for c in clients),
+            base=run.base,
+            adapter=row.adapter,
+            metrics=", ".join(f"{k} {v:.4f}" for k, v in metrics.items()) or "none",
+            neighbours=NEIGHBOURS,
+            accountant=ACCOUNTANT,
+            privacy=_privacy_table(clients),
+            loading=loading,
+        )
         write_durably(temp / "README.md", card.encode(), mode=0o644)
         temp.chmod(0o755)
         temp.rename(out)

@@ -12,7 +12,14 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloister_shared.cards import CoordinatorCard, SiteCard, check_name, read_coordinator_card, read_site_card, split_address
+from cloister_shared.cards import (
+    CoordinatorCard,
+    SiteCard,
+    check_name,
+    read_coordinator_card,
+    read_site_card,
+    split_address,
+)
 from cloister_shared.encoding import write_durably
 from cloister_shared.errors import InputError, VerificationError
 from cloister_shared.plan import TASK_KINDS, TaskSpec
@@ -103,15 +110,18 @@ def read_federation(path: Path) -> Federation:
         InputError: A key is missing, unknown, of another type or out of range.
     """
     table = read_toml(path, "federation")
-    task, training, privacy, waiting, held = (table.table(n) for n in ("task", "training", "privacy", "round", "held_out"))
+    task, training, privacy, waiting, held = (
+        table.table(n) for n in ("task", "training", "privacy", "round", "held_out")
+    )
     spec = _task(task)
     held_out = None
     if held.written:
         source = Path(held.text("path")).expanduser()
         held_out = HeldOut(
-            source if source.is_absolute() else path.parent / source, held.text("text"),
+            source if source.is_absolute() else path.parent / source,
+            held.text("text"),
             held.text("label") if spec.kind == "text-classification" else "",
-        )  # fmt: skip
+        )
     federation = Federation(
         path=path.resolve(),
         name=check_name(table.text("name"), str(path)),
@@ -125,7 +135,9 @@ def read_federation(path: Path) -> Federation:
         adapter_rate=training.number("adapter_rate", 0, 10, 1e-3),
         head_rate=training.number("head_rate", 0, 10, 3e-2),
         epsilon=privacy.number("epsilon", 1e-3, 1000) if "epsilon" in privacy.written else None,
-        noise_multiplier=privacy.number("noise_multiplier", 1e-3, 1000) if "noise_multiplier" in privacy.written else None,
+        noise_multiplier=privacy.number("noise_multiplier", 1e-3, 1000)
+        if "noise_multiplier" in privacy.written
+        else None,
         delta=privacy.number("delta", 1e-15, 0.5, 1e-5),
         deadline=waiting.number("deadline_seconds", 1, 7 * 86400, 1800),
         min_clients=waiting.integer("min_clients", 1, 1_000_000, 2),
@@ -135,7 +147,12 @@ def read_federation(path: Path) -> Federation:
         part.finish()
     split_address(federation.address, f"{path} address")
     if (federation.epsilon is None) == (federation.noise_multiplier is None):
-        raise InputError("say how much privacy", where=f"{path} [privacy]", expected="either epsilon or noise_multiplier", got="both or none")
+        raise InputError(
+            "say how much privacy",
+            where=f"{path} [privacy]",
+            expected="either epsilon or noise_multiplier",
+            got="both or none",
+        )
     return federation
 
 
@@ -199,10 +216,18 @@ def init(home: Path, federation: Federation, base_digest: str, bundle: str) -> C
     write_durably(home / "control.token", secrets.token_urlsafe(32).encode())
     task = federation.task
     card = CoordinatorCard(
-        federation=federation.name, address=federation.address, ca=(home / "tls" / "ca.crt").read_text(), key=signing.verify_key.raw.hex(),
-        bundle=bundle, base=base_digest, base_source=federation.base, task=task.kind, labels=task.labels,
-        target_modules=task.target_modules, rank=task.rank,
-    )  # fmt: skip
+        federation=federation.name,
+        address=federation.address,
+        ca=(home / "tls" / "ca.crt").read_text(),
+        key=signing.verify_key.raw.hex(),
+        bundle=bundle,
+        base=base_digest,
+        base_source=federation.base,
+        task=task.kind,
+        labels=task.labels,
+        target_modules=task.target_modules,
+        rank=task.rank,
+    )
     write_durably(home / "federation.path", str(federation.path).encode(), mode=0o600)
     card.save(home / "card.json")
     return card
@@ -225,9 +250,12 @@ def open_coordinator(home: Path, federation: Federation | None = None) -> Coordi
         federation = read_federation(Path((home / "federation.path").read_text()))
     if (federation.name, federation.task.labels, federation.task.kind) != (card.federation, card.labels, card.task):
         raise InputError(
-            "the settings are not those that sites enrolled for", where=str(federation.path), expected=f"{card.federation}: {card.task}, {len(card.labels)} labels",
-            got=f"{federation.name}: {federation.task.kind}, {len(federation.task.labels)} labels", mend="restore them, or make a new federation",
-        )  # fmt: skip
+            "the settings are not those that sites enrolled for",
+            where=str(federation.path),
+            expected=f"{card.federation}: {card.task}, {len(card.labels)} labels",
+            got=f"{federation.name}: {federation.task.kind}, {len(federation.task.labels)} labels",
+            mend="restore them, or make a new federation",
+        )
     return Coordinator(home, federation, SigningKey.load(home / "sign.key"), card)
 
 
@@ -240,8 +268,18 @@ def admit_site(home: Path, path: Path) -> SiteCard:
     card = read_site_card(path)
     target = home / "sites" / f"{card.name}.json"
     if target.exists() and read_site_card(target).key != card.key:
-        raise InputError("this name is taken by another key", where=str(path), expected="a new name", got=card.name, mend="remove the old card first, if it is really replaced")
-    taken = [other.name for other in (read_site_card(p) for p in (home / "sites").glob("*.json")) if other.name != card.name and (other.key == card.key or other.node == card.node)]
+        raise InputError(
+            "this name is taken by another key",
+            where=str(path),
+            expected="a new name",
+            got=card.name,
+            mend="remove the old card first, if it is really replaced",
+        )
+    taken = [
+        other.name
+        for other in (read_site_card(p) for p in (home / "sites").glob("*.json"))
+        if other.name != card.name and (other.key == card.key or other.node == card.node)
+    ]
     if taken:
         raise InputError("this key is admitted under another name", where=str(path), got=taken[0])
     write_durably(target, path.read_bytes(), mode=0o644)

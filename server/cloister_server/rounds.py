@@ -42,7 +42,12 @@ class Exchange(Protocol):
     """The way to the clients and back: ``cloister_flower.grid.Link``, or an in-process one in tests."""
 
     def exchange(
-        self, frames: dict[int, bytes], group: str, seconds: float, enough: Callable[[dict[int, Any]], bool], tick: Callable[[], None] = ...
+        self,
+        frames: dict[int, bytes],
+        group: str,
+        seconds: float,
+        enough: Callable[[dict[int, Any]], bool],
+        tick: Callable[[], None] = ...,
     ) -> Iterator[tuple[int, Any]]:
         """Sends frames by node id and yields replies as they come."""
 
@@ -129,31 +134,58 @@ def one_round(context: Context, link: Exchange, number: int) -> None:
     by_node = {member.node: member for member in context.members if member.id in cores}
     key = OpeningKey.generate()
     receipts = receipts_of(context, before.number)
-    frames = {m.node: seal_plan(context, m, cores[m.id], parent, row.attempt, key, receipts.get(m.id, ())) for m in by_node.values()}
+    frames = {
+        m.node: seal_plan(context, m, cores[m.id], parent, row.attempt, key, receipts.get(m.id, ()))
+        for m in by_node.values()
+    }
     context.tell("round", number=number, rounds=context.run.rounds, attempt=row.attempt, cohort=len(frames))
     intake = Intake()
     with ThreadPoolExecutor(1) as pool:
         spent = pool.submit(spending, context, cores)
-        for node, message in link.exchange(frames, f"{number}.{row.attempt}", federation.deadline, lambda replies: len(replies) == len(frames)):
+        for node, message in link.exchange(
+            frames, f"{number}.{row.attempt}", federation.deadline, lambda replies: len(replies) == len(frames)
+        ):
             take(context, intake, by_node[node], cores[by_node[node].id], row.attempt, key, message)
         key.erase()
         record_costs(intake, cores, by_node, frames, spent)
     if len(intake.updates) < federation.min_clients:
         store.abort_round(context.run.id, number, intake.changes)
-        why = "; ".join(f"{m.card.name}: {intake.changes[m.id].get('reason') or intake.changes[m.id]['verdict']}" for m in by_node.values() if m.id not in intake.updates)
+        why = "; ".join(
+            f"{m.card.name}: {intake.changes[m.id].get('reason') or intake.changes[m.id]['verdict']}"
+            for m in by_node.values()
+            if m.id not in intake.updates
+        )
         raise RefusedError(
-            "round.min_clients", "too few updates for a commit", where=f"run {context.run.id[:8]} round {number}", expected=f">= {federation.min_clients}",
-            got=f"{len(intake.updates)} ({why})"[:600], mend="see to the sites, then cloister run --resume",
-        )  # fmt: skip
+            "round.min_clients",
+            "too few updates for a commit",
+            where=f"run {context.run.id[:8]} round {number}",
+            expected=f">= {federation.min_clients}",
+            got=f"{len(intake.updates)} ({why})"[:600],
+            mend="see to the sites, then cloister run --resume",
+        )
     order = sorted(intake.updates)
     weights = np.array([cores[c].weight for c in order], dtype=np.float64)
-    candidate = np.asarray(parent + weighted_mean(np.stack([intake.updates[c] for c in order]), weights), dtype=np.float32)
+    candidate = np.asarray(
+        parent + weighted_mean(np.stack([intake.updates[c] for c in order]), weights), dtype=np.float32
+    )
     metrics, judging = context.judge.judge(candidate)
-    blob = to_safetensors(candidate, context.schema, {"run": context.run.id, "round": str(number), "base": context.run.base})
+    blob = to_safetensors(
+        candidate, context.schema, {"run": context.run.id, "round": str(number), "base": context.run.base}
+    )
     adapter = store.blobs.put(blob)
     seconds = time.monotonic() - started - judging
     store.commit_round(context.run.id, number, Commit(adapter, seconds, judging, intake.changes, metrics))
-    context.tell("committed", number=number, rounds=context.run.rounds, accepted=len(order), cohort=len(frames), adapter=adapter, seconds=seconds, judging_seconds=judging, metrics=metrics)
+    context.tell(
+        "committed",
+        number=number,
+        rounds=context.run.rounds,
+        accepted=len(order),
+        cohort=len(frames),
+        adapter=adapter,
+        seconds=seconds,
+        judging_seconds=judging,
+        metrics=metrics,
+    )
 
 
 def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[RoundClient]]:
@@ -163,51 +195,110 @@ def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
     entries = []
     for member in context.members:
         core = PlanCore(
-            federation=context.federation.name, run=context.run.id, round=number, rounds=context.run.rounds, client=member.id, cohort=cohort,
-            weight=float(member.card.records), rule="mean", base=context.run.base, schema=context.schema.digest, parent=parent_digest,
-            task=context.federation.task, training=member.training,
-        )  # fmt: skip
+            federation=context.federation.name,
+            run=context.run.id,
+            round=number,
+            rounds=context.run.rounds,
+            client=member.id,
+            cohort=cohort,
+            weight=float(member.card.records),
+            rule="mean",
+            base=context.run.base,
+            schema=context.schema.digest,
+            parent=parent_digest,
+            task=context.federation.task,
+            training=member.training,
+        )
         spec = core.training
         entries.append(
             RoundClient(
-                run=core.run, number=number, client=member.id, name=member.card.name, plan=core.digest, core=core.to_bytes().decode(), weight=core.weight,
-                noise_multiplier=spec.noise_multiplier, sample_rate=spec.sample_rate, steps=spec.steps, delta=spec.delta,
-            )  # fmt: skip
+                run=core.run,
+                number=number,
+                client=member.id,
+                name=member.card.name,
+                plan=core.digest,
+                core=core.to_bytes().decode(),
+                weight=core.weight,
+                noise_multiplier=spec.noise_multiplier,
+                sample_rate=spec.sample_rate,
+                steps=spec.steps,
+                delta=spec.delta,
+            )
         )
-    return context.store.open_round(Round(run=context.run.id, number=number, state="open", parent=parent_digest, opened=time.time()), entries)
+    return context.store.open_round(
+        Round(run=context.run.id, number=number, state="open", parent=parent_digest, opened=time.time()), entries
+    )
 
 
-def seal_plan(context: Context, member: Member, core: PlanCore, parent: F32, attempt: int, key: OpeningKey, receipts: tuple[Receipt, ...]) -> bytes:
+def seal_plan(
+    context: Context,
+    member: Member,
+    core: PlanCore,
+    parent: F32,
+    attempt: int,
+    key: OpeningKey,
+    receipts: tuple[Receipt, ...],
+) -> bytes:
     """One client's plan, signed and sealed to it."""
     plan = Plan(core, attempt, key.sealing_key, int(time.time()), receipts)
     return _seal(context, member, Codec.PLAN, plan.to_bytes(parent, context.signing), core.round, attempt, core.digest)
 
 
-def _seal(context: Context, member: Member, codec: Codec, plaintext: bytes, number: int, attempt: int, plan: str) -> bytes:
+def _seal(
+    context: Context, member: Member, codec: Codec, plaintext: bytes, number: int, attempt: int, plan: str
+) -> bytes:
     header = Header(
-        direction=Direction.TO_CLIENT, codec=codec, run=bytes.fromhex(context.run.id), round=number, attempt=attempt, client=member.card.verify_key.id,
-        server=context.signing.verify_key.id, base=bytes.fromhex(context.run.base), schema=bytes.fromhex(context.schema.digest), plan=bytes.fromhex(plan),
-        parameters=context.schema.size, length=len(plaintext), time=int(time.time()), nonce=os.urandom(16),
-    )  # fmt: skip
+        direction=Direction.TO_CLIENT,
+        codec=codec,
+        run=bytes.fromhex(context.run.id),
+        round=number,
+        attempt=attempt,
+        client=member.card.verify_key.id,
+        server=context.signing.verify_key.id,
+        base=bytes.fromhex(context.run.base),
+        schema=bytes.fromhex(context.schema.digest),
+        plan=bytes.fromhex(plan),
+        parameters=context.schema.size,
+        length=len(plaintext),
+        time=int(time.time()),
+        nonce=os.urandom(16),
+    )
     return seal(header, plaintext, member.card.sealing_key, context.signing)
 
 
-def take(context: Context, intake: Intake, member: Member, core: PlanCore, attempt: int, key: OpeningKey, message: Any) -> None:
+def take(
+    context: Context, intake: Intake, member: Member, core: PlanCore, attempt: int, key: OpeningKey, message: Any
+) -> None:
     """Opens and judges one reply; whatever is wrong with it costs this client alone."""
     where, size = f"reply of {member.card.name}", 0
     try:
         frame = frame_of(message, where)
         size = len(frame)
         header, plaintext = open_envelope(
-            frame, by=member.card.verify_key, key=key, max_bytes=4 * context.schema.size + 65536, where=where,
+            frame,
+            by=member.card.verify_key,
+            key=key,
+            max_bytes=4 * context.schema.size + 65536,
+            where=where,
             expect={
-                "direction": Direction.TO_COORDINATOR, "run": bytes.fromhex(core.run), "round": core.round, "attempt": attempt, "client": member.card.verify_key.id,
-                "server": context.signing.verify_key.id, "base": bytes.fromhex(core.base), "schema": bytes.fromhex(core.schema), "plan": bytes.fromhex(core.digest),
+                "direction": Direction.TO_COORDINATOR,
+                "run": bytes.fromhex(core.run),
+                "round": core.round,
+                "attempt": attempt,
+                "client": member.card.verify_key.id,
+                "server": context.signing.verify_key.id,
+                "base": bytes.fromhex(core.base),
+                "schema": bytes.fromhex(core.schema),
+                "plan": bytes.fromhex(core.digest),
             },
-        )  # fmt: skip
+        )
         if header.codec == Codec.REFUSAL:
             said = parse_record(plaintext, where)
-            reason = "; ".join(f"{k} {str(said[k])[:200]}" if k in ("expected", "got") else str(said[k])[:200] for k in ("rule", "what", "expected", "got") if said.get(k))
+            reason = "; ".join(
+                f"{k} {str(said[k])[:200]}" if k in ("expected", "got") else str(said[k])[:200]
+                for k in ("rule", "what", "expected", "got")
+                if said.get(k)
+            )
             verdict, update = "refused-by-site", None
         elif header.codec == Codec.UPDATE_F32 and header.parameters == context.schema.size:
             update = vector_from_bytes(plaintext, context.schema, where)
@@ -221,13 +312,23 @@ def take(context: Context, intake: Intake, member: Member, core: PlanCore, attem
     if accepted and update is not None:
         intake.updates[member.id] = update
     intake.changes[member.id] = {
-        "verdict": verdict, "reason": "" if accepted else reason, "received_bytes": size, "update": digest(vector_to_bytes(update)) if update is not None else "",
-    }  # fmt: skip
-    context.tell("reply", number=core.round, site=member.card.name, verdict=verdict, reason="" if accepted else reason, bytes=size)
+        "verdict": verdict,
+        "reason": "" if accepted else reason,
+        "received_bytes": size,
+        "update": digest(vector_to_bytes(update)) if update is not None else "",
+    }
+    context.tell(
+        "reply",
+        number=core.round,
+        site=member.card.name,
+        verdict=verdict,
+        reason="" if accepted else reason,
+        bytes=size,
+    )
 
 
 def spending(context: Context, cores: dict[str, PlanCore]) -> dict[str, float]:
-    """Epsilon of each client's whole history as the coordinator knows it: everything it ever asked and was not refused, this round included."""
+    """Epsilon of each client's whole history as the coordinator knows it: all that it asked and was not refused."""
     out = {}
     for client, core in cores.items():
         history = [
@@ -239,21 +340,32 @@ def spending(context: Context, cores: dict[str, PlanCore]) -> dict[str, float]:
     return out
 
 
-def record_costs(intake: Intake, cores: dict[str, PlanCore], by_node: dict[int, Member], frames: dict[int, bytes], spent: Future[dict[str, float]]) -> None:
+def record_costs(
+    intake: Intake,
+    cores: dict[str, PlanCore],
+    by_node: dict[int, Member],
+    frames: dict[int, bytes],
+    spent: Future[dict[str, float]],
+) -> None:
     """Adds to each client's record what it cost: bytes sent, epsilon so far; a client that did not answer may have been charged."""
     costs = spent.result()
     for node, member in by_node.items():
-        change = intake.changes.setdefault(member.id, {"verdict": "missing", "reason": "no reply before the deadline", "received_bytes": 0, "update": ""})
+        change = intake.changes.setdefault(
+            member.id,
+            {"verdict": "missing", "reason": "no reply before the deadline", "received_bytes": 0, "update": ""},
+        )
         change |= {"sent_bytes": len(frames[node]), "epsilon": costs[member.id]}
 
 
 def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]:
     """Receipts for the last committed round, by client id; none for round 0."""
     rows = {r.number: r for r in context.store.rounds(context.run.id)}
-    out = {}
+    out: dict[str, tuple[Receipt, ...]] = {}
     for client in context.store.clients(context.run.id, number):
         update = client.update if client.verdict == "accepted" else ""
-        out[client.client] = (Receipt(context.run.id, number, client.plan, update, client.verdict, rows[number].adapter or ""),)
+        out[client.client] = (
+            Receipt(context.run.id, number, client.plan, update, client.verdict, rows[number].adapter or ""),
+        )
     return out
 
 
@@ -261,7 +373,15 @@ def close(context: Context, link: Exchange) -> None:
     """Sends the last round's receipts; a client that does not hear them keeps its update a little longer, nothing else."""
     receipts = receipts_of(context, context.run.rounds)
     frames = {
-        member.node: _seal(context, member, Codec.CLOSING, closing_bytes(context.run.id, receipts[member.id], context.signing), context.run.rounds, 1, "00" * 32)
+        member.node: _seal(
+            context,
+            member,
+            Codec.CLOSING,
+            closing_bytes(context.run.id, receipts[member.id], context.signing),
+            context.run.rounds,
+            1,
+            "00" * 32,
+        )
         for member in context.members
         if member.id in receipts
     }

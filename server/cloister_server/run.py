@@ -39,9 +39,15 @@ def training_for(federation: Federation, card: SiteCard) -> TrainingSpec:
     if sigma is None:
         sigma = calibrate(rate, federation.steps * federation.rounds, federation.epsilon or 0.0, federation.delta)
     return TrainingSpec(
-        steps=federation.steps, sample_rate=rate, expected_batch=rate * card.records, noise_multiplier=sigma, clipping_norm=federation.clipping_norm,
-        adapter_rate=federation.adapter_rate, head_rate=federation.head_rate, delta=federation.delta,
-    )  # fmt: skip
+        steps=federation.steps,
+        sample_rate=rate,
+        expected_batch=rate * card.records,
+        noise_multiplier=sigma,
+        clipping_norm=federation.clipping_norm,
+        adapter_rate=federation.adapter_rate,
+        head_rate=federation.head_rate,
+        delta=federation.delta,
+    )
 
 
 def earlier_training(store: Store, run: str, card: SiteCard) -> TrainingSpec | None:
@@ -50,7 +56,9 @@ def earlier_training(store: Store, run: str, card: SiteCard) -> TrainingSpec | N
     return PlanCore.from_dict(json.loads(max(asked, key=lambda c: c.number).core)).training if asked else None
 
 
-def wait_online(control: Control, cards: tuple[SiteCard, ...], least: int, seconds: float, tell: Tell) -> dict[str, int]:
+def wait_online(
+    control: Control, cards: tuple[SiteCard, ...], least: int, seconds: float, tell: Tell
+) -> dict[str, int]:
     """Registers every admitted site's node and waits for them to come online.
 
     Returns:
@@ -73,7 +81,12 @@ def wait_online(control: Control, cards: tuple[SiteCard, ...], least: int, secon
             if len(here) >= least:
                 return here
             away = ", ".join(sorted(set(nodes) - set(here)))
-            raise StateError("too few sites are online", expected=f">= {least}", got=f"{len(here)} (away: {away})", mend="cloister site up, at those sites")
+            raise StateError(
+                "too few sites are online",
+                expected=f">= {least}",
+                got=f"{len(here)} (away: {away})",
+                mend="cloister site up, at those sites",
+            )
         time.sleep(0.2)
 
 
@@ -86,7 +99,13 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
     federation, store = coordinator.federation, Store(coordinator.home)
     cards = coordinator.sites()
     if len(cards) < federation.min_clients:
-        raise InputError("too few sites are admitted", where=str(coordinator.home / "sites"), expected=f">= {federation.min_clients}", got=str(len(cards)), mend="cloister coordinator admit CARD")
+        raise InputError(
+            "too few sites are admitted",
+            where=str(coordinator.home / "sites"),
+            expected=f">= {federation.min_clients}",
+            got=str(len(cards)),
+            mend="cloister coordinator admit CARD",
+        )
     base = find_base(federation.base, f"{federation.path} base")
     base.check(coordinator.card.base, f"{federation.path} base")
     model = build(base, federation.task, str(federation.path))
@@ -98,10 +117,16 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
         if run is None:
             fan = bool(next(iter(model.encoder.peft_config.values())).fan_in_fan_out)
             run = Run(
-                id=secrets.token_hex(16), federation=federation.name, created=time.time(), rounds=federation.rounds, base=base.digest,
-                task=json.dumps(asdict(federation.task)), tensors=json.dumps(schema.as_list()), code=f"cloister {__version__}",
+                id=secrets.token_hex(16),
+                federation=federation.name,
+                created=time.time(),
+                rounds=federation.rounds,
+                base=base.digest,
+                task=json.dumps(asdict(federation.task)),
+                tensors=json.dumps(schema.as_list()),
+                code=f"cloister {__version__}",
                 config=json.dumps({"fan_in_fan_out": fan, "settings": federation.path.read_text()}),
-            )  # fmt: skip
+            )
             store.start_run(run, to_safetensors(first, schema, {"run": run.id, "round": "0", "base": base.digest}))
         elif run.flower_run is not None:
             control.stop_if_running(int(run.flower_run))
@@ -111,12 +136,27 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
         for card in cards:
             if card.name in online:
                 training = earlier_training(store, run.id, card) or training_for(federation, card)
-                cost = epsilon([DpSgd(training.noise_multiplier, training.sample_rate, training.steps * run.rounds)], training.delta)
-                tell("member", site=card.name, noise_multiplier=training.noise_multiplier, sample_rate=training.sample_rate, epsilon=cost, delta=training.delta)
+                cost = epsilon(
+                    [DpSgd(training.noise_multiplier, training.sample_rate, training.steps * run.rounds)],
+                    training.delta,
+                )
+                tell(
+                    "member",
+                    site=card.name,
+                    noise_multiplier=training.noise_multiplier,
+                    sample_rate=training.sample_rate,
+                    epsilon=cost,
+                    delta=training.delta,
+                )
                 members.append(Member(card, online[card.name], training))
         content, digest = build_bundle()
         if digest != coordinator.card.bundle:
-            raise StateError("the Flower bundle is another than sites enrolled for", expected=coordinator.card.bundle[:16], got=digest[:16], mend="reinstall the version that made this federation")
+            raise StateError(
+                "the Flower bundle is another than sites enrolled for",
+                expected=coordinator.card.bundle[:16],
+                got=digest[:16],
+                mend="reinstall the version that made this federation",
+            )
         flower_run = control.start_run(content, digest)
         store.set_flower_run(run.id, flower_run)
     link = Link(coordinator.card.address, coordinator.ca, coordinator.secret, flower_run)
@@ -139,9 +179,18 @@ def find_unfinished(store: Store, schema: str) -> Run:
     """
     run = store.find_run(None)
     if run.finished is not None:
-        raise InputError("nothing to resume", where=str(store.home), got=f"run {run.id[:8]} is finished", mend="cloister run, without --resume")
+        raise InputError(
+            "nothing to resume",
+            where=str(store.home),
+            got=f"run {run.id[:8]} is finished",
+            mend="cloister run, without --resume",
+        )
     if Schema.from_list(json.loads(run.tensors), "registry").digest != schema:
-        raise InputError("the settings would make another adapter than the run has", where=str(store.home), mend="restore the task's settings")
+        raise InputError(
+            "the settings would make another adapter than the run has",
+            where=str(store.home),
+            mend="restore the task's settings",
+        )
     return run
 
 
@@ -154,6 +203,13 @@ def make_judge(federation: Federation, base: Any, model: Any) -> Judge:
     if federation.held_out is None:
         return NoJudge()
     labels = federation.task.labels
-    records = tuple(read(Source(federation.held_out.path, federation.held_out.text, federation.held_out.label), labels or None))
-    data = encode(base, [r.text for r in records], [labels.index(r.label) if labels else 0 for r in records], federation.task.max_tokens)
+    records = tuple(
+        read(Source(federation.held_out.path, federation.held_out.text, federation.held_out.label), labels or None)
+    )
+    data = encode(
+        base,
+        [r.text for r in records],
+        [labels.index(r.label) if labels else 0 for r in records],
+        federation.task.max_tokens,
+    )
     return HeldOutJudge(model, federation.task, data)

@@ -89,8 +89,10 @@ class Metric(SQLModel, table=True):
 
 
 _TRIGGERS = (
-    "CREATE TRIGGER IF NOT EXISTS committed_stays BEFORE UPDATE ON round WHEN OLD.state = 'committed' BEGIN SELECT RAISE(ABORT, 'a committed round never changes'); END",
-    "CREATE TRIGGER IF NOT EXISTS committed_kept BEFORE DELETE ON round WHEN OLD.state = 'committed' BEGIN SELECT RAISE(ABORT, 'a committed round never goes'); END",
+    "CREATE TRIGGER IF NOT EXISTS committed_stays BEFORE UPDATE ON round WHEN OLD.state = 'committed'"
+    " BEGIN SELECT RAISE(ABORT, 'a committed round never changes'); END",
+    "CREATE TRIGGER IF NOT EXISTS committed_kept BEFORE DELETE ON round WHEN OLD.state = 'committed'"
+    " BEGIN SELECT RAISE(ABORT, 'a committed round never goes'); END",
 )
 
 
@@ -144,7 +146,9 @@ class Store:
                 for statement in _TRIGGERS:
                     connection.execute(text(statement))
         except SQLAlchemyError as error:
-            raise StateError("the registry cannot be opened", where=str(home / "registry.db"), got=str(error).splitlines()[0]) from error
+            raise StateError(
+                "the registry cannot be opened", where=str(home / "registry.db"), got=str(error).splitlines()[0]
+            ) from error
         (home / "registry.db").chmod(0o600)
 
     def close(self) -> None:
@@ -158,9 +162,16 @@ class Store:
                 yield session
                 session.commit()
         except IntegrityError as error:
-            raise StateError("the registry refused", where=str(self.home / "registry.db"), got=str(error.orig)) from error
+            raise StateError(
+                "the registry refused", where=str(self.home / "registry.db"), got=str(error.orig)
+            ) from error
         except SQLAlchemyError as error:
-            raise StateError("the registry cannot be written", where=str(self.home / "registry.db"), got=str(error).splitlines()[0], mend="free space") from error
+            raise StateError(
+                "the registry cannot be written",
+                where=str(self.home / "registry.db"),
+                got=str(error).splitlines()[0],
+                mend="free space",
+            ) from error
 
     def start_run(self, run: Run, adapter: bytes) -> None:
         """Registers a run with the adapter that it starts from, as round 0."""
@@ -168,7 +179,9 @@ class Store:
         with self._session() as session:
             session.add(run)
             session.flush()
-            session.add(Round(run=run.id, number=0, state="committed", adapter=name, opened=run.created, committed=run.created))
+            session.add(
+                Round(run=run.id, number=0, state="committed", adapter=name, opened=run.created, committed=run.created)
+            )
 
     def set_flower_run(self, run: str, flower_run: int) -> None:
         """Remembers Flower's id of the run's present attempt."""
@@ -197,7 +210,9 @@ class Store:
             if known.state == "committed":
                 raise StateError("the round is committed", where=f"run {row.run[:8]} round {row.number}")
             known.state, known.attempt = "open", known.attempt + 1
-            return known, list(session.exec(select(RoundClient).where(RoundClient.run == row.run, RoundClient.number == row.number)))
+            return known, list(
+                session.exec(select(RoundClient).where(RoundClient.run == row.run, RoundClient.number == row.number))
+            )
 
     def commit_round(self, run: str, number: int, commit: Commit) -> None:
         """Commits a round, whole, in one transaction.
@@ -208,7 +223,9 @@ class Store:
         with self._session() as session:
             row = session.get(Round, (run, number))
             if row is None or row.state != "open":
-                raise StateError("the round is not open", where=f"run {run[:8]} round {number}", got=row.state if row else "none")
+                raise StateError(
+                    "the round is not open", where=f"run {run[:8]} round {number}", got=row.state if row else "none"
+                )
             for client, changes in commit.clients.items():
                 entry = session.get_one(RoundClient, (run, number, client))
                 for key, value in changes.items():
@@ -243,7 +260,12 @@ class Store:
         """
         found = [r for r in self.runs() if name is None or r.id.startswith(name)]
         if not found or (name is not None and len(found) > 1):
-            raise InputError("no such run" if not found else "several runs begin so", where=str(self.home), got=name or "none yet", mend="cloister rounds list")
+            raise InputError(
+                "no such run" if not found else "several runs begin so",
+                where=str(self.home),
+                got=name or "none yet",
+                mend="cloister rounds list",
+            )
         return found[-1]
 
     def rounds(self, run: str) -> list[Round]:
@@ -258,7 +280,11 @@ class Store:
     def clients(self, run: str, number: int) -> list[RoundClient]:
         """Clients of a round, by name."""
         with Session(self._engine) as session:
-            found = select(RoundClient).where(RoundClient.run == run, RoundClient.number == number).order_by(RoundClient.name)
+            found = (
+                select(RoundClient)
+                .where(RoundClient.run == run, RoundClient.number == number)
+                .order_by(RoundClient.name)
+            )
             return list(session.exec(found))
 
     def asked(self, client: str) -> list[RoundClient]:
@@ -269,7 +295,9 @@ class Store:
     def metrics(self, run: str, number: int) -> dict[str, float]:
         """Scores of a round."""
         with Session(self._engine) as session:
-            return {m.name: m.value for m in session.exec(select(Metric).where(Metric.run == run, Metric.number == number))}
+            return {
+                m.name: m.value for m in session.exec(select(Metric).where(Metric.run == run, Metric.number == number))
+            }
 
     def adapter(self, digest: str) -> bytes:
         """An adapter's safetensors file, digest checked."""

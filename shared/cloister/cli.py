@@ -18,9 +18,12 @@ from cloister_shared.errors import CloisterError
 from cloister import demo_command
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Federated fine-tuning of one shared language model on text that never leaves its owners.",
-)  # fmt: skip
+)
 
 
 def _version(wanted: bool) -> None:
@@ -33,7 +36,9 @@ def _version(wanted: bool) -> None:
 def _common(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     home: Annotated[Path | None, typer.Option(help="Folder of state; CLOISTER_HOME, or ./.cloister.")] = None,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     console.OUTPUT.json, console.OUTPUT.home = False, console.default_home()
     console.choose(json, home)
@@ -47,7 +52,11 @@ def _assemble() -> None:
             missing = error.name or "a package"
 
             def explain(extra: str = entry.name, missing: str = missing) -> None:
-                raise CloisterError(f"{missing} is not installed", where=f"the {extra}'s commands", mend=f"pip install 'cloister[{extra}]'")
+                raise CloisterError(
+                    f"{missing} is not installed",
+                    where=f"the {extra}'s commands",
+                    mend=f"pip install 'cloister[{extra}]'",
+                )
 
             app.command(entry.name, help=f"Not installed: pip install 'cloister[{entry.name}]'")(explain)
     demo_command.register(app)

@@ -82,7 +82,7 @@ def own_shares(source: Source, sites: int, partition: str, seed: int) -> Shares:
         InputError: The file, the partition or the number of sites does not fit.
     """
     records = list(read(source))
-    np.random.default_rng(seed).shuffle(records)  # type: ignore[arg-type]
+    np.random.default_rng(seed).shuffle(records)
     held = max(1, min(1000, len(records) // 10))
     labels = tuple(sorted({r.label for r in records}))
     if len(labels) < 2:
@@ -90,7 +90,13 @@ def own_shares(source: Source, sites: int, partition: str, seed: int) -> Shares:
     parts = split(records[held:], sites, partition, seed, str(source.path))
     small = [i for i, part in enumerate(parts) if len(part) < _LEAST_PER_SITE]
     if small:
-        raise InputError("a site would get too few records", where=f"--partition {partition}", expected=f">= {_LEAST_PER_SITE} for each of {sites} sites", got=f"{len(parts[small[0]])} for site-{small[0] + 1}", mend="more records, fewer --sites, or another --partition")
+        raise InputError(
+            "a site would get too few records",
+            where=f"--partition {partition}",
+            expected=f">= {_LEAST_PER_SITE} for each of {sites} sites",
+            got=f"{len(parts[small[0]])} for site-{small[0] + 1}",
+            mend="more records, fewer --sites, or another --partition",
+        )
     return Shares(tuple(tuple(p) for p in parts), tuple(records[:held]), labels, False)
 
 
@@ -118,10 +124,20 @@ def split(records: Sequence[Record], sites: int, partition: str, seed: int, wher
         keyed = [(dict(r.extra).get(value), r) for r in records]
         missing = next((i for i, (k, _) in enumerate(keyed) if k is None), None)
         if missing is not None:
-            raise InputError(f"field {value!r} is missing", where=where, expected=f"field {value!r} in every row", got=", ".join(k for k, _ in keyed[missing][1].extra) or "no other fields")
+            raise InputError(
+                f"field {value!r} is missing",
+                where=where,
+                expected=f"field {value!r} in every row",
+                got=", ".join(k for k, _ in keyed[missing][1].extra) or "no other fields",
+            )
         sizes = Counter(k for k, _ in keyed)
         if len(sizes) < sites:
-            raise InputError("the field has too few values", where=f"--partition {partition}", expected=f">= {sites} values", got=str(len(sizes)))
+            raise InputError(
+                "the field has too few values",
+                where=f"--partition {partition}",
+                expected=f">= {sites} values",
+                got=str(len(sizes)),
+            )
         load, home = [0] * sites, dict[str | None, int]()
         for key, count in sorted(sizes.items(), key=lambda kv: (-kv[1], str(kv[0]))):
             home[key] = int(np.argmin(load))
@@ -129,7 +145,9 @@ def split(records: Sequence[Record], sites: int, partition: str, seed: int, wher
         for key, record in keyed:
             parts[home[key]].append(record)
         return parts
-    raise InputError("unknown partition", where="--partition", expected="iid, dirichlet:ALPHA or field:NAME", got=repr(partition))
+    raise InputError(
+        "unknown partition", where="--partition", expected="iid, dirichlet:ALPHA or field:NAME", got=repr(partition)
+    )
 
 
 def _positive(value: str) -> bool:
@@ -187,7 +205,9 @@ label = "label"
 """
 
 
-def make_federation(home: Path, shares: Shares, rounds: int, epsilon: float, steps: int, batch: int, device: str) -> Coordinator:
+def make_federation(
+    home: Path, shares: Shares, rounds: int, epsilon: float, steps: int, batch: int, device: str
+) -> Coordinator:
     """Makes the coordinator's and the sites' folders and exchanges keys by files."""
     write_records(home / "held-out.jsonl", shares.held_out)
     settings = home / "federation.toml"
@@ -202,8 +222,30 @@ def make_federation(home: Path, shares: Shares, rounds: int, epsilon: float, ste
         write_records(text, records)
         # The declared size is public: rounded, so that it does not state the true number of records.
         declared = max(10, round(len(records), -1))
-        policy = Policy((base.digest,), ("text-classification",), ("query", "value"), 8, epsilon, federation.delta, 0.3, 1, 1000, "preferred")
-        enrol(folder, name, card, Source(text, "text", "label"), policy, base="minilm", records=declared, runtime_port=free_port(), device=device, threads=threads)
+        policy = Policy(
+            (base.digest,),
+            ("text-classification",),
+            ("query", "value"),
+            8,
+            epsilon,
+            federation.delta,
+            0.3,
+            1,
+            1000,
+            "preferred",
+        )
+        enrol(
+            folder,
+            name,
+            card,
+            Source(text, "text", "label"),
+            policy,
+            base="minilm",
+            records=declared,
+            runtime_port=free_port(),
+            device=device,
+            threads=threads,
+        )
         admit_site(home / "coordinator", folder / "card.json")
     return open_coordinator(home / "coordinator")
 
@@ -325,20 +367,43 @@ def run_demo(ask: Ask) -> None:
         CloisterError: Text or machine do not allow it, or the run failed.
     """
     started, root = time.monotonic(), console.OUTPUT.home
-    shares = synthetic_shares(ask.sites, ask.seed) if ask.data is None else own_shares(Source(ask.data, ask.text, ask.label), ask.sites, ask.partition, ask.seed)
+    shares = (
+        synthetic_shares(ask.sites, ask.seed)
+        if ask.data is None
+        else own_shares(Source(ask.data, ask.text, ask.label), ask.sites, ask.partition, ask.seed)
+    )
     note = clean(root)
     root.mkdir(parents=True, exist_ok=True)
     write_durably(root / MARK, b"made by cloister demo; removed by the next one\n", mode=0o644)
-    what = "synthetic customer feedback, made here, of nobody" if shares.synthetic else f"your text from {ask.data}, split {ask.partition}"
+    what = (
+        "synthetic customer feedback, made here, of nobody"
+        if shares.synthetic
+        else f"your text from {ask.data}, split {ask.partition}"
+    )
     lines = [
         *([note] if note else []),
-        f"Text: {what}: {sum(map(len, shares.sites)):,} records at {ask.sites} sites, {len(shares.held_out)} held out, {len(shares.labels)} labels",
+        f"Text: {what}: {sum(map(len, shares.sites)):,} records at {ask.sites} sites, "
+        f"{len(shares.held_out)} held out, {len(shares.labels)} labels",
         "Starting SuperLink, and an agent, a relay and a SuperNode for each site …",
     ]
-    console.emit({"event": "demo", "synthetic": shares.synthetic, "sites": [len(s) for s in shares.sites], "held_out": len(shares.held_out), "labels": shares.labels}, lines)
+    console.emit(
+        {
+            "event": "demo",
+            "synthetic": shares.synthetic,
+            "sites": [len(s) for s in shares.sites],
+            "held_out": len(shares.held_out),
+            "labels": shares.labels,
+        },
+        lines,
+    )
     coordinator = make_federation(root, shares, ask.rounds, ask.epsilon, ask.steps, ask.batch, ask.device)
     with Group() as group:
-        superlink = group.start("superlink", "cloister_server.superlink", ["--home", str(coordinator.home)], coordinator.home / "superlink.log")
+        superlink = group.start(
+            "superlink",
+            "cloister_server.superlink",
+            ["--home", str(coordinator.home)],
+            coordinator.home / "superlink.log",
+        )
         running = []
         for number in range(1, ask.sites + 1):
             site = Running(read_site(root / "sites" / f"site-{number}"), Group())
@@ -354,7 +419,10 @@ def run_demo(ask: Ask) -> None:
             for one in running:
                 status = one.wait_agent()
                 one.start_link()
-                console.emit({"event": "site", "site": status.site, "device": status.device, "sandbox": status.sandbox}, f"  {status.site}: agent ready; {status.device}; {status.sandbox}")
+                console.emit(
+                    {"event": "site", "site": status.site, "device": status.device, "sandbox": status.sandbox},
+                    f"  {status.site}: agent ready; {status.device}; {status.sandbox}",
+                )
             if not console.OUTPUT.json:
                 console.emit({}, "  NOT ISOLATED: in a demo agent and relay run as one user")
             follow(child, running)
@@ -393,7 +461,11 @@ def follow(child: Child, running: Sequence[Running]) -> None:
                 console.emit(event, line or "")
     screen.clear()
     if child.process.returncode != 0:
-        failure = CloisterError(error["what"], **{k: error[k] for k in ("where", "expected", "got", "mend") if k in error}) if error else StateError("the run ended without a word", where=str(child.log), got=child.error_line()[:300])
+        failure = (
+            CloisterError(error["what"], **{k: error[k] for k in ("where", "expected", "got", "mend") if k in error})
+            if error
+            else StateError("the run ended without a word", where=str(child.log), got=child.error_line()[:300])
+        )
         failure.exit_code = child.process.returncode
         raise failure
 
@@ -409,12 +481,23 @@ def report(root: Path, coordinator: Coordinator, started: float, shares: Shares)
     ledgers = {p.parent.name: read_status(p / "status.json") for p in sorted((root / "sites").glob("*/agent"))}
     seconds = time.monotonic() - started
     record = {
-        "event": "report", "run": run.id, "rounds": rows, "export": str(folder), "seconds": seconds, "synthetic": shares.synthetic,
+        "event": "report",
+        "run": run.id,
+        "rounds": rows,
+        "export": str(folder),
+        "seconds": seconds,
+        "synthetic": shares.synthetic,
         "ledgers": {n: {"epsilon": s.epsilon, "cap": s.cap, "delta": s.delta} for n, s in ledgers.items()},
-    }  # fmt: skip
+    }
     if not console.OUTPUT.json:
         print()
-    console.table(record, f"Rounds of run {run.id[:8]} (scores on the coordinator's held-out text{', synthetic' if shares.synthetic else ''}; epsilon of each site's whole history)", columns, cells)
+    console.table(
+        record,
+        f"Rounds of run {run.id[:8]} (scores on the coordinator's held-out text{', synthetic' if shares.synthetic else ''};"
+        " epsilon of each site's whole history)",
+        columns,
+        cells,
+    )
     if console.OUTPUT.json:
         return
     option = "" if root == console.default_home() else f" --home {root}"

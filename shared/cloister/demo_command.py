@@ -24,7 +24,7 @@ def demo(
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Number of rounds.")] = 5,
     partition: Annotated[str, typer.Option(help="iid, dirichlet:ALPHA or field:NAME.")] = "iid",
     epsilon: Annotated[float, typer.Option(help="Epsilon of the whole run, at every site.")] = 8.0,
-    steps: Annotated[int, typer.Option(min=1, help="DP-SGD steps per round.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="DP-SGD steps per round.")] = 6,
     batch: Annotated[int, typer.Option(min=1, help="Expected records per step.")] = 128,
     seed: Annotated[int, typer.Option(help="Seed of the made text and the partition; never of noise or samples.")] = 7,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -38,7 +38,9 @@ def demo(
     if device not in ("auto", "cpu", "cuda"):
         raise InputError("unknown device", where="--device", expected="auto, cpu or cuda", got=device)
     if data is None and partition != "iid":
-        raise InputError("the made text comes in silos already", where="--partition", expected="--data FILE with it", got=partition)
+        raise InputError(
+            "the made text comes in silos already", where="--partition", expected="--data FILE with it", got=partition
+        )
     from cloister_model.quiet import quieten
 
     quieten()

@@ -95,7 +95,13 @@ _CLOSERS = (
     ("Please advise.", "Follow up in 2 days.", "Priority: normal."),
     ("you know what I mean.", "so that's that.", "can you look into it, yeah?"),
 )
-_ASIDES = ("{other} was fine this time", "no complaint about {other}", "{other} has been sorted out since", "I do not mean {other}", "last year it was {other}")
+_ASIDES = (
+    "{other} was fine this time",
+    "no complaint about {other}",
+    "{other} has been sorted out since",
+    "I do not mean {other}",
+    "last year it was {other}",
+)
 
 
 def make_silo(silo: int, count: int, seed: int, *, unseen: float = 0.0) -> list[dict[str, str]]:

@@ -47,7 +47,9 @@ class Control:
     def __enter__(self) -> Control:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._client.close()
 
     def _call(self, name: str, request: Any) -> Any:
@@ -55,12 +57,20 @@ class Control:
             return getattr(self._client, name)(request)
         except httpx.HTTPStatusError as error:
             if error.response.status_code in (401, 403):
-                raise StateError("the operator's token is refused", where=self._address, mend="use the token file of this federation (control.token)") from error
+                raise StateError(
+                    "the operator's token is refused",
+                    where=self._address,
+                    mend="use the token file of this federation (control.token)",
+                ) from error
             raise StateError(
-                f"SuperLink refused {name}", where=self._address, got=f"{error.response.status_code} {error.response.text[:200]}"
+                f"SuperLink refused {name}",
+                where=self._address,
+                got=f"{error.response.status_code} {error.response.text[:200]}",
             ) from error
         except (httpx.TransportError, ssl.SSLError) as error:
-            raise StateError("SuperLink cannot be reached", where=self._address, got=str(error), mend="cloister coordinator up") from error
+            raise StateError(
+                "SuperLink cannot be reached", where=self._address, got=str(error), mend="cloister coordinator up"
+            ) from error
 
     def wait_up(self, seconds: float) -> None:
         """Waits until SuperLink answers.
@@ -85,11 +95,17 @@ class Control:
     def nodes(self) -> dict[bytes, int]:
         """Registered nodes' ids by their public keys."""
         answer = self._call("ListNodes", ListNodesRequest())
-        return {bytes(node.public_key): int(node.node_id) for node in answer.nodes_info if node.status != "unregistered"}
+        return {
+            bytes(node.public_key): int(node.node_id) for node in answer.nodes_info if node.status != "unregistered"
+        }
 
     def online(self) -> set[int]:
         """Ids of the nodes whose heart beats."""
-        return {int(node.node_id) for node in self._call("ListNodes", ListNodesRequest()).nodes_info if node.status == "online"}
+        return {
+            int(node.node_id)
+            for node in self._call("ListNodes", ListNodesRequest()).nodes_info
+            if node.status == "online"
+        }
 
     def register(self, pem: bytes, name: str) -> int:
         """Registers a node by its public key, if it is not yet; returns its id."""
@@ -105,7 +121,9 @@ class Control:
         Raises:
             StateError: SuperLink refuses.
         """
-        answer = self._call("StartRun", StartRunRequest(fab=Fab(hash_str=digest, content=content), federation=NOOP_FEDERATION_ID))
+        answer = self._call(
+            "StartRun", StartRunRequest(fab=Fab(hash_str=digest, content=content), federation=NOOP_FEDERATION_ID)
+        )
         if not answer.run_id:
             raise StateError("SuperLink started no run", where=self._address)
         return int(answer.run_id)
@@ -116,6 +134,12 @@ class Control:
             self._client.StopRun(StopRunRequest(run_id=run))
         except httpx.HTTPStatusError as error:
             if error.response.status_code in (401, 403):
-                raise StateError("the operator's token is refused", where=self._address, mend="use the token file of this federation (control.token)") from error
+                raise StateError(
+                    "the operator's token is refused",
+                    where=self._address,
+                    mend="use the token file of this federation (control.token)",
+                ) from error
         except (httpx.TransportError, ssl.SSLError) as error:
-            raise StateError("SuperLink cannot be reached", where=self._address, got=str(error), mend="cloister coordinator up") from error
+            raise StateError(
+                "SuperLink cannot be reached", where=self._address, got=str(error), mend="cloister coordinator up"
+            ) from error

@@ -42,9 +42,18 @@ def frame_of(message: Any, where: str) -> bytes:
         VerificationError: It is an error, or does not hold exactly one frame.
     """
     if message.has_error():
-        raise VerificationError("the client answered with an error", where=where, got=f"code {message.error.code}: {str(message.error.reason)[:120]}")
+        raise VerificationError(
+            "the client answered with an error",
+            where=where,
+            got=f"code {message.error.code}: {str(message.error.reason)[:120]}",
+        )
     records = dict(message.content)
     record = records.get(_RECORD)
-    if set(records) != {_RECORD} or not isinstance(record, ArrayRecord) or list(record) != [_KEY] or record[_KEY].stype != _STYPE:
+    if (
+        set(records) != {_RECORD}
+        or not isinstance(record, ArrayRecord)
+        or list(record) != [_KEY]
+        or record[_KEY].stype != _STYPE
+    ):
         raise VerificationError("message is not one frame", where=where, got=", ".join(sorted(records))[:120])
     return bytes(record[_KEY].data)

@@ -54,7 +54,12 @@ class Link:
         self._grid.set_run(flower_run)
 
     def exchange(
-        self, frames: dict[int, bytes], group: str, seconds: float, enough: Callable[[dict[int, Any]], bool], tick: Callable[[], None] = lambda: None
+        self,
+        frames: dict[int, bytes],
+        group: str,
+        seconds: float,
+        enough: Callable[[dict[int, Any]], bool],
+        tick: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[int, Any]]:
         """Sends a frame to each node and yields ``(node, reply message)`` as replies come.
 
@@ -85,11 +90,15 @@ class Link:
                 messages = list(self._grid.pull_messages(list(waiting)))
             except (httpx.TransportError, httpx.HTTPStatusError) as error:
                 if isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500:
-                    raise StateError("SuperLink refused to hand over replies", got=str(error.response.text)[:200], mend="cloister run --resume") from error
+                    raise StateError(
+                        "SuperLink refused to hand over replies",
+                        got=str(error.response.text)[:200],
+                        mend="cloister run --resume",
+                    ) from error
                 messages = []
             for message in messages:
-                node = waiting.pop(message.metadata.reply_to_message_id, None)
-                if node is not None:
+                node = waiting.pop(message.metadata.reply_to_message_id, -1)
+                if node >= 0:
                     replies[node] = message
                     yield node, message
             if enough(replies):

@@ -43,13 +43,15 @@ class BearerPlugin(NoOpControlAuthnPlugin):  # type: ignore[misc]
         return None, None
 
 
-class SenderMiddleware(BaseHTTPMiddleware):
+class SenderMiddleware(BaseHTTPMiddleware):  # type: ignore[misc]
     """Refuses messages whose stated sender is not the node that authenticated (403)."""
 
     async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
         """Checks recognised pushes, lets the rest pass."""
         push = getattr(request.state, "protobuf_request", None)
-        if isinstance(push, PushMessagesRequest) and any(m.metadata.src_node_id != push.node.node_id for m in push.messages_list):
+        if isinstance(push, PushMessagesRequest) and any(
+            m.metadata.src_node_id != push.node.node_id for m in push.messages_list
+        ):
             return PlainTextResponse("sender is not the authenticated node", status_code=403)
         return await call_next(request)
 
@@ -69,13 +71,29 @@ def make_app(host: str, port: int, tls: Path, database: Path, secret: bytes, tok
     superlink_main._get_middleware = lambda: [*stock(), Middleware(SenderMiddleware)]
     files = [tls / name for name in ("ca.crt", "tls.crt", "tls.key")]
     config = SuperLinkLifespanConfig(
-        control_address="", health_server_address=None, host=host, port=port, insecure=False,
-        certificates=(files[0].read_bytes(), files[1].read_bytes(), files[2].read_bytes()), superexec_auth_secret=secret,
-        authn_plugin=BearerPlugin(token), event_log_plugin=None, fleet_event_log_plugin=None, enable_event_log=False, artifact_provider=None,
-        enable_supernode_auth=True, fleet_api_type=TRANSPORT_TYPE_GRPC_RERE, fleet_api_address=None, simulation=False,
-        ssl_ca_certfile=str(files[0]), ssl_certfile=str(files[1]), ssl_keyfile=str(files[2]), database=str(database),
-        isolation=ISOLATION_MODE_PROCESS, runtime_dependency_install=False,
-    )  # fmt: skip
+        control_address="",
+        health_server_address=None,
+        host=host,
+        port=port,
+        insecure=False,
+        certificates=(files[0].read_bytes(), files[1].read_bytes(), files[2].read_bytes()),
+        superexec_auth_secret=secret,
+        authn_plugin=BearerPlugin(token),
+        event_log_plugin=None,
+        fleet_event_log_plugin=None,
+        enable_event_log=False,
+        artifact_provider=None,
+        enable_supernode_auth=True,
+        fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
+        fleet_api_address=None,
+        simulation=False,
+        ssl_ca_certfile=str(files[0]),
+        ssl_certfile=str(files[1]),
+        ssl_keyfile=str(files[2]),
+        database=str(database),
+        isolation=ISOLATION_MODE_PROCESS,
+        runtime_dependency_install=False,
+    )
     try:
         return superlink_main.create_app(config, SuperLinkLifespan)
     finally:
@@ -86,6 +104,12 @@ def serve(host: str, port: int, tls: Path, database: Path, secret: bytes, token:
     """Serves until a signal; one worker, since the state's owner is this process."""
     app = make_app(host, port, tls, database, secret, token)
     uvicorn.run(
-        app, host=host, port=port, access_log=False, log_level="warning", workers=1,
-        ssl_keyfile=str(tls / "tls.key"), ssl_certfile=str(tls / "tls.crt"),
-    )  # fmt: skip
+        app,
+        host=host,
+        port=port,
+        access_log=False,
+        log_level="warning",
+        workers=1,
+        ssl_keyfile=str(tls / "tls.key"),
+        ssl_certfile=str(tls / "tls.crt"),
+    )

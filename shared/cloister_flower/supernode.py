@@ -36,16 +36,36 @@ def serve(superlink: str, ca: bytes, key_file: Path, tls: Path, port: int, secre
     pace.quicken_supernode()
     pace.quicken_pulls()
     config = SuperNodeLifespanConfig(
-        server_address=superlink, root_certificates=ca, insecure=False, authentication_keys=(key, key.public_key()),
-        max_retries=None, max_wait_time=None, node_config={}, isolation=ISOLATION_MODE_PROCESS, runtime_certificates=None,
-        runtime_root_certificates_path=None, health_server_address=None, trusted_entities=None, superexec_auth_secret=secret,
-        runtime_dependency_install=False, host="127.0.0.1", port=port,
-        runtime_ssl_certfile=str(tls / "tls.crt"), runtime_ssl_keyfile=str(tls / "tls.key"),
-    )  # fmt: skip
+        server_address=superlink,
+        root_certificates=ca,
+        insecure=False,
+        authentication_keys=(key, key.public_key()),
+        max_retries=None,
+        max_wait_time=None,
+        node_config={},
+        isolation=ISOLATION_MODE_PROCESS,
+        runtime_certificates=None,
+        runtime_root_certificates_path=None,
+        health_server_address=None,
+        trusted_entities=None,
+        superexec_auth_secret=secret,
+        runtime_dependency_install=False,
+        host="127.0.0.1",
+        port=port,
+        runtime_ssl_certfile=str(tls / "tls.crt"),
+        runtime_ssl_keyfile=str(tls / "tls.key"),
+    )
     factory = NodeStateFactory(objectstore_factory=ObjectStoreFactory())
     _start_supernode_http_api(config, factory)
     start_client_internal(
-        state_factory=factory, server_address=superlink, node_config={}, root_certificates=ca, insecure=False,
-        authentication_keys=config.authentication_keys, isolation=ISOLATION_MODE_PROCESS, runtime_api_address=f"127.0.0.1:{port}",
-        superexec_auth_secret=secret, runtime_dependency_install=False,
-    )  # fmt: skip
+        state_factory=factory,
+        server_address=superlink,
+        node_config={},
+        root_certificates=ca,
+        insecure=False,
+        authentication_keys=config.authentication_keys,
+        isolation=ISOLATION_MODE_PROCESS,
+        runtime_api_address=f"127.0.0.1:{port}",
+        superexec_auth_secret=secret,
+        runtime_dependency_install=False,
+    )

@@ -6,6 +6,7 @@ Order: ``connect`` with the SuperExec secret -> ``acquire`` polls -> ``Task`` sp
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -15,8 +16,17 @@ import httpx
 from cloister_shared.errors import StateError
 from flwr.common.constant import SubStatus
 from flwr.common.serde import context_from_proto, context_to_proto, run_from_proto
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushTaskOutputRequest, SendTaskHeartbeatRequest
-from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullTaskInputRequest,
+    PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
+)
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
@@ -35,9 +45,14 @@ def connect(address: str, ca: bytes, secret: bytes) -> Any:
         secret: The SuperExec secret.
     """
     return RuntimeHttpClient.from_server_address(
-        address, False, ca,
-        [RuntimeVersionHttpInterceptor(component_name="SuperExec"), SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=_ACQUIRE)],
-    )  # fmt: skip
+        address,
+        False,
+        ca,
+        [
+            RuntimeVersionHttpInterceptor(component_name="SuperExec"),
+            SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=_ACQUIRE),
+        ],
+    )
 
 
 def acquire(client: Any, kind: str) -> tuple[int, str] | None:
@@ -51,7 +66,11 @@ def acquire(client: Any, kind: str) -> tuple[int, str] | None:
         answer = client.AcquireTask(AcquireTaskRequest(supported_task_types=[kind]))
     except httpx.HTTPStatusError as error:
         if error.response.status_code in (401, 403):
-            raise StateError("the SuperExec secret is refused", where=str(error.request.url.host), mend="use the secret file of this federation") from error
+            raise StateError(
+                "the SuperExec secret is refused",
+                where=str(error.request.url.host),
+                mend="use the secret file of this federation",
+            ) from error
         raise
     return (answer.task.task_id, answer.token) if answer.HasField("task") and answer.token else None
 
@@ -77,14 +96,21 @@ class Task:
         """Connects with the task's ``token``."""
         return cls(
             RuntimeHttpClient.from_server_address(
-                address, False, ca, [RuntimeVersionHttpInterceptor(component_name=component), RuntimeTokenHttpInterceptor(token)]
+                address,
+                False,
+                ca,
+                [RuntimeVersionHttpInterceptor(component_name=component), RuntimeTokenHttpInterceptor(token)],
             )
         )
 
     def pull_run(self) -> Any:
         """Pulls a server task's input and returns Flower's run; the bundle is dropped unread."""
         answer = self.client.PullTaskInput(PullTaskInputRequest())
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = answer.task_id, answer.run.run_id, answer.context.node_id
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = (
+            answer.task_id,
+            answer.run.run_id,
+            answer.context.node_id,
+        )
         self.context = context_from_proto(answer.context)
         return run_from_proto(answer.run)
 
@@ -102,7 +128,9 @@ class Task:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.finish(failed=error is not None)
 
     def _beat(self) -> None:
@@ -125,10 +153,13 @@ class Task:
             return
         self._stop.set()
         status, details = (SubStatus.FAILED, "failed") if failed else (SubStatus.COMPLETED, "")
-        try:
-            self.client.PushTaskOutput(PushTaskOutputRequest(context=context_to_proto(self.context) if self.context else None, sub_status=status, details=details))
-        except httpx.HTTPError:
-            pass  # the service forgets a task whose heart stops; nothing of ours depends on its status
+        # The service forgets a task whose heart stops; nothing of ours depends on its status.
+        with contextlib.suppress(httpx.HTTPError):
+            self.client.PushTaskOutput(
+                PushTaskOutputRequest(
+                    context=context_to_proto(self.context) if self.context else None, sub_status=status, details=details
+                )
+            )
         if self._thread is not None:
             self._thread.join(timeout=2 * _BEAT_SECONDS)
         self.client.close()

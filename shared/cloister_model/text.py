@@ -1,4 +1,4 @@
-"""Reading text, a site's or the coordinator's held-out one: JSONL, CSV or Parquet, plain or gzipped, one record at a time, with file and row in every error.
+"""Reading text: JSONL, CSV or Parquet, plain or gzipped, one record at a time, with file and row in every error.
 
 Limits stand before memory is taken: a row of at most 1 MiB, a file of at most 10 million rows. Errors name the file and the
 row and, being shown to the data owner alone, the offending label; they never travel to a peer.
@@ -54,7 +54,9 @@ class Record:
 
 
 def _fail(what: str, path: Path, row: int | None, expected: str = "", got: str = "", mend: str = "") -> InputError:
-    return InputError(what, where=f"{path} row {row}" if row is not None else str(path), expected=expected, got=got, mend=mend)
+    return InputError(
+        what, where=f"{path} row {row}" if row is not None else str(path), expected=expected, got=got, mend=mend
+    )
 
 
 def _kind(path: Path) -> str:
@@ -67,8 +69,9 @@ def _kind(path: Path) -> str:
 
 def _open(path: Path) -> IO[bytes]:
     try:
-        handle: IO[bytes] = gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
-        handle.peek(1)  # type: ignore[attr-defined]
+        raw = path.open("rb")
+        handle = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if path.name.lower().endswith(".gz") else raw
+        handle.peek(1)
     except (OSError, EOFError, zlib.error) as error:
         raise _fail("cannot read the file", path, None, got=getattr(error, "strerror", None) or str(error)) from error
     return handle
@@ -86,11 +89,24 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 return
             number += 1
             if len(line) > MAX_ROW_BYTES:
-                raise _fail("row too long", path, number, f"<= {MAX_ROW_BYTES} bytes", f"> {MAX_ROW_BYTES} bytes", "cut or remove the row")
+                raise _fail(
+                    "row too long",
+                    path,
+                    number,
+                    f"<= {MAX_ROW_BYTES} bytes",
+                    f"> {MAX_ROW_BYTES} bytes",
+                    "cut or remove the row",
+                )
             try:
                 yield number, line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise _fail("row is not UTF-8", path, number, "UTF-8", f"byte 0x{line[error.start]:02x} at column {error.start + 1}") from error
+                raise _fail(
+                    "row is not UTF-8",
+                    path,
+                    number,
+                    "UTF-8",
+                    f"byte 0x{line[error.start]:02x} at column {error.start + 1}",
+                ) from error
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -144,7 +160,13 @@ def _parquet(path: Path, wanted: tuple[str, ...] | None) -> Iterator[tuple[int, 
 
 def _field(row: dict[str, Any], name: str, what: str, path: Path, number: int) -> str:
     if name not in row or row[name] is None:
-        raise _fail(f"{what} field {name!r} is missing", path, number, f"field {name!r}", f"fields {', '.join(sorted(map(str, row)))[:200] or 'none'}")
+        raise _fail(
+            f"{what} field {name!r} is missing",
+            path,
+            number,
+            f"field {name!r}",
+            f"fields {', '.join(sorted(map(str, row)))[:200] or 'none'}",
+        )
     value = row[name]
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise _fail(f"{what} field {name!r} is not text", path, number, "text", type(value).__name__)
@@ -169,14 +191,25 @@ def read(source: Source, labels: tuple[str, ...] | None = None) -> Iterator[Reco
         if not text.strip():
             raise _fail("text is empty", source.path, number, "some text", "none", "remove the row")
         if len(text.encode()) > MAX_ROW_BYTES:
-            raise _fail("row too long", source.path, number, f"<= {MAX_ROW_BYTES} bytes", f"{len(text.encode())} bytes", "cut or remove the row")
+            raise _fail(
+                "row too long",
+                source.path,
+                number,
+                f"<= {MAX_ROW_BYTES} bytes",
+                f"{len(text.encode())} bytes",
+                "cut or remove the row",
+            )
         label = _field(row, source.label, "label", source.path, number) if source.label else ""
         if labels is not None and source.label and label not in labels:
             raise _fail("unknown label", source.path, number, f"one of {', '.join(labels)}"[:300], repr(label)[:80])
         count += 1
         if count > MAX_ROWS:
             raise _fail("too many rows", source.path, number, f"<= {MAX_ROWS}")
-        extra = tuple((str(k), str(v)) for k, v in row.items() if k not in (source.text, source.label) and isinstance(v, str | int))
+        extra = tuple(
+            (str(k), str(v))
+            for k, v in row.items()
+            if k not in (source.text, source.label) and isinstance(v, str | int)
+        )
         yield Record(text, label, extra)
     if not count:
         raise _fail("the file holds no records", source.path, None, "at least one record", "none")

@@ -6,6 +6,7 @@ checks every field before anything is kept.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,9 @@ def check_name(name: str, where: str) -> str:
         InputError: Another form.
     """
     if not _NAME.fullmatch(name):
-        raise InputError("not a name", where=where, expected="lower-case letters, digits and dashes, at most 40", got=repr(name)[:60])
+        raise InputError(
+            "not a name", where=where, expected="lower-case letters, digits and dashes, at most 40", got=repr(name)[:60]
+        )
     return name
 
 
@@ -78,9 +81,14 @@ class CoordinatorCard:
 
 
 def _checked(record: dict[str, Any], kind: type, path: Path) -> dict[str, Any]:
-    fields = set(kind.__dataclass_fields__)
+    fields = {f.name for f in dataclasses.fields(kind)}
     if set(record) != fields:
-        raise InputError("card has other fields", where=str(path), expected=", ".join(sorted(fields)), got=", ".join(sorted(record))[:200])
+        raise InputError(
+            "card has other fields",
+            where=str(path),
+            expected=", ".join(sorted(fields)),
+            got=", ".join(sorted(record))[:200],
+        )
     return record
 
 
@@ -93,7 +101,11 @@ def read_coordinator_card(path: Path) -> CoordinatorCard:
     record = _checked(read_json(path, "coordinator card"), CoordinatorCard, path)
     texts = ("federation", "address", "ca", "key", "bundle", "base", "base_source", "task")
     lists = ("labels", "target_modules")
-    if not all(isinstance(record[n], str) and record[n] for n in texts) or record["task"] not in TASK_KINDS or not isinstance(record["rank"], int):
+    if (
+        not all(isinstance(record[n], str) and record[n] for n in texts)
+        or record["task"] not in TASK_KINDS
+        or not isinstance(record["rank"], int)
+    ):
         raise InputError("card has an empty or malformed field", where=str(path))
     if not all(isinstance(record[n], list) and all(isinstance(v, str) for v in record[n]) for n in lists):
         raise InputError("card has a malformed list", where=str(path))
@@ -150,7 +162,9 @@ class SiteCard:
     def save(self, path: Path, by: SigningKey) -> None:
         """Writes the signed card."""
         body = asdict(self)
-        write_durably(path, canonical(body | {"signature": by.sign(_SITE_PURPOSE, canonical(body)).hex()}) + b"\n", mode=0o644)
+        write_durably(
+            path, canonical(body | {"signature": by.sign(_SITE_PURPOSE, canonical(body)).hex()}) + b"\n", mode=0o644
+        )
 
 
 def read_site_card(path: Path) -> SiteCard:
@@ -162,7 +176,11 @@ def read_site_card(path: Path) -> SiteCard:
     record = read_json(path, "site card")
     signature = record.pop("signature", None)
     _checked(record, SiteCard, path)
-    if not all(isinstance(record[n], str) for n in ("name", "key", "sealing", "node")) or not isinstance(record["records"], int) or record["records"] < 1:
+    if (
+        not all(isinstance(record[n], str) for n in ("name", "key", "sealing", "node"))
+        or not isinstance(record["records"], int)
+        or record["records"] < 1
+    ):
         raise InputError("card has a malformed field", where=str(path))
     card = SiteCard(**record)
     check_name(card.name, str(path))
@@ -170,5 +188,7 @@ def read_site_card(path: Path) -> SiteCard:
         card.verify_key.verify(_SITE_PURPOSE, canonical(asdict(card)), bytes.fromhex(str(signature)), str(path))
         card.sealing_key._public()
     except (VerificationError, ValueError) as error:
-        raise InputError("card is not signed by the key it introduces", where=str(path), mend="ask the site for its card again") from error
+        raise InputError(
+            "card is not signed by the key it introduces", where=str(path), mend="ask the site for its card again"
+        ) from error
     return card

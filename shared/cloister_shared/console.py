@@ -69,7 +69,13 @@ def site_home(name: str | None) -> Path:
     found = site_homes()
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise InputError("which site?", where=str(OUTPUT.home), expected="one site, or its name", got=names, mend="name it, or choose --home")
+        raise InputError(
+            "which site?",
+            where=str(OUTPUT.home),
+            expected="one site, or its name",
+            got=names,
+            mend="name it, or choose --home",
+        )
     return found[0]
 
 
@@ -89,7 +95,11 @@ def table(record: dict[str, Any], title: str, columns: Sequence[str], rows: Iter
         return
     grid = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for column in columns:
-        grid.add_column(column, justify="left" if column in (columns[0], "reason", "verdict", "state") else "right", no_wrap=column not in ("reason",))
+        grid.add_column(
+            column,
+            justify="left" if column in (columns[0], "reason", "verdict", "state") else "right",
+            no_wrap=column not in ("reason",),
+        )
     for row in rows:
         grid.add_row(*[str(cell) for cell in row])
     console = Console(width=None if sys.stdout.isatty() else 160)

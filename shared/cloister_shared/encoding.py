@@ -46,11 +46,15 @@ def parse_record(data: bytes, where: str) -> dict[str, Any]:
         VerificationError: The bytes are not such an object.
     """
     if len(data) > MAX_RECORD_BYTES:
-        raise VerificationError("record too large", where=where, expected=f"<= {MAX_RECORD_BYTES} bytes", got=str(len(data)))
+        raise VerificationError(
+            "record too large", where=where, expected=f"<= {MAX_RECORD_BYTES} bytes", got=str(len(data))
+        )
     try:
         record = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise VerificationError("not a record", where=where, expected="one JSON object", got=str(error)[:120]) from error
+        raise VerificationError(
+            "not a record", where=where, expected="one JSON object", got=str(error)[:120]
+        ) from error
     if not isinstance(record, dict):
         raise VerificationError("not a record", where=where, expected="one JSON object", got=type(record).__name__)
     return record
@@ -85,7 +89,9 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o600) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        raise StateError("cannot write", where=str(path), got=str(error), mend="free space or fix its permissions") from error
+        raise StateError(
+            "cannot write", where=str(path), got=str(error), mend="free space or fix its permissions"
+        ) from error
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -43,7 +43,8 @@ class CloisterError(Exception):
     def as_dict(self) -> dict[str, str | int]:
         """The same, for ``--json``."""
         named = {"what": self.what, "where": self.where, "expected": self.expected, "got": self.got, "mend": self.mend}
-        return {"error": type(self).__name__, "exit_code": self.exit_code} | {k: v for k, v in named.items() if v}
+        head: dict[str, str | int] = {"error": type(self).__name__, "exit_code": self.exit_code}
+        return head | {k: v for k, v in named.items() if v}
 
 
 class InputError(CloisterError):
@@ -65,7 +66,9 @@ class RefusedError(CloisterError):
         rule: The rule's dotted name, e.g. ``policy.max_rank``; the only part that travels to a peer.
     """
 
-    def __init__(self, rule: str, what: str, *, where: str = "", expected: str = "", got: str = "", mend: str = "") -> None:
+    def __init__(
+        self, rule: str, what: str, *, where: str = "", expected: str = "", got: str = "", mend: str = ""
+    ) -> None:
         self.rule = rule
         super().__init__(what, where=where, expected=expected, got=got, mend=mend)
 

@@ -35,16 +35,26 @@ def _must(good: bool, what: str, got: object) -> None:
 
 
 def _hex(value: Any, size: int, what: str) -> None:
-    _must(isinstance(value, str) and len(value) == 2 * size and set(value) <= set("0123456789abcdef"), f"{what} is not {size} bytes in hex", value)
+    _must(
+        isinstance(value, str) and len(value) == 2 * size and set(value) <= set("0123456789abcdef"),
+        f"{what} is not {size} bytes in hex",
+        value,
+    )
 
 
 def _number(value: Any, low: float, high: float, what: str) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+    good = (
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+    )
     _must(good, f"{what} is not from {low:g} to {high:g}", value)
 
 
 def _integer(value: Any, low: int, high: int, what: str) -> None:
-    _must(isinstance(value, int) and not isinstance(value, bool) and low <= value <= high, f"{what} is not an integer from {low} to {high}", value)
+    _must(
+        isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
+        f"{what} is not an integer from {low} to {high}",
+        value,
+    )
 
 
 @dataclass(frozen=True)
@@ -72,9 +82,17 @@ class TaskSpec:
     def __post_init__(self) -> None:
         _must(self.kind in TASK_KINDS, "unknown task", self.kind)
         texts = (*self.labels, *self.target_modules)
-        _must(all(isinstance(v, str) and 0 < len(v) <= 200 for v in texts), "labels or modules are not short texts", texts)
-        _must(len(set(self.labels)) == len(self.labels) <= MAX_LABELS, "labels repeat or are too many", len(self.labels))
-        _must((len(self.labels) >= 2) == (self.kind == "text-classification"), "labels do not fit the task", self.labels[:3])
+        _must(
+            all(isinstance(v, str) and 0 < len(v) <= 200 for v in texts), "labels or modules are not short texts", texts
+        )
+        _must(
+            len(set(self.labels)) == len(self.labels) <= MAX_LABELS, "labels repeat or are too many", len(self.labels)
+        )
+        _must(
+            (len(self.labels) >= 2) == (self.kind == "text-classification"),
+            "labels do not fit the task",
+            self.labels[:3],
+        )
         _must(bool(self.target_modules), "no target modules", self.target_modules)
         _integer(self.max_tokens, 4, 4096, "max_tokens")
         _integer(self.rank, 1, 256, "rank")
@@ -161,13 +179,21 @@ class PlanCore:
     training: TrainingSpec
 
     def __post_init__(self) -> None:
-        _must(isinstance(self.federation, str) and 0 < len(self.federation) <= 100, "federation has no name", self.federation)
+        _must(
+            isinstance(self.federation, str) and 0 < len(self.federation) <= 100,
+            "federation has no name",
+            self.federation,
+        )
         _hex(self.run, 16, "run")
         _integer(self.rounds, 1, 1_000_000, "rounds")
         _integer(self.round, 1, self.rounds, "round")
         for member in (self.client, *self.cohort):
             _hex(member, 16, "client")
-        _must(list(self.cohort) == sorted(set(self.cohort)) and self.client in self.cohort, "cohort is not sorted, distinct and with the client", self.cohort)
+        _must(
+            list(self.cohort) == sorted(set(self.cohort)) and self.client in self.cohort,
+            "cohort is not sorted, distinct and with the client",
+            self.cohort,
+        )
         _number(self.weight, 1e-9, 1e9, "weight")
         _must(self.rule == "mean", "unknown aggregation rule", self.rule)
         for name in ("base", "schema", "parent"):
@@ -237,7 +263,11 @@ class Receipt:
         _integer(receipt.round, 1, 1_000_000, "receipt.round")
         for digest_hex in filter(None, (receipt.plan, receipt.update, receipt.adapter)):
             _hex(digest_hex, 32, "receipt digest")
-        _must(isinstance(receipt.verdict, str) and 0 < len(receipt.verdict) <= 100, "receipt has no verdict", receipt.verdict)
+        _must(
+            isinstance(receipt.verdict, str) and 0 < len(receipt.verdict) <= 100,
+            "receipt has no verdict",
+            receipt.verdict,
+        )
         return receipt
 
 
@@ -292,9 +322,12 @@ class Plan:
         record = parse_record(record_bytes, where)
         try:
             plan = cls(
-                PlanCore.from_dict(record["core"]), record["attempt"], SealingKey.from_hex(record["round_key"], where), record["issued"],
+                PlanCore.from_dict(record["core"]),
+                record["attempt"],
+                SealingKey.from_hex(record["round_key"], where),
+                record["issued"],
                 tuple(Receipt.from_dict(r) for r in record["receipts"]),
-            )  # fmt: skip
+            )
         except (KeyError, TypeError) as error:
             raise VerificationError("plan is malformed", where=where, got=str(error)) from error
         _integer(plan.attempt, 1, 1_000_000, "attempt")
@@ -315,9 +348,13 @@ def read_parent(core: PlanCore, data: bytes, schema: Schema, where: str) -> F32:
         VerificationError: The plan is for another schema, or the bytes are not the parent it names.
     """
     if core.schema != schema.digest:
-        raise VerificationError("plan is for another adapter schema", where=where, expected=schema.digest[:16], got=core.schema[:16])
+        raise VerificationError(
+            "plan is for another adapter schema", where=where, expected=schema.digest[:16], got=core.schema[:16]
+        )
     if digest(data) != core.parent:
-        raise VerificationError("parent adapter has another digest", where=where, expected=core.parent[:16], got=digest(data)[:16])
+        raise VerificationError(
+            "parent adapter has another digest", where=where, expected=core.parent[:16], got=digest(data)[:16]
+        )
     return vector_from_bytes(data, schema, where)
 
 

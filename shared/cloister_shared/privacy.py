@@ -45,7 +45,9 @@ class DpSgd:
         good = math.isfinite(self.noise_multiplier) and 0 < self.noise_multiplier <= MAX_SIGMA
         if not (good and 0 < self.sample_rate <= 1 and self.steps >= 1):
             raise InputError(
-                "not a DP-SGD event", expected="0 < noise_multiplier <= 1000, 0 < sample_rate <= 1, steps >= 1", got=str(asdict(self))
+                "not a DP-SGD event",
+                expected="0 < noise_multiplier <= 1000, 0 < sample_rate <= 1, steps >= 1",
+                got=str(asdict(self)),
             )
 
     @classmethod
@@ -69,7 +71,9 @@ def _compose(accountant: Any, history: tuple[DpSgd, ...]) -> Any:
     import dp_accounting
 
     for event in history:
-        step = dp_accounting.PoissonSampledDpEvent(event.sample_rate, dp_accounting.GaussianDpEvent(event.noise_multiplier))
+        step = dp_accounting.PoissonSampledDpEvent(
+            event.sample_rate, dp_accounting.GaussianDpEvent(event.noise_multiplier)
+        )
         accountant.compose(step, event.steps)
     return accountant
 
@@ -79,7 +83,9 @@ def _pld(history: tuple[DpSgd, ...], delta: float) -> float:
     import dp_accounting
     from dp_accounting.pld import PLDAccountant
 
-    return float(_compose(PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE), history).get_epsilon(delta))
+    return float(
+        _compose(PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE), history).get_epsilon(delta)
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -128,9 +134,13 @@ def admit(history: Iterable[DpSgd], new: Iterable[DpSgd], cap: float, delta: flo
     would = epsilon([*history, *new], delta)
     if would > cap:
         raise RefusedError(
-            "budget.epsilon_cap", "the privacy budget does not allow it", where=where, expected=f"epsilon <= {cap:g} at delta {delta:g}",
-            got=f"{would:.4f} with this round", mend="stop here, or let the data owner raise epsilon_cap in policy.toml",
-        )  # fmt: skip
+            "budget.epsilon_cap",
+            "the privacy budget does not allow it",
+            where=where,
+            expected=f"epsilon <= {cap:g} at delta {delta:g}",
+            got=f"{would:.4f} with this round",
+            mend="stop here, or let the data owner raise epsilon_cap in policy.toml",
+        )
     return would
 
 
@@ -147,7 +157,11 @@ def calibrate(sample_rate: float, steps: int, target: float, delta: float) -> fl
     while epsilon_rdp([DpSgd(high * SIGMA_GRID, sample_rate, steps)], delta) > target:
         low, high = high, high * 2
         if high * SIGMA_GRID > MAX_SIGMA:
-            raise InputError("no noise multiplier reaches this epsilon", expected=f"epsilon {target:g} reachable", got=f"{steps} steps at rate {sample_rate:g}")
+            raise InputError(
+                "no noise multiplier reaches this epsilon",
+                expected=f"epsilon {target:g} reachable",
+                got=f"{steps} steps at rate {sample_rate:g}",
+            )
     while high - low > 1:
         middle = (low + high) // 2
         if middle and epsilon_rdp([DpSgd(middle * SIGMA_GRID, sample_rate, steps)], delta) <= target:
@@ -157,5 +171,9 @@ def calibrate(sample_rate: float, steps: int, target: float, delta: float) -> fl
     low = max(1, int(high * 0.7))
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if epsilon([DpSgd(round(middle * SIGMA_GRID, 2), sample_rate, steps)], delta) <= target else (middle, high)
+        low, high = (
+            (low, middle)
+            if epsilon([DpSgd(round(middle * SIGMA_GRID, 2), sample_rate, steps)], delta) <= target
+            else (middle, high)
+        )
     return round(high * SIGMA_GRID, 2)

@@ -49,9 +49,12 @@ def check_port(host: str, port: int, what: str) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise StateError(
-                f"cannot listen for the {what}", where=f"{host}:{port}", expected="a free port", got=error.strerror or str(error),
+                f"cannot listen for the {what}",
+                where=f"{host}:{port}",
+                expected="a free port",
+                got=error.strerror or str(error),
                 mend="stop the other process or choose another port",
-            ) from error  # fmt: skip
+            ) from error
 
 
 def free_port() -> int:
@@ -90,16 +93,25 @@ class Group:
 
     children: list[Child] = field(default_factory=list)
 
-    def start(self, name: str, module: str, arguments: Sequence[str], log: Path, *, user: int = -1, group: int = -1) -> Child:
+    def start(
+        self, name: str, module: str, arguments: Sequence[str], log: Path, *, user: int = -1, group: int = -1
+    ) -> Child:
         """Starts ``python -m module arguments`` with its output appended to ``log``."""
         fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         identity: dict[str, object] = {}
         if os.getuid() == 0 and (user >= 0 or group >= 0):
             os.fchown(fd, user, group)
-            identity = {"extra_groups": []} | ({"user": user} if user >= 0 else {}) | ({"group": group} if group >= 0 else {})
+            identity = (
+                {"extra_groups": []} | ({"user": user} if user >= 0 else {}) | ({"group": group} if group >= 0 else {})
+            )
         with os.fdopen(fd, "wb") as out:
             process = subprocess.Popen(  # type: ignore[call-overload]
-                [sys.executable, "-m", module, *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=out, umask=0o027 if group >= 0 else 0o077, **identity
+                [sys.executable, "-m", module, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                umask=0o027 if group >= 0 else 0o077,
+                **identity,
             )
         child = Child(name, process, log)
         self.children.append(child)
@@ -129,5 +141,7 @@ class Group:
     def __enter__(self) -> Group:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()

@@ -100,9 +100,25 @@ class Header:
     def pack(self) -> bytes:
         """The fixed binary form."""
         return _HEADER.pack(
-            VERSION, SUITE_HYBRID, self.direction, self.codec, self.run, self.round, self.attempt, 0, self.client, self.server,
-            self.base, self.schema, self.plan, self.parameters, self.length, CHUNK_BYTES, self.time, self.nonce,
-        )  # fmt: skip
+            VERSION,
+            SUITE_HYBRID,
+            self.direction,
+            self.codec,
+            self.run,
+            self.round,
+            self.attempt,
+            0,
+            self.client,
+            self.server,
+            self.base,
+            self.schema,
+            self.plan,
+            self.parameters,
+            self.length,
+            CHUNK_BYTES,
+            self.time,
+            self.nonce,
+        )
 
     @classmethod
     def unpack(cls, data: bytes, where: str) -> Header:
@@ -112,18 +128,52 @@ class Header:
             VerificationError: Another version, suite, size or codec.
         """
         if len(data) != _HEADER.size:
-            raise VerificationError("envelope header has another size", where=where, expected=str(_HEADER.size), got=str(len(data)))
-        version, suite, direction, codec, run, number, attempt, reserved, client, server, base, schema, plan, parameters, length, chunk, time, nonce = (
-            _HEADER.unpack(data)
-        )
+            raise VerificationError(
+                "envelope header has another size", where=where, expected=str(_HEADER.size), got=str(len(data))
+            )
+        (
+            version,
+            suite,
+            direction,
+            codec,
+            run,
+            number,
+            attempt,
+            reserved,
+            client,
+            server,
+            base,
+            schema,
+            plan,
+            parameters,
+            length,
+            chunk,
+            time,
+            nonce,
+        ) = _HEADER.unpack(data)
         if (version, suite, chunk, reserved) != (VERSION, SUITE_HYBRID, CHUNK_BYTES, 0):
             raise VerificationError(
-                "envelope of another version or suite", where=where,
-                expected=f"version {VERSION}, suite {SUITE_HYBRID}, chunks of {CHUNK_BYTES}", got=f"version {version}, suite {suite}, chunks of {chunk}",
-            )  # fmt: skip
+                "envelope of another version or suite",
+                where=where,
+                expected=f"version {VERSION}, suite {SUITE_HYBRID}, chunks of {CHUNK_BYTES}",
+                got=f"version {version}, suite {suite}, chunks of {chunk}",
+            )
         try:
             return cls(
-                Direction(direction), Codec(codec), run, number, attempt, client, server, base, schema, plan, parameters, length, time, nonce
+                Direction(direction),
+                Codec(codec),
+                run,
+                number,
+                attempt,
+                client,
+                server,
+                base,
+                schema,
+                plan,
+                parameters,
+                length,
+                time,
+                nonce,
             )
         except ValueError as error:
             raise VerificationError("envelope of an unknown kind", where=where, got=str(error)) from error
@@ -137,7 +187,9 @@ class SealingKey:
 
     def __post_init__(self) -> None:
         if len(self.raw) != _MLKEM_PUBLIC + _X_PUBLIC:
-            raise VerificationError("not a sealing key", expected=f"{_MLKEM_PUBLIC + _X_PUBLIC} bytes", got=f"{len(self.raw)} bytes")
+            raise VerificationError(
+                "not a sealing key", expected=f"{_MLKEM_PUBLIC + _X_PUBLIC} bytes", got=f"{len(self.raw)} bytes"
+            )
 
     @classmethod
     def from_hex(cls, text: str, where: str) -> SealingKey:
@@ -209,7 +261,9 @@ class OpeningKey:
             VerificationError: Not sealed to this key with this header.
         """
         if self._private is None:
-            raise VerificationError("the round's key was erased", where=where, mend="the round is closed; nothing can open it")
+            raise VerificationError(
+                "the round's key was erased", where=where, mend="the round is closed; nothing can open it"
+            )
         try:
             return _SUITE.decrypt(wrapped, self._private, info=info)
         except (InvalidTag, ValueError) as error:
@@ -226,7 +280,9 @@ def _chunk_count(length: int) -> int:
 
 def envelope_bytes(length: int) -> int:
     """Size in bytes of the envelope around ``length`` bytes of plaintext."""
-    return len(MAGIC) + 2 + _HEADER.size + 2 + _WRAPPED_BYTES + 7 + length + _TAG * _chunk_count(length) + SIGNATURE_BYTES
+    return (
+        len(MAGIC) + 2 + _HEADER.size + 2 + _WRAPPED_BYTES + 7 + length + _TAG * _chunk_count(length) + SIGNATURE_BYTES
+    )
 
 
 def seal(header: Header, plaintext: bytes, to: SealingKey, by: SigningKey) -> bytes:
@@ -247,7 +303,9 @@ def seal(header: Header, plaintext: bytes, to: SealingKey, by: SigningKey) -> by
     key, prefix = os.urandom(32), os.urandom(7)
     wrapped = _SUITE.encrypt(key, to._public(), info=packed)
     cipher, view = AESGCM(key), memoryview(plaintext)
-    out = bytearray(MAGIC + struct.pack(">H", len(packed)) + packed + struct.pack(">H", len(wrapped)) + wrapped + prefix)
+    out = bytearray(
+        MAGIC + struct.pack(">H", len(packed)) + packed + struct.pack(">H", len(wrapped)) + wrapped + prefix
+    )
     for i, nonce in enumerate(_nonces(prefix, _chunk_count(len(plaintext)))):
         out += cipher.encrypt(nonce, view[i * CHUNK_BYTES : (i + 1) * CHUNK_BYTES], None)
     out += by.sign(PURPOSE, hashlib.sha256(out).digest())
@@ -262,7 +320,12 @@ def read_header(envelope: bytes, where: str) -> Header:
     """
     start = len(MAGIC) + 2
     if len(envelope) < envelope_bytes(0) or envelope[: len(MAGIC)] != MAGIC:
-        raise VerificationError("not an envelope", where=where, expected=f"{MAGIC!r} and >= {envelope_bytes(0)} bytes", got=f"{len(envelope)} bytes")
+        raise VerificationError(
+            "not an envelope",
+            where=where,
+            expected=f"{MAGIC!r} and >= {envelope_bytes(0)} bytes",
+            got=f"{len(envelope)} bytes",
+        )
     (size,) = struct.unpack(">H", envelope[len(MAGIC) : start])
     return Header.unpack(envelope[start : start + size], where)
 
@@ -289,9 +352,11 @@ def open_envelope(
     header = read_header(envelope, where)
     if len(envelope) != envelope_bytes(header.length) or header.length > max_bytes:
         raise VerificationError(
-            "envelope of another length than its header says, or too long", where=where,
-            expected=f"{envelope_bytes(header.length)} bytes, plaintext <= {max_bytes}", got=f"{len(envelope)} bytes",
-        )  # fmt: skip
+            "envelope of another length than its header says, or too long",
+            where=where,
+            expected=f"{envelope_bytes(header.length)} bytes, plaintext <= {max_bytes}",
+            got=f"{len(envelope)} bytes",
+        )
     signed = memoryview(envelope)[:-SIGNATURE_BYTES]
     by.verify(PURPOSE, hashlib.sha256(signed).digest(), envelope[-SIGNATURE_BYTES:], where)
     known = {f.name for f in fields(Header)}
@@ -304,7 +369,9 @@ def open_envelope(
     at = len(MAGIC) + 2 + _HEADER.size
     (size,) = struct.unpack(">H", envelope[at : at + 2])
     if size != _WRAPPED_BYTES:
-        raise VerificationError("wrapped key has another size", where=where, expected=str(_WRAPPED_BYTES), got=str(size))
+        raise VerificationError(
+            "wrapped key has another size", where=where, expected=str(_WRAPPED_BYTES), got=str(size)
+        )
     at += 2
     data_key = key.unwrap(envelope[at : at + size], header.pack(), where)
     at += size

@@ -44,11 +44,21 @@ class Table:
             raise InputError(f"key {key!r} is wrong", where=self.where, expected=kind, got=repr(value)[:80])
         return value
 
-    def text(self, key: str, default: Any = _REQUIRED, *, choices: tuple[str, ...] = (), pattern: Callable[[str], bool] = bool) -> str:
+    def text(
+        self,
+        key: str,
+        default: Any = _REQUIRED,
+        *,
+        choices: tuple[str, ...] = (),
+        pattern: Callable[[str], bool] = bool,
+    ) -> str:
         """A non-empty string, of ``choices`` where given."""
         kind = f"one of {', '.join(choices)}" if choices else "a text"
         value: str = self._get(
-            key, kind, lambda v: isinstance(v, str) and bool(v) and (not choices or v in choices) and pattern(v), default
+            key,
+            kind,
+            lambda v: isinstance(v, str) and bool(v) and (not choices or v in choices) and pattern(v),
+            default,
         )
         return value
 
@@ -56,7 +66,12 @@ class Table:
         """A finite number in ``[low, high]``."""
 
         def accept(value: Any) -> bool:
-            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+            return (
+                isinstance(value, int | float)
+                and not isinstance(value, bool)
+                and math.isfinite(value)
+                and low <= value <= high
+            )
 
         return float(self._get(key, f"a finite number from {low:g} to {high:g}", accept, default))
 
@@ -76,7 +91,11 @@ class Table:
         """A list of distinct non-empty strings."""
 
         def accept(value: Any) -> bool:
-            return isinstance(value, list) and all(isinstance(v, str) and v for v in value) and len(set(value)) == len(value)
+            return (
+                isinstance(value, list)
+                and all(isinstance(v, str) and v for v in value)
+                and len(set(value)) == len(value)
+            )
 
         return tuple(self._get(key, "a list of distinct texts", accept, default))
 
@@ -98,7 +117,9 @@ class Table:
 
     def tables(self, key: str) -> list[Table]:
         """An array of tables."""
-        values = self._get(key, "an array of tables", lambda v: isinstance(v, list) and all(isinstance(i, dict) for i in v), [])
+        values = self._get(
+            key, "an array of tables", lambda v: isinstance(v, list) and all(isinstance(i, dict) for i in v), []
+        )
         return [Table(value, f"{self.where} [[{key}]] #{i + 1}") for i, value in enumerate(values)]
 
     def finish(self) -> None:
@@ -109,7 +130,9 @@ class Table:
         """
         odd = sorted(set(self._values) - self._seen)
         if odd:
-            raise InputError(f"key {odd[0]!r} is not known here", where=self.where, expected=", ".join(sorted(self._seen)))
+            raise InputError(
+                f"key {odd[0]!r} is not known here", where=self.where, expected=", ".join(sorted(self._seen))
+            )
 
 
 def read_toml(path: Path, what: str) -> Table:

@@ -1,6 +1,6 @@
-"""Ed25519 signatures (RFC 8032) with a named purpose, and private keys at rest.
+r"""Ed25519 signatures (RFC 8032) with a named purpose, and private keys at rest.
 
-Every signature covers ``b"cloister/v1/" + purpose + b"\\x00" + data``, so that one made for a purpose cannot serve another.
+Every signature covers ``b"cloister/v1/" + purpose + b"\x00" + data``, so that one made for a purpose cannot serve another.
 Private keys are files of mode 0600; they never appear in a repr, a log or an argument.
 """
 
@@ -114,7 +114,15 @@ def read_secret(path: Path, size: int | None = None) -> bytes:
     except OSError as error:
         raise StateError("cannot read a secret file", where=str(path), got=error.strerror or str(error)) from error
     if mode & 0o077:
-        raise StateError("a secret file is open to others", where=str(path), expected="mode 0600", got=oct(mode), mend=f"chmod 600 {path}")
+        raise StateError(
+            "a secret file is open to others",
+            where=str(path),
+            expected="mode 0600",
+            got=oct(mode),
+            mend=f"chmod 600 {path}",
+        )
     if size is not None and len(data) != size:
-        raise StateError("a secret file has another size", where=str(path), expected=f"{size} bytes", got=f"{len(data)} bytes")
+        raise StateError(
+            "a secret file has another size", where=str(path), expected=f"{size} bytes", got=f"{len(data)} bytes"
+        )
     return data

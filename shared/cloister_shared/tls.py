@@ -21,7 +21,9 @@ _LIFE = datetime.timedelta(days=398)
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
 
 
 def _name(common: str) -> x509.Name:
@@ -60,9 +62,16 @@ def make_tls(folder: Path, common: str, hosts: tuple[str, ...]) -> None:
         )
 
     usage = {
-        "digital_signature": False, "content_commitment": False, "key_encipherment": False, "data_encipherment": False, "key_agreement": False,
-        "key_cert_sign": False, "crl_sign": False, "encipher_only": False, "decipher_only": False,
-    }  # fmt: skip
+        "digital_signature": False,
+        "content_commitment": False,
+        "key_encipherment": False,
+        "data_encipherment": False,
+        "key_agreement": False,
+        "key_cert_sign": False,
+        "crl_sign": False,
+        "encipher_only": False,
+        "decipher_only": False,
+    }
     ca = (
         builder(f"{common} CA", ca_key.public_key())
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -85,6 +94,8 @@ def make_tls(folder: Path, common: str, hosts: tuple[str, ...]) -> None:
 def make_node_key(path: Path) -> bytes:
     """Makes a SuperNode's P-384 key in OpenSSH form at ``path``; returns the public half as PEM."""
     key = ec.generate_private_key(ec.SECP384R1())
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )
     write_durably(path, private, mode=0o600)
     return key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)

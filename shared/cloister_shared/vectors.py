@@ -38,9 +38,13 @@ class Schema:
     def __post_init__(self) -> None:
         names = [name for name, _ in self.tensors]
         if not names or len(set(names)) != len(names) or len(names) > MAX_TENSORS:
-            raise VerificationError("schema has no, repeated or too many tensors", expected=f"1 to {MAX_TENSORS} names", got=str(len(names)))
+            raise VerificationError(
+                "schema has no, repeated or too many tensors", expected=f"1 to {MAX_TENSORS} names", got=str(len(names))
+            )
         if any(n <= 0 for _, shape in self.tensors for n in shape) or self.size > MAX_PARAMETERS:
-            raise VerificationError("schema has an empty or oversized tensor", expected=f"<= {MAX_PARAMETERS} parameters")
+            raise VerificationError(
+                "schema has an empty or oversized tensor", expected=f"<= {MAX_PARAMETERS} parameters"
+            )
 
     @property
     def size(self) -> int:
@@ -94,7 +98,9 @@ class Schema:
         for name, shape in self.tensors:
             if tensors[name].shape != shape or tensors[name].dtype != np.float32:
                 raise VerificationError(
-                    f"tensor {name} differs", expected=f"float32 {shape}", got=f"{tensors[name].dtype} {tensors[name].shape}"
+                    f"tensor {name} differs",
+                    expected=f"float32 {shape}",
+                    got=f"{tensors[name].dtype} {tensors[name].shape}",
                 )
         return np.concatenate([np.ascontiguousarray(tensors[name]).reshape(-1) for name, _ in self.tensors])
 
@@ -107,7 +113,10 @@ def check_vector(vector: F32, schema: Schema, where: str) -> None:
     """
     if vector.dtype != np.float32 or vector.shape != (schema.size,):
         raise VerificationError(
-            "vector has another form", where=where, expected=f"float32 ({schema.size},)", got=f"{vector.dtype} {vector.shape}"
+            "vector has another form",
+            where=where,
+            expected=f"float32 ({schema.size},)",
+            got=f"{vector.dtype} {vector.shape}",
         )
 
 
@@ -123,7 +132,9 @@ def vector_from_bytes(data: bytes, schema: Schema, where: str) -> F32:
         VerificationError: Another length.
     """
     if len(data) != 4 * schema.size:
-        raise VerificationError("vector has another length", where=where, expected=f"{4 * schema.size} bytes", got=f"{len(data)} bytes")
+        raise VerificationError(
+            "vector has another length", where=where, expected=f"{4 * schema.size} bytes", got=f"{len(data)} bytes"
+        )
     return np.frombuffer(data, dtype="<f4").astype(np.float32)
 
 
@@ -150,7 +161,9 @@ def from_safetensors(data: bytes, schema: Schema, where: str) -> F32:
         raise VerificationError("not a safetensors file", where=where, got=f"{len(data)} bytes")
     (size,) = struct.unpack("<Q", data[:8])
     if size > min(MAX_HEADER_BYTES, len(data) - 8):
-        raise VerificationError("safetensors header too large", where=where, expected=f"<= {MAX_HEADER_BYTES} bytes", got=str(size))
+        raise VerificationError(
+            "safetensors header too large", where=where, expected=f"<= {MAX_HEADER_BYTES} bytes", got=str(size)
+        )
     try:
         entries = json.loads(data[8 : 8 + size])
         entries.pop("__metadata__", None)
@@ -159,11 +172,17 @@ def from_safetensors(data: bytes, schema: Schema, where: str) -> F32:
         raise VerificationError("safetensors header is malformed", where=where, got=str(error)[:120]) from error
     body, parts = memoryview(data)[8 + size :], {}
     if set(found) != {name for name, _ in schema.tensors} or len(body) != 4 * schema.size:
-        raise VerificationError("safetensors file holds other tensors", where=where, expected=f"{len(schema.tensors)} tensors, {4 * schema.size} bytes")
+        raise VerificationError(
+            "safetensors file holds other tensors",
+            where=where,
+            expected=f"{len(schema.tensors)} tensors, {4 * schema.size} bytes",
+        )
     for name, shape in schema.tensors:
         dtype, got_shape, offsets = found[name]
         if dtype != "F32" or got_shape != shape or len(offsets) != 2 or offsets[1] - offsets[0] != 4 * math.prod(shape):
-            raise VerificationError(f"tensor {name} differs", where=where, expected=f"F32 {shape}", got=f"{dtype} {got_shape}")
+            raise VerificationError(
+                f"tensor {name} differs", where=where, expected=f"F32 {shape}", got=f"{dtype} {got_shape}"
+            )
         if not 0 <= offsets[0] <= offsets[1] <= len(body):
             raise VerificationError(f"tensor {name} lies outside the file", where=where, got=str(offsets))
         parts[name] = np.frombuffer(body[offsets[0] : offsets[1]], dtype="<f4").astype(np.float32).reshape(shape)
