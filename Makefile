@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# torch brings its own CUDA packages, or none: its builds differ by machine, so they are not in the lock.
+TORCH_CUDA := triton cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
 STAMP := $(VENV)/.installed
 
 .PHONY: setup demo test test-all bench lint protos lock clean
@@ -36,7 +38,7 @@ protos: setup
 
 lock:
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra dev --generate-hashes --quiet \
-	  --no-emit-package torch --no-emit-package cloister --constraint constraints.txt --output-file requirements.lock
+	  --no-annotate --no-emit-package torch --no-emit-package cloister $(addprefix --no-emit-package ,$(TORCH_CUDA)) --output-file requirements.lock
 
 clean:
 	rm -rf $(VENV) .cloister dist

@@ -48,6 +48,7 @@ def shut() -> Report:
     import pyseccomp as seccomp
 
     rules = seccomp.SyscallFilter(seccomp.ALLOW)
+    rules.set_attr(seccomp.Attr.CTL_TSYNC, 1)
     no_family, denied = seccomp.ERRNO(errno.EAFNOSUPPORT), seccomp.ERRNO(errno.EACCES)
     rules.add_rule(no_family, "socket", seccomp.Arg(0, seccomp.NE, socket.AF_UNIX))
     for call in ("socket", "socketpair"):

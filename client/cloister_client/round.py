@@ -219,13 +219,12 @@ def work(desk: Desk, core: PlanCore, rest: bytes) -> bytes:
     try:
         update = vector_to_bytes(_train(desk, trainer, core, parent, data))
         write_durably(desk.kept / f"{core.digest}.f32", update)
-    except (RuntimeError, MemoryError) as error:
+    except BaseException as error:
         desk.ledger.lose(entry)
-        raise RefusedError(
-            "train.failed",
-            "training failed; what was reserved stays charged",
-            got=f"{type(error).__name__}: {error}"[:300],
-        ) from error
+        if isinstance(error, RuntimeError | MemoryError):
+            what = "training failed; what was reserved stays charged"
+            raise RefusedError("train.failed", what, got=f"{type(error).__name__}: {error}"[:300]) from error
+        raise
     desk.ledger.spend(entry, digest(update))
     return update
 

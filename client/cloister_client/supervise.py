@@ -1,7 +1,7 @@
 """Starting and keeping up one site's three processes: agent, relay, SuperNode.
 
-The agent comes first and alone, so that what is wrong with policy, base model or text is said at once. Relay and SuperNode are
-started again when they end; an agent that ends ends the site, since its owner must see why.
+The agent comes first and alone, so that what is wrong with policy, base model or text is said at once. What ends is started
+again, except an agent that ended by itself: it said why, and its owner must see it.
 """
 
 from __future__ import annotations
@@ -48,9 +48,12 @@ class Running:
         """
         check_port("127.0.0.1", self.site.runtime_port, "SuperNode's Runtime API")
         make_runtime(self.site)
-        log = self.site.agent_home / "agent.log"
-        log.unlink(missing_ok=True)
+        (self.site.agent_home / "agent.log").unlink(missing_ok=True)
         (self.site.agent_home / "status.json").unlink(missing_ok=True)
+        self._start_agent()
+
+    def _start_agent(self) -> None:
+        log = self.site.agent_home / "agent.log"
         self.group.start(
             "agent",
             "cloister_client.agent",
@@ -98,18 +101,18 @@ class Running:
         """Starts again what ended; call about once a second.
 
         Raises:
-            CloisterError: The agent ended.
+            CloisterError: The agent ended by itself.
         """
         for child in list(self.group.children):
             code = child.process.poll()
             if code is None:
                 continue
-            if child.name == "agent":
+            if child.name == "agent" and code >= 0:
                 raise _AgentEndedError(child.error_line(), code)
             if time.monotonic() >= self._restart_at:
                 self._restart_at = time.monotonic() + RESTART_SECONDS
                 self.group.children.remove(child)
-                self._start(child.name)
+                self._start_agent() if child.name == "agent" else self._start(child.name)
 
 
 def check_users(site: Site) -> None:

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 _WORDS = (
-    "the a of and to in is my card was charged twice parcel has not arrived screen broke refund login app crashes rude staff size small cancel "
-    "contract sold out please help order invoice courier machine red blue green one two three four five good bad fast slow"
+    "the a of and to in is my card was charged twice parcel has not arrived screen broke refund login app crashes rude staff size "
+    "small cancel contract sold out please help order invoice courier machine red blue green one two three four five good bad fast slow"
 ).split()
 
 
@@ -26,7 +26,12 @@ def _tokenizer(folder: Path, specials: list[str], bert: bool) -> int:
         ids = [("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
         tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": specials[0], "unk_token": specials[1], "model_max_length": 128}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": specials[0],
+        "unk_token": specials[1],
+        "model_max_length": 128,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return len(vocabulary)
 
@@ -36,7 +41,12 @@ def make_tiny_bert(folder: Path, seed: int = 0) -> Path:
     size = _tokenizer(folder, ["[PAD]", "[UNK]", "[CLS]", "[SEP]"], bert=True)
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=128
+        vocab_size=size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
     )
     BertModel(config).save_pretrained(str(folder), safe_serialization=True)
     return folder
@@ -46,6 +56,8 @@ def make_tiny_gpt2(folder: Path, seed: int = 0) -> Path:
     """Writes a GPT-2 with 2 layers, width 32, into ``folder``."""
     size = _tokenizer(folder, ["<pad>", "<unk>"], bert=False)
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=size, n_positions=128, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    config = GPT2Config(
+        vocab_size=size, n_positions=128, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, pad_token_id=0
+    )
     GPT2LMHeadModel(config).save_pretrained(str(folder), safe_serialization=True)
     return folder
