@@ -99,25 +99,27 @@ def up(json: Json = False, home: Home = None) -> None:
             if child.process.poll() is not None:
                 raise StateError("SuperLink ended", where=str(log), got=child.error_line()[:300])
             new = [card for card in coordinator.sites() if card.key not in known]
-            try:
-                with Control(coordinator.card.address, coordinator.ca, coordinator.token) as control:
-                    control.nodes()
-                    for card in new:
-                        control.register(card.node.encode(), card.name)
-            except StateError:
-                if ready or time.monotonic() > end:
-                    raise
-                stop.wait(0.2)
-                continue
-            if not ready:
-                ready = True
-                console.emit(
-                    {"event": "ready", "address": coordinator.card.address},
-                    f"SuperLink of {coordinator.card.federation} listens on {coordinator.card.address}",
-                )
-            for card in new:
-                known.add(card.key)
-                console.emit({"event": "registered", "site": card.name}, f"site {card.name}: may connect")
+            if new or not ready:
+                try:
+                    with Control(coordinator.card.address, coordinator.ca, coordinator.token) as control:
+                        control.nodes()
+                        for card in new:
+                            control.register(card.node.encode(), card.name)
+                except StateError as error:
+                    if "token" in error.what or time.monotonic() > end:
+                        raise
+                    stop.wait(0.2)
+                    continue
+                end = time.monotonic() + 60
+                if not ready:
+                    ready = True
+                    listens = f"SuperLink of {coordinator.card.federation} listens on {coordinator.card.address}"
+                    console.emit({"event": "ready", "address": coordinator.card.address}, listens)
+                for card in new:
+                    known.add(card.key)
+                    console.emit({"event": "registered", "site": card.name}, f"site {card.name}: may connect")
+            else:
+                end = time.monotonic() + 60
             stop.wait(1.0)
 
 

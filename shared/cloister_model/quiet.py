@@ -1,9 +1,10 @@
-"""Silences progress bars and chatter of libraries in a process whose output is for people. Errors stay."""
+"""Silences progress bars and warnings of libraries in a process whose output is for people. Errors stay."""
 
 from __future__ import annotations
 
 import logging
 import os
+import warnings
 
 
 def quieten() -> None:
@@ -14,6 +15,9 @@ def quieten() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
+    warnings.filterwarnings("ignore", module=r"(transformers|peft|opacus|torch|flwr)\b")
+    # Opacus' hooks on the first layers; the gradients of the layers that are trained are there.
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
