@@ -135,7 +135,7 @@ def read_federation(path: Path) -> Federation:
         adapter_rate=training.number("adapter_rate", 0, 10, 1e-3),
         head_rate=training.number("head_rate", 0, 10, 3e-2),
         epsilon=privacy.number("epsilon", 1e-3, 1000) if "epsilon" in privacy.written else None,
-        noise_multiplier=privacy.number("noise_multiplier", 1e-3, 1000)
+        noise_multiplier=privacy.number("noise_multiplier", 0.1, 1000)
         if "noise_multiplier" in privacy.written
         else None,
         delta=privacy.number("delta", 1e-15, 0.5, 1e-5),

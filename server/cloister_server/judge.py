@@ -5,6 +5,7 @@ The text is the coordinator's to score, so its numbers may be printed; no site's
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Protocol
 
@@ -44,9 +45,9 @@ class HeldOutJudge:
         self._model, self._task, self._data, self._device = model.to(device), task, data, device
 
     def judge(self, vector: F32) -> tuple[dict[str, float], float]:
-        """Accuracy, macro-F1 and loss, or loss and perplexity."""
+        """Accuracy, macro-F1 and loss, or loss and perplexity; a score that is not finite is left out."""
         started = time.monotonic()
         load_vector(self._model, vector)
         got = score(self._model, self._task, self._data, device=self._device)
         named = {"loss": got.loss, "accuracy": got.accuracy, "macro_f1": got.macro_f1, "perplexity": got.perplexity}
-        return {k: v for k, v in named.items() if v is not None}, time.monotonic() - started
+        return {k: v for k, v in named.items() if v is not None and math.isfinite(v)}, time.monotonic() - started

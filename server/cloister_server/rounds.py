@@ -36,6 +36,7 @@ from cloister_server.store import Commit, Round, RoundClient, Run, Store
 
 Tell = Callable[..., None]
 CLOSING_SECONDS = 15.0
+REFUSED, FAILED = "refused-by-site", "failed-at-site"
 
 
 class Exchange(Protocol):
@@ -140,14 +141,16 @@ def one_round(context: Context, link: Exchange, number: int) -> None:
     }
     context.tell("round", number=number, rounds=context.run.rounds, attempt=row.attempt, cohort=len(frames))
     intake = Intake()
-    with ThreadPoolExecutor(1) as pool:
-        spent = pool.submit(spending, context, cores)
-        for node, message in link.exchange(
-            frames, f"{number}.{row.attempt}", federation.deadline, lambda replies: len(replies) == len(frames)
-        ):
-            take(context, intake, by_node[node], cores[by_node[node].id], row.attempt, key, message)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            spent = pool.submit(spending, context, cores)
+            for node, message in link.exchange(
+                frames, f"{number}.{row.attempt}", federation.deadline, lambda replies: len(replies) == len(frames)
+            ):
+                take(context, intake, by_node[node], cores[by_node[node].id], row.attempt, key, message)
+            record_costs(intake, cores, by_node, frames, spent)
+    finally:
         key.erase()
-        record_costs(intake, cores, by_node, frames, spent)
     if len(intake.updates) < federation.min_clients:
         store.abort_round(context.run.id, number, intake.changes)
         why = "; ".join(
@@ -299,7 +302,8 @@ def take(
                 for k in ("rule", "what", "expected", "got")
                 if said.get(k)
             )
-            verdict, update = "refused-by-site", None
+            # What failed in training was reserved before, and stays charged.
+            verdict, update = (FAILED if said.get("rule") == "train.failed" else REFUSED), None
         elif header.codec == Codec.UPDATE_F32 and header.parameters == context.schema.size:
             update = vector_from_bytes(plaintext, context.schema, where)
             found = admit_update(update, context.schema, core.training)
@@ -327,16 +331,20 @@ def take(
     )
 
 
-def spending(context: Context, cores: dict[str, PlanCore]) -> dict[str, float]:
-    """Epsilon of each client's whole history as the coordinator knows it: all that it asked and was not refused."""
+def spending(context: Context, cores: dict[str, PlanCore]) -> dict[str, tuple[float, float]]:
+    """Epsilon of each client's whole history as the coordinator knows it, without this round and with it.
+
+    All that was ever asked counts, except what a site refused before it reserved anything.
+    """
     out = {}
     for client, core in cores.items():
         history = [
             DpSgd(c.noise_multiplier, c.sample_rate, c.steps)
             for c in context.store.asked(client)
-            if c.verdict != "refused-by-site" and (c.run, c.number) != (core.run, core.round)
+            if c.verdict != REFUSED and (c.run, c.number) != (core.run, core.round)
         ]
-        out[client] = epsilon([*history, core.training.event], core.training.delta)
+        delta = core.training.delta
+        out[client] = epsilon(history, delta), epsilon([*history, core.training.event], delta)
     return out
 
 
@@ -345,16 +353,20 @@ def record_costs(
     cores: dict[str, PlanCore],
     by_node: dict[int, Member],
     frames: dict[int, bytes],
-    spent: Future[dict[str, float]],
+    spent: Future[dict[str, tuple[float, float]]],
 ) -> None:
-    """Adds to each client's record what it cost: bytes sent, epsilon so far; a client that did not answer may have been charged."""
+    """Adds to each client's record what it cost: bytes sent, epsilon so far.
+
+    A client that did not answer may have been charged; one that is away now loses what an earlier attempt had of it.
+    """
     costs = spent.result()
-    for node, member in by_node.items():
-        change = intake.changes.setdefault(
-            member.id,
-            {"verdict": "missing", "reason": "no reply before the deadline", "received_bytes": 0, "update": ""},
-        )
-        change |= {"sent_bytes": len(frames[node]), "epsilon": costs[member.id]}
+    sizes = {member.id: len(frames[node]) for node, member in by_node.items()}
+    for client in cores:
+        why = "no reply before the deadline" if client in sizes else "not online"
+        missing = {"verdict": "missing", "reason": why, "received_bytes": 0, "update": ""}
+        change = intake.changes.setdefault(client, missing)
+        before, after = costs[client]
+        change |= {"sent_bytes": sizes.get(client, 0), "epsilon": before if change["verdict"] == REFUSED else after}
 
 
 def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]:

@@ -88,12 +88,25 @@ class Metric(SQLModel, table=True):
     value: float
 
 
-_TRIGGERS = (
-    "CREATE TRIGGER IF NOT EXISTS committed_stays BEFORE UPDATE ON round WHEN OLD.state = 'committed'"
-    " BEGIN SELECT RAISE(ABORT, 'a committed round never changes'); END",
-    "CREATE TRIGGER IF NOT EXISTS committed_kept BEFORE DELETE ON round WHEN OLD.state = 'committed'"
-    " BEGIN SELECT RAISE(ABORT, 'a committed round never goes'); END",
-)
+def _triggers() -> Iterator[str]:
+    """Nothing of a committed round changes, goes, comes or is replaced (REPLACE deletes without a DELETE trigger)."""
+    yield (
+        "CREATE TRIGGER IF NOT EXISTS round_replaced BEFORE INSERT ON round"
+        " WHEN EXISTS (SELECT 1 FROM round WHERE run = NEW.run AND number = NEW.number AND state = 'committed')"
+        " BEGIN SELECT RAISE(ABORT, 'UNIQUE: a committed round never changes'); END"
+    )
+    for deed in ("UPDATE", "DELETE"):
+        yield (
+            f"CREATE TRIGGER IF NOT EXISTS round_{deed.lower()} BEFORE {deed} ON round WHEN OLD.state = 'committed'"
+            " BEGIN SELECT RAISE(ABORT, 'a committed round never changes'); END"
+        )
+    for table in ("round_client", "metric"):
+        for deed, row in (("UPDATE", "OLD"), ("DELETE", "OLD"), ("INSERT", "NEW")):
+            known = f"SELECT 1 FROM round WHERE run = {row}.run AND number = {row}.number AND state = 'committed'"  # noqa: S608
+            yield (
+                f"CREATE TRIGGER IF NOT EXISTS {table}_{deed.lower()} BEFORE {deed} ON {table} WHEN EXISTS ({known})"
+                " BEGIN SELECT RAISE(ABORT, 'a committed round never changes'); END"
+            )
 
 
 @dataclass(frozen=True)
@@ -143,7 +156,7 @@ class Store:
         try:
             SQLModel.metadata.create_all(self._engine)
             with self._engine.begin() as connection:
-                for statement in _TRIGGERS:
+                for statement in _triggers():
                     connection.execute(text(statement))
         except SQLAlchemyError as error:
             raise StateError(
@@ -234,6 +247,7 @@ class Store:
                 row.received_bytes += entry.received_bytes
             for name, value in commit.metrics.items():
                 session.add(Metric(run=run, number=number, name=name, value=value))
+            session.flush()  # the triggers let nothing follow the commit
             row.state, row.adapter, row.committed = "committed", commit.adapter, time.time()
             row.seconds, row.judging_seconds = commit.seconds, commit.judging_seconds
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -81,6 +82,8 @@ def own_shares(source: Source, sites: int, partition: str, seed: int) -> Shares:
     Raises:
         InputError: The file, the partition or the number of sites does not fit.
     """
+    if seed < 0:
+        raise InputError("the seed is negative", where="--seed", expected=">= 0", got=str(seed))
     records = list(read(source))
     np.random.default_rng(seed).shuffle(records)
     held = max(1, min(1000, len(records) // 10))
@@ -339,6 +342,14 @@ def clean(home: Path) -> str | None:
         return None
     if not (home / MARK).is_file():
         raise InputError("there is something here that no demo made", where=str(home), mend="choose another --home")
+    real = sorted(p.name for p in home.glob("sites/*") if not re.fullmatch(r"site-\d+", p.name))
+    if real:
+        raise InputError(
+            "a site was enrolled in this demo's folder",
+            where=str(home / "sites"),
+            got=real[0],
+            mend="choose another --home",
+        )
     shutil.rmtree(home)
     return f"removed the earlier demo in {home} with its ledgers: a demo's budget starts anew, a real site's never does"
 

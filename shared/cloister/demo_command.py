@@ -26,7 +26,9 @@ def demo(
     epsilon: Annotated[float, typer.Option(help="Epsilon of the whole run, at every site.")] = 8.0,
     steps: Annotated[int, typer.Option(min=1, help="DP-SGD steps per round.")] = 6,
     batch: Annotated[int, typer.Option(min=1, help="Expected records per step.")] = 128,
-    seed: Annotated[int, typer.Option(help="Seed of the made text and the partition; never of noise or samples.")] = 7,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the made text and the partition; never of noise or samples.")
+    ] = 7,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
     home: Annotated[Path | None, typer.Option("--home", help="Folder of state.")] = None,

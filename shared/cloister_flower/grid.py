@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -16,6 +17,20 @@ from flwr.superlink.grid import HttpGrid
 from cloister_flower import POLL_SECONDS, pace
 from cloister_flower.frames import outgoing
 from cloister_flower.tasks import SERVER_TASK, Task, acquire, connect
+
+UPLOAD_SECONDS = 60.0
+
+
+class Unreadable:
+    """Stands for a reply that flwr could not read; to the coordinator it is an error message."""
+
+    def __init__(self, sent: str, reason: str) -> None:
+        self.metadata = SimpleNamespace(reply_to_message_id=sent)
+        self.error = SimpleNamespace(code=0, reason=reason)
+
+    def has_error(self) -> bool:
+        """Always."""
+        return True
 
 
 class Link:
@@ -34,6 +49,7 @@ class Link:
 
     def __init__(self, address: str, ca: bytes, secret: bytes, run: int, patience: float = 30.0) -> None:
         pace.quicken_pulls()
+        pace.bound_pulls(UPLOAD_SECONDS)
         client = connect(address, ca, secret)
         end = time.monotonic() + patience
         while True:
@@ -86,16 +102,7 @@ class Link:
         while waiting and time.monotonic() < end:
             if self.task.lost.is_set():
                 raise StateError("SuperLink took the run from this coordinator", mend="cloister run --resume")
-            try:
-                messages = list(self._grid.pull_messages(list(waiting)))
-            except (httpx.TransportError, httpx.HTTPStatusError) as error:
-                if isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500:
-                    raise StateError(
-                        "SuperLink refused to hand over replies",
-                        got=str(error.response.text)[:200],
-                        mend="cloister run --resume",
-                    ) from error
-                messages = []
+            messages = self._pull(list(waiting))
             for message in messages:
                 node = waiting.pop(message.metadata.reply_to_message_id, -1)
                 if node >= 0:
@@ -106,6 +113,22 @@ class Link:
             tick()
             if not messages:
                 time.sleep(POLL_SECONDS)
+
+    def _pull(self, sent: list[str]) -> list[Any]:
+        """Replies that are there. One that cannot be read, whatever is wrong with it, must cost its sender alone."""
+        try:
+            return list(self._grid.pull_messages(sent))
+        except httpx.TransportError:
+            return []
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code < 500:
+                said, mend = str(error.response.text)[:200], "cloister run --resume"
+                raise StateError("SuperLink refused to hand over replies", got=said, mend=mend) from error
+            return []
+        except Exception as error:  # noqa: BLE001  # what a peer sent breaks flwr's reader in many ways; the verdict records it
+            if len(sent) == 1:
+                return [Unreadable(sent[0], f"{type(error).__name__}: {error}"[:120])]
+            return [message for one in sent for message in self._pull([one])]
 
     def close(self, *, failed: bool) -> None:
         """Ends the task and its run."""

@@ -26,6 +26,13 @@ def quicken_supernode() -> None:
     start_client_internal.time = _Brisk()
 
 
+def bound_pulls(seconds: float) -> None:
+    """Bounds the wait for a reply that was announced and is not uploaded: it costs its sender, not the round."""
+    from flwr.supercore.inflatable import inflatable_utils
+
+    inflatable_utils.pull_objects.__kwdefaults__["max_time"] = seconds
+
+
 def quicken_pulls() -> None:
     """Shortens the first wait for an object that is not there yet, in this process."""
     from flwr.supercore.inflatable import inflatable_utils

@@ -13,7 +13,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import Request
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import JSONResponse, Response
 from flwr.common.constant import ACCESS_TOKEN_KEY, ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.superlink import main as superlink_main
@@ -52,7 +52,7 @@ class SenderMiddleware(BaseHTTPMiddleware):  # type: ignore[misc]
         if isinstance(push, PushMessagesRequest) and any(
             m.metadata.src_node_id != push.node.node_id for m in push.messages_list
         ):
-            return PlainTextResponse("sender is not the authenticated node", status_code=403)
+            return JSONResponse({"detail": "sender is not the authenticated node"}, status_code=403)
         return await call_next(request)
 
 

@@ -18,7 +18,8 @@ PACKAGED = "minilm"
 # sha256 of model.safetensors in sentence-transformers/all-MiniLM-L6-v2, the upstream file.
 MINILM_WEIGHTS = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WEIGHTS = "model.safetensors"
-_PINNED_FILES = (WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+# Everything that Transformers might read from the folder; whatever is added to it changes the digest.
+_PINNED_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 _NEEDED = (WEIGHTS, "config.json", "tokenizer.json")
 
 
@@ -85,6 +86,7 @@ def find_base(source: str, where: str) -> BaseModel:
             raise InputError(
                 "not a base model folder", where=where, expected=", ".join(_NEEDED), got=f"no {path / name}"
             )
-    return BaseModel(
-        path, tuple((name, _sha256(path / name)) for name in sorted(_PINNED_FILES) if (path / name).is_file())
-    )
+    if (path / "adapter_config.json").exists():
+        raise InputError("the folder is an adapter and would pull in other weights", where=where, got=str(path))
+    pinned = sorted(p.name for p in path.iterdir() if p.suffix in _PINNED_SUFFIXES and p.is_file())
+    return BaseModel(path, tuple((name, _sha256(path / name)) for name in pinned))

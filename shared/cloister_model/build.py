@@ -83,6 +83,13 @@ def build(base: BaseModel, task: TaskSpec, where: str) -> Adapted:
         InputError: The base has no such modules or layers.
     """
     config = _quiet_config(base)
+    if task.kind == "causal-lm" and not any(
+        str(name).endswith(("LMHeadModel", "ForCausalLM")) for name in getattr(config, "architectures", None) or ()
+    ):
+        made = ", ".join(map(str, getattr(config, "architectures", None) or ["none"]))
+        raise InputError(
+            "the base is no causal language model", where=where, expected="…LMHeadModel or …ForCausalLM", got=made
+        )
     kind = AutoModelForCausalLM if task.kind == "causal-lm" else AutoModel
     model = kind.from_pretrained(
         str(base.path),
@@ -92,6 +99,18 @@ def build(base: BaseModel, task: TaskSpec, where: str) -> Adapted:
         use_safetensors=True,
         dtype=torch.float32,
     )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    longest = int(getattr(config, "max_position_embeddings", 0) or 0)
+    if longest and task.max_tokens > longest:
+        # Told before any text is looked at: it would fail for long records only, which would say something about them.
+        raise InputError(
+            "max_tokens is more than the base has positions",
+            where=where,
+            expected=f"<= {longest}",
+            got=str(task.max_tokens),
+        )
     depth = int(getattr(config, "num_hidden_layers", 0))
     if any(layer >= depth for layer in task.layers):
         raise InputError(
@@ -101,7 +120,8 @@ def build(base: BaseModel, task: TaskSpec, where: str) -> Adapted:
             got=str(list(task.layers)),
         )
     linear = [(n, m) for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in task.target_modules]
-    if not linear or not all(isinstance(m, nn.Linear | Conv1D) for _, m in linear):
+    met = {n.rsplit(".", 1)[-1] for n, _ in linear}
+    if met != set(task.target_modules) or not all(isinstance(m, nn.Linear | Conv1D) for _, m in linear):
         names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
         raise InputError(
             "target_modules are not linear layers of this base",

@@ -69,10 +69,15 @@ def _kind(path: Path) -> str:
 
 def _open(path: Path) -> IO[bytes]:
     try:
-        raw = path.open("rb")
-        handle = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if path.name.lower().endswith(".gz") else raw
+        # GzipFile closes only a file that it opened by name.
+        plain = not path.name.lower().endswith(".gz")
+        handle = path.open("rb") if plain else io.BufferedReader(gzip.GzipFile(str(path), "rb"))
+    except OSError as error:
+        raise _fail("cannot read the file", path, None, got=error.strerror or str(error)) from error
+    try:
         handle.peek(1)
     except (OSError, EOFError, zlib.error) as error:
+        handle.close()
         raise _fail("cannot read the file", path, None, got=getattr(error, "strerror", None) or str(error)) from error
     return handle
 
@@ -115,6 +120,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             value = json.loads(line)
+            json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate can be read and is no text
         except (ValueError, RecursionError) as error:
             raise _fail("row is not JSON", path, number, "one JSON object", str(error)) from error
         if not isinstance(value, dict):
@@ -130,6 +136,7 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for at, line in _lines(path):  # noqa: B007
             yield line
 
+    csv.field_size_limit(MAX_ROW_BYTES)
     reader = csv.DictReader(text_lines(), strict=True)
     try:
         for row in reader:
@@ -140,7 +147,7 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise _fail("row is not CSV", path, at, got=str(error)) from error
 
 
-def _parquet(path: Path, wanted: tuple[str, ...] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet(path: Path, wanted: tuple[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -148,12 +155,16 @@ def _parquet(path: Path, wanted: tuple[str, ...] | None) -> Iterator[tuple[int, 
         with _open(path) as handle:
             source: Any = io.BytesIO(handle.read()) if path.name.lower().endswith(".gz") else str(path)
         table = pq.ParquetFile(source)
-        columns = None if wanted is None else [c for c in wanted if c in table.schema_arrow.names]
+        kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_dictionary)
+        found = table.schema_arrow
+        columns = [f.name for f in found if f.name in wanted or any(is_kind(f.type) for is_kind in kinds)]
         number = 0
         for batch in table.iter_batches(batch_size=1024, columns=columns):
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
+    except UnicodeDecodeError as error:
+        raise _fail("row is not UTF-8", path, number + 1, "UTF-8", f"byte 0x{error.object[error.start]:02x}") from error
     except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
         raise _fail("not a Parquet file", path, None, got=str(error).splitlines()[0][:120]) from error
 
@@ -184,7 +195,11 @@ def read(source: Source, labels: tuple[str, ...] | None = None) -> Iterator[Reco
         InputError: The file or a row is not as it must be; a file without records is an error too.
     """
     kind = _kind(source.path)
-    rows = {".jsonl": _jsonl, ".csv": _csv}[kind](source.path) if kind != ".parquet" else _parquet(source.path, None)
+    rows = (
+        {".jsonl": _jsonl, ".csv": _csv}[kind](source.path)
+        if kind != ".parquet"
+        else _parquet(source.path, (source.text, source.label))
+    )
     count = 0
     for number, row in rows:
         text = _field(row, source.text, "text", source.path, number)

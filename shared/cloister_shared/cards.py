@@ -12,6 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
 from cloister_shared.encoding import canonical, read_json, write_durably
 from cloister_shared.errors import InputError, VerificationError
 from cloister_shared.plan import TASK_KINDS
@@ -20,6 +24,7 @@ from cloister_shared.signing import SigningKey, VerifyKey
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 _SITE_PURPOSE = "site-card"
+MAX_RECORDS = 1_000_000_000
 
 
 def check_name(name: str, where: str) -> str:
@@ -80,6 +85,10 @@ class CoordinatorCard:
         return self.verify_key.id.hex()
 
 
+def _whole(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
 def _checked(record: dict[str, Any], kind: type, path: Path) -> dict[str, Any]:
     fields = {f.name for f in dataclasses.fields(kind)}
     if set(record) != fields:
@@ -104,7 +113,7 @@ def read_coordinator_card(path: Path) -> CoordinatorCard:
     if (
         not all(isinstance(record[n], str) and record[n] for n in texts)
         or record["task"] not in TASK_KINDS
-        or not isinstance(record["rank"], int)
+        or not _whole(record["rank"], 1, 256)
     ):
         raise InputError("card has an empty or malformed field", where=str(path))
     if not all(isinstance(record[n], list) and all(isinstance(v, str) for v in record[n]) for n in lists):
@@ -126,7 +135,7 @@ def split_address(address: str, where: str) -> tuple[str, int]:
         InputError: Another form.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
         raise InputError("not an address", where=where, expected="host:port", got=repr(address)[:80])
     return host, int(port)
 
@@ -176,19 +185,23 @@ def read_site_card(path: Path) -> SiteCard:
     record = read_json(path, "site card")
     signature = record.pop("signature", None)
     _checked(record, SiteCard, path)
-    if (
-        not all(isinstance(record[n], str) for n in ("name", "key", "sealing", "node"))
-        or not isinstance(record["records"], int)
-        or record["records"] < 1
+    if not all(isinstance(record[n], str) for n in ("name", "key", "sealing", "node")) or not _whole(
+        record["records"], 1, MAX_RECORDS
     ):
         raise InputError("card has a malformed field", where=str(path))
     card = SiteCard(**record)
     check_name(card.name, str(path))
     try:
         card.verify_key.verify(_SITE_PURPOSE, canonical(asdict(card)), bytes.fromhex(str(signature)), str(path))
-        card.sealing_key._public()
     except (VerificationError, ValueError) as error:
         raise InputError(
             "card is not signed by the key it introduces", where=str(path), mend="ask the site for its card again"
         ) from error
+    try:
+        card.sealing_key.check()
+        node = load_pem_public_key(card.node.encode())
+    except (VerificationError, ValueError, UnsupportedAlgorithm) as error:
+        raise InputError("card has a key that cannot be used", where=str(path), got=str(error)[:120]) from error
+    if not isinstance(node, ec.EllipticCurvePublicKey) or not isinstance(node.curve, ec.SECP384R1):
+        raise InputError("card has another kind of node key", where=str(path), expected="P-384")
     return card

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 from pathlib import Path
@@ -28,7 +29,8 @@ def canonical(record: Any) -> bytes:
     return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``object_pairs_hook``: raises ValueError where a key comes twice."""
     record = dict(pairs)
     if len(record) != len(pairs):
         raise ValueError("a key appears twice")
@@ -37,6 +39,13 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number here")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
 
 
 def parse_record(data: bytes, where: str) -> dict[str, Any]:
@@ -50,7 +59,10 @@ def parse_record(data: bytes, where: str) -> dict[str, Any]:
             "record too large", where=where, expected=f"<= {MAX_RECORD_BYTES} bytes", got=str(len(data))
         )
     try:
-        record = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        record = json.loads(
+            data.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=_no_constant, parse_float=_finite
+        )
+        canonical(record)  # a lone surrogate can be read and has no bytes
     except (ValueError, RecursionError) as error:
         raise VerificationError(
             "not a record", where=where, expected="one JSON object", got=str(error)[:120]

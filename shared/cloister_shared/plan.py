@@ -43,10 +43,9 @@ def _hex(value: Any, size: int, what: str) -> None:
 
 
 def _number(value: Any, low: float, high: float, what: str) -> None:
-    good = (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
-    )
-    _must(good, f"{what} is not from {low:g} to {high:g}", value)
+    # The range comes first: math.isfinite overflows on an integer beyond the floats, and NaN is in no range.
+    good = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    _must(good and math.isfinite(value), f"{what} is not from {low:g} to {high:g}", value)
 
 
 def _integer(value: Any, low: int, high: int, what: str) -> None:
@@ -220,9 +219,9 @@ class PlanCore:
             if record.pop("format") != FORMAT:
                 raise VerificationError("plan of another format", expected=FORMAT)
             task, training = dict(record.pop("task")), dict(record.pop("training"))
-            for name in ("labels", "target_modules", "layers"):
-                task[name] = tuple(task[name])
-            record["cohort"] = tuple(record["cohort"])
+            for owner, name in ((task, "labels"), (task, "target_modules"), (task, "layers"), (record, "cohort")):
+                _must(isinstance(owner[name], list), f"{name} is not a list", owner[name])
+                owner[name] = tuple(owner[name])
             return cls(task=TaskSpec(**task), training=TrainingSpec(**training), **record)
         except (TypeError, KeyError, ValueError) as error:
             raise VerificationError("plan is malformed", got=str(error)[:200]) from error
@@ -261,8 +260,9 @@ class Receipt:
             raise VerificationError("receipt is malformed", got=str(error)[:200]) from error
         _hex(receipt.run, 16, "receipt.run")
         _integer(receipt.round, 1, 1_000_000, "receipt.round")
-        for digest_hex in filter(None, (receipt.plan, receipt.update, receipt.adapter)):
-            _hex(digest_hex, 32, "receipt digest")
+        for digest_hex in (receipt.plan, receipt.update, receipt.adapter):
+            if digest_hex != "":
+                _hex(digest_hex, 32, "receipt digest")
         _must(
             isinstance(receipt.verdict, str) and 0 < len(receipt.verdict) <= 100,
             "receipt has no verdict",
@@ -320,6 +320,10 @@ class Plan:
         record_bytes, rest = data[4 : 4 + size], data[4 + size :]
         by.verify(PURPOSE, record_bytes, rest[:SIGNATURE_BYTES], where)
         record = parse_record(record_bytes, where)
+        fields = {"core", "attempt", "round_key", "issued", "receipts"}
+        _must(
+            set(record) == fields and isinstance(record["receipts"], list), "other fields than a plan's", sorted(record)
+        )
         try:
             plan = cls(
                 PlanCore.from_dict(record["core"]),

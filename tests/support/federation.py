@@ -164,7 +164,7 @@ rank = 4
 rounds = {rounds}
 steps = {steps}
 batch = 20
-adapter_rate = {1e-3 if classify else 2e-2}
+adapter_rate = {1e-3 if classify else 1e-2}
 [privacy]
 noise_multiplier = 0.8
 [round]

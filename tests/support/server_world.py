@@ -36,7 +36,7 @@ TRAINING = TrainingSpec(
     steps=2,
     sample_rate=0.5,
     expected_batch=12.0,
-    noise_multiplier=4.0,
+    noise_multiplier=20.0,
     clipping_norm=1.0,
     adapter_rate=1e-3,
     head_rate=3e-2,
@@ -51,12 +51,12 @@ def identify() -> None:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 
 
-def federation_text(base: Path, **changes: str) -> str:
+def federation_text(folder: Path, **changes: str) -> str:
     """A FEDERATION.toml for the tiny BERT; ``changes`` replace whole lines by their key, empty text removes the line."""
     lines = {
         "name": 'name = "fed"',
         "address": 'address = "127.0.0.1:9092"',
-        "base": f"base = {json.dumps(str(base))}",
+        "base": f"base = {json.dumps(str(folder))}",
         "[task]": "[task]",
         "kind": 'kind = "text-classification"',
         "labels": 'labels = ["billing", "delivery"]',
@@ -82,10 +82,10 @@ def federation_text(base: Path, **changes: str) -> str:
     return "\n".join(line for line in (lines | changes).values() if line) + "\n"
 
 
-def write_federation(path: Path, base: Path, **changes: str) -> Path:
+def write_federation(path: Path, folder: Path, **changes: str) -> Path:
     """Writes ``federation_text`` to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(federation_text(base, **changes))
+    path.write_text(federation_text(folder, **changes))
     return path
 
 

@@ -57,7 +57,15 @@ def make_tiny_gpt2(folder: Path, seed: int = 0) -> Path:
     size = _tokenizer(folder, ["<pad>", "<unk>"], bert=False)
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=size, n_positions=128, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, pad_token_id=0
+        vocab_size=size,
+        n_positions=128,
+        n_embd=32,
+        initializer_range=0.3,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
     )
     GPT2LMHeadModel(config).save_pretrained(str(folder), safe_serialization=True)
     return folder

@@ -1,0 +1,368 @@
+"""The command line: help everywhere, one line for an error, stable exit codes, JSON where asked for, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cloister.cli import main
+from cloister_flower.bundle import build_bundle
+from cloister_model.base import find_base
+from cloister_server.federation import init, open_coordinator, read_federation
+from cloister_server.store import Commit, Round, RoundClient, Run, Store
+from cloister_shared import __version__
+from cloister_shared.processes import free_port
+from cloister_shared.vectors import Schema, to_safetensors
+
+from support.server_world import make_desk, start_store, write_federation
+
+COMMANDS = (
+    "",
+    "run",
+    "demo",
+    "site",
+    "site enrol",
+    "site up",
+    "site status",
+    "coordinator",
+    "coordinator init",
+    "coordinator admit",
+    "coordinator up",
+    "rounds",
+    "rounds list",
+    "rounds show",
+    "rounds export",
+)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Its one JSON line."""
+        (line,) = self.out.splitlines()
+        found = json.loads(line)
+        assert isinstance(found, dict)
+        return found
+
+    def one_error(self, code: int, *words: str) -> None:
+        """Checks that it is one error line, an exit code, and no traceback."""
+        assert self.code == code, self
+        lines = [line for line in self.err.splitlines() if line.strip()]
+        assert [line[:7] for line in lines] == ["error: "], self.err
+        assert "Traceback" not in self.out + self.err
+        for word in words:
+            assert word in lines[0], lines[0]
+
+
+def cloister(*arguments: str | Path, cwd: Path) -> Said:
+    """Runs ``cloister`` in a process of its own, in ``cwd``, with no state but there."""
+    env = {k: v for k, v in os.environ.items() if k != "CLOISTER_HOME"} | {"COLUMNS": "120", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "cloister.cli", *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    return Said(done.returncode, done.stdout, done.stderr)
+
+
+Here = Callable[..., Said]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    """The same command in this process, which has loaded torch already."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CLOISTER_HOME", raising=False)
+
+    def call(*arguments: str | Path) -> Said:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(a) for a in arguments])
+        said = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Said(ended.value.code, said.out, said.err)
+
+    return call
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(here: Here, tmp_path: Path, command: str) -> None:
+    said = here(*command.split(), "--help")
+    assert (said.code, said.err) == (0, "")
+    assert said.out.startswith("Usage: ")
+    for other in COMMANDS:
+        if other and other.rpartition(" ")[0] == command:
+            assert f"  {other.rpartition(' ')[2]} " in said.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_from_a_shell(tmp_path: Path) -> None:
+    said = cloister("rounds", "export", "--help", cwd=tmp_path)
+    assert (said.code, said.err) == (0, "")
+    assert "Export a registered round" in said.out
+
+
+def test_the_version(tmp_path: Path) -> None:
+    said = cloister("--version", cwd=tmp_path)
+    assert (said.code, said.out, said.err) == (0, f"cloister {__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [("nonsense",), ("rounds", "show", "x"), ("rounds", "list", "--odd"), ()])
+def test_usage_errors_exit_2(here: Here, arguments: tuple[str, ...]) -> None:
+    said = here(*arguments)
+    assert said.code == 2
+    assert "Traceback" not in said.err
+    assert "Usage:" in said.err + said.out
+
+
+def test_no_home_is_one_error_line(tmp_path: Path) -> None:
+    cloister("rounds", "list", cwd=tmp_path).one_error(2, "no registry here", "mend:")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [("--json", "rounds", "list"), ("rounds", "list", "--json")])
+def test_a_json_error_is_one_object(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    said = cloister(*arguments, cwd=tmp_path)
+    assert (said.code, said.err) == (2, "")
+    assert said.record["exit_code"] == 2
+    assert said.record["error"] == "StateError"
+    assert said.record["what"] == "no registry here"
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"adapter_rate": "adapter_rate = nan"}, "adapter_rate"),
+        ({"epsilon": "epsilon = 3.0"}, "epsilon or noise_multiplier"),
+        ({"base": 'base = "/nowhere"'}, "not a base model folder"),
+    ],
+)
+def test_init_on_bad_settings(here: Here, tmp_path: Path, tiny_bert: Path, change: dict[str, str], word: str) -> None:
+    path = write_federation(tmp_path / "FEDERATION.toml", tiny_bert, **change)
+    here("--home", tmp_path / "home", "coordinator", "init", path).one_error(2, str(path), word)
+    assert not (tmp_path / "home").exists()
+
+
+def test_init_makes_a_coordinator_and_shows_no_secret(here: Here, tmp_path: Path, tiny_bert: Path) -> None:
+    path = write_federation(tmp_path / "FEDERATION.toml", tiny_bert)
+    said = here("--home", tmp_path / "home", "--json", "coordinator", "init", path)
+    assert (said.code, said.err) == (0, "")
+    coordinator = open_coordinator(tmp_path / "home" / "coordinator")
+    assert said.record["fingerprint"] == coordinator.card.fingerprint
+    assert said.record["base"] == find_base(str(tiny_bert), "test").digest
+    assert coordinator.card.bundle == build_bundle()[1]
+    assert coordinator.token not in said.out
+    again = here("--home", tmp_path / "home", "coordinator", "init", path)
+    again.one_error(2, "already")
+
+
+# Rounds
+
+
+@dataclass
+class Registry:
+    """A coordinator's registry under a home."""
+
+    home: Path
+    store: Store
+    run: Run
+    schema: Schema
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Iterator[Registry]:
+    """Round 1 committed, round 2 aborted, and an older run."""
+    home = tmp_path_factory.mktemp("registry")
+    federation = read_federation(write_federation(home / "F.toml", tiny_bert))
+    (home / "coordinator").mkdir()
+    store, run, schema = start_store(home / "coordinator", federation, find_base(str(tiny_bert), "test"), 3)
+    older = run.model_dump() | {"id": "ee" * 16, "created": 1.0, "finished": 2.0}
+    vector = np.ones(schema.size, dtype=np.float32)
+    blob = store.blobs.put(to_safetensors(vector, schema, {}))
+    store.start_run(Run(**older), to_safetensors(vector, schema, {}))
+
+    def asked(name: str, number: int) -> RoundClient:
+        return RoundClient(
+            run=run.id,
+            number=number,
+            client=name[-1] * 32,
+            name=name,
+            plan="11" * 32,
+            core='{"secret": "core"}',
+            weight=10.0,
+            noise_multiplier=1.25,
+            sample_rate=0.5,
+            steps=2,
+            delta=1e-5,
+        )
+
+    for number in (1, 2):
+        clients = [asked("site-1", number), asked("site-2", number)]
+        store.open_round(Round(run=run.id, number=number, state="open", opened=1.0), clients)
+    bad = {"verdict": "out-of-bounds", "reason": "head.bias moved by 9", "epsilon": 2.5, "received_bytes": 3000}
+    changes: dict[str, dict[str, Any]] = {
+        "1" * 32: {"verdict": "accepted", "epsilon": 1.5, "sent_bytes": 2000},
+        "2" * 32: bad,
+    }
+    store.commit_round(run.id, 1, Commit(blob, 3.25, 0.5, changes, {"accuracy": 0.625, "macro_f1": 0.5, "loss": 1.0}))
+    store.abort_round(run.id, 2, {"1" * 32: {"verdict": "missing"}})
+    yield Registry(home, store, run, schema)
+    store.close()
+
+
+def test_rounds_list(registry: Registry, tmp_path: Path) -> None:
+    said = cloister("--home", registry.home, "rounds", "list", cwd=tmp_path)
+    assert (said.code, said.err) == (0, "")
+    lines = [line.split() for line in said.out.splitlines()]
+    assert lines[0][:2] == ["run", registry.run.id[:8]]
+    assert ["0", "committed"] in [line[:2] for line in lines]
+    assert ["1", "committed", "0.6250", "0.5000", "1", "1", "1.500", "2.500", "2", "3", "3.2"] in lines
+    assert ["2", "aborted"] in [line[:2] for line in lines]
+    assert "other runs: eeeeeeee" in said.out
+
+
+def test_rounds_list_as_json(here: Here, registry: Registry) -> None:
+    record = here("--home", registry.home, "rounds", "list", "--json").record
+    assert (record["run"], record["finished"], record["other_runs"]) == (registry.run.id, False, ["ee" * 16])
+    one = record["rounds"][1]
+    assert (one["state"], one["participants"], one["refused"], one["missing"]) == ("committed", 1, 1, 0)
+    assert one["epsilon"] == {"site-1": 1.5, "site-2": 2.5}
+    assert one["metrics"] == {"accuracy": 0.625, "loss": 1.0, "macro_f1": 0.5}
+    assert [r["state"] for r in record["rounds"]] == ["committed", "committed", "aborted"]
+    other = here("--home", registry.home, "--json", "rounds", "list", "--run", "ee").record
+    assert (other["run"], other["finished"]) == ("ee" * 16, True)
+
+
+def test_rounds_show(here: Here, registry: Registry) -> None:
+    said = here("--home", registry.home, "rounds", "show", "1")
+    assert (said.code, said.err) == (0, "")
+    assert "committed, accuracy 0.6250, macro-F1 0.5000" in said.out
+    assert "digest checked" in said.out
+    assert "head.bias moved by 9" in said.out
+    record = here("--home", registry.home, "rounds", "show", "1", "--json").record
+    assert [c["verdict"] for c in record["clients"]] == ["accepted", "out-of-bounds"]
+    assert "core" not in record["clients"][0]
+
+
+def test_rounds_errors(here: Here, registry: Registry) -> None:
+    here("--home", registry.home, "rounds", "show", "9").one_error(2, "no such round", "0 to 2")
+    here("--home", registry.home, "rounds", "list", "--run", "ff").one_error(2, "no such run")
+
+
+def test_rounds_export(here: Here, registry: Registry, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("--home", registry.home, "--json", "rounds", "export", "--out", out)
+    said = here(*arguments)
+    assert said.code == 0, said.err
+    assert (said.record["round"], said.record["path"]) == (1, str(out))
+    assert json.loads((out / "cloister.json").read_text())["round"] == 1
+    assert (out / "adapter_model.safetensors").is_file()
+
+
+def test_rounds_show_refuses_a_changed_adapter(here: Here, registry: Registry, tmp_path: Path) -> None:
+    shutil.copytree(registry.home / "coordinator", tmp_path / "coordinator")
+    name = registry.store.last_committed(registry.run.id).adapter or ""
+    path = tmp_path / "coordinator" / "blobs" / name[:2] / name
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    here("--home", tmp_path, "rounds", "show", "1").one_error(1, "blob was changed")
+
+
+# Runs
+
+
+def admitted(home: Path, base: Path, port: int, sites: int = 2) -> Path:
+    """A coordinator with admitted sites; returns the settings' path."""
+    path = write_federation(home / "FEDERATION.toml", base, address=f'address = "127.0.0.1:{port}"')
+    pinned = find_base(str(base), "test")
+    init(home / "coordinator", read_federation(path), pinned.digest, build_bundle()[1])
+    coordinator = open_coordinator(home / "coordinator")
+    for number in range(1, sites + 1):
+        make_desk(home / f"site-{number}", f"site-{number}", coordinator, pinned)
+    return path
+
+
+def test_run_without_sites(here: Here, tmp_path: Path, tiny_bert: Path) -> None:
+    path = admitted(tmp_path, tiny_bert, free_port(), sites=1)
+    said = here("--home", tmp_path, "run", path, "--wait", "1")
+    said.one_error(2, "too few sites are admitted", "expected >= 2", "got 1")
+
+
+def test_run_without_a_superlink(tmp_path: Path, tiny_bert: Path) -> None:
+    path = admitted(tmp_path, tiny_bert, free_port())
+    said = cloister("--home", tmp_path, "run", path, "--wait", "1", "--json", cwd=tmp_path)
+    assert said.code == 2
+    assert "Traceback" not in said.err
+    assert said.record["what"] == "SuperLink cannot be reached"
+    assert said.record["exit_code"] == 2
+    store = Store(tmp_path / "coordinator")
+    assert store.runs() == []
+    store.close()
+
+
+def test_run_with_a_wrong_token(here: Here, tmp_path: Path, tiny_bert: Path) -> None:
+    path = admitted(tmp_path, tiny_bert, free_port())
+    shutil.copytree(tmp_path / "coordinator", tmp_path / "other" / "coordinator")
+    (tmp_path / "other" / "coordinator" / "control.token").write_text("wrong" * 8)
+    command = [sys.executable, "-m", "cloister_server.superlink", "--home", str(tmp_path / "coordinator")]
+    with (tmp_path / "superlink.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as superlink:
+        try:
+            said = here("--home", tmp_path / "other", "run", path, "--wait", "60")
+        finally:
+            superlink.terminate()
+    said.one_error(2, "the operator's token is refused", "mend:")
+    assert "wrongwrong" not in said.out + said.err
+    store = Store(tmp_path / "other" / "coordinator")
+    assert store.runs() == []
+    store.close()
+
+
+def test_run_with_other_settings(here: Here, tmp_path: Path, tiny_bert: Path) -> None:
+    admitted(tmp_path, tiny_bert, free_port())
+    other = write_federation(tmp_path / "OTHER.toml", tiny_bert, labels='labels = ["billing", "size"]')
+    here("--home", tmp_path, "run", other, "--wait", "1").one_error(2, "enrolled for")
+
+
+def test_admit_twice_under_two_keys(here: Here, tmp_path: Path, tiny_bert: Path) -> None:
+    admitted(tmp_path / "one", tiny_bert, free_port())
+    admitted(tmp_path / "two", tiny_bert, free_port())
+    card = tmp_path / "two" / "site-1" / "card.json"
+    said = here("--home", tmp_path / "one", "coordinator", "admit", card)
+    said.one_error(2, "taken by another key")
+
+
+def test_up_on_a_port_that_is_taken(here: Here, tmp_path: Path, tiny_bert: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        admitted(tmp_path, tiny_bert, taken.getsockname()[1])
+        said = here("--home", tmp_path, "coordinator", "up")
+    said.one_error(2, "cannot listen for the SuperLink", "a free port")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--epsilon", "nan"), "--epsilon"),
+        (("--epsilon", "0"), "--epsilon"),
+        (("--device", "tpu"), "--device"),
+        (("--partition", "dirichlet:1"), "--partition"),
+        (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
+    ],
+)
+def test_demo_refuses_bad_options(here: Here, tmp_path: Path, arguments: tuple[str, ...], word: str) -> None:
+    here("demo", *arguments).one_error(2, word)
+    assert list(tmp_path.iterdir()) == []

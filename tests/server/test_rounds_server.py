@@ -1,0 +1,570 @@
+"""Rounds with real site code in one process: commits, accounts, receipts, bad clients, aborts and resumed runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cloister_flower.frames import frame_of, refusal, reply
+from cloister_model.text import Record
+from cloister_server.rounds import one_round, run_rounds, spending
+from cloister_shared.encoding import canonical, digest
+from cloister_shared.errors import RefusedError
+from cloister_shared.plan import PlanCore, read_closing
+from cloister_shared.privacy import DpSgd, epsilon
+from cloister_shared.sealing import Codec, Direction, OpeningKey, open_envelope
+from cloister_shared.signing import SigningKey
+from cloister_shared.vectors import F32, from_safetensors, vector_from_bytes
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from support.server_world import (
+    RECORDS,
+    TRAINING,
+    Behaviour,
+    Loopback,
+    World,
+    forged,
+    forged_vector,
+    make_world,
+    opened,
+)
+
+EVIL = 300
+
+
+def adapter(world: World, number: int) -> F32:
+    """A registered round's vector."""
+    row = next(r for r in world.store.rounds(world.run.id) if r.number == number)
+    return from_safetensors(world.store.adapter(row.adapter or ""), world.schema, "test")
+
+
+def updates(world: World) -> dict[int, F32]:
+    """What the sites sent last, from the files that they keep: the round's key is erased, nothing can open the envelopes."""
+    found = {}
+    for node, desk in world.desks.items():
+        for path in desk.kept.glob("*.f32"):
+            found[node] = vector_from_bytes(path.read_bytes(), world.schema, "kept")
+    return found
+
+
+def died(link: Loopback, node: int, frame: bytes, message: Any) -> Any:
+    """Says nothing."""
+    return None
+
+
+def failed(link: Loopback, node: int, frame: bytes, message: Any) -> Any:
+    """Answers with an error."""
+    return refusal("agent-away", message)
+
+
+@pytest.fixture
+def world(tmp_path: Path, tiny_bert: Path) -> Iterator[World]:
+    """Three sites, three rounds."""
+    made = make_world(tmp_path, tiny_bert)
+    yield made
+    made.store.close()
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Iterator[World]:
+    """A federation of many rounds that goes on from test to test; the third site may be evil."""
+    made = make_world(tmp_path_factory.mktemp("long"), tiny_bert, rounds=60)
+    one_round(made.context(), made.link, 1)
+    yield made
+    made.store.close()
+
+
+def test_three_rounds_with_three_sites(world: World) -> None:
+    class Spy(Loopback):
+        kept: dict[str, list[int]] = {}  # noqa: RUF012
+
+        def honest(self, node: int, frame: bytes) -> bytes:
+            answer = super().honest(node, frame)
+            self.kept.setdefault(self.group, []).append(len(world.kept(node)))
+            return answer
+
+    link = Spy(world.desks)
+    run_rounds(world.context(), link)
+    rows = world.store.rounds(world.run.id)
+    assert [(r.number, r.state, r.attempt) for r in rows] == [(n, "committed", 1) for n in range(4)]
+    assert world.store.find_run(None).finished is not None
+    vectors = [adapter(world, n) for n in range(4)]
+    for before, after in itertools.pairwise(vectors):
+        assert not np.array_equal(before, after)
+        assert np.isfinite(after).all()
+    for number in (1, 2, 3):
+        assert set(world.verdicts(number).values()) == {"accepted"}
+        for client in world.store.clients(world.run.id, number):
+            core = PlanCore.from_dict(json.loads(client.core))
+            assert core.digest == client.plan
+            assert core.parent == digest(vectors[number - 1].tobytes())
+            assert core.training == TRAINING
+            assert client.received_bytes > 4 * world.schema.size
+    # The coordinator's account is the sites' own, and both are the accountant's.
+    expected = epsilon([DpSgd(TRAINING.noise_multiplier, TRAINING.sample_rate, 3 * TRAINING.steps)], TRAINING.delta)
+    for node, desk in world.desks.items():
+        last = next(c for c in world.store.clients(world.run.id, 3) if c.client == world.id_of(node))
+        assert last.epsilon == desk.ledger.standing().epsilon == expected
+    spent = [world.store.clients(world.run.id, n)[0].epsilon for n in (1, 2, 3)]
+    assert spent == sorted(spent)
+    assert spent[0] < spent[2]
+    # A kept update goes when its receipt comes with the next plan, or with the closing message.
+    assert link.kept == {"1.1": [1] * 3, "2.1": [1] * 3, "3.1": [1] * 3, "closing": [0] * 3}
+
+
+def test_an_adapter_is_its_parent_plus_the_weighted_mean(tmp_path: Path, tiny_bert: Path) -> None:
+    world = make_world(tmp_path, tiny_bert, rounds=1)
+    heavy = replace(world.members[0], card=replace(world.members[0].card, records=3 * RECORDS))
+    members = (heavy, *world.members[1:])
+    one_round(world.context(members=members), world.link, 1)
+    sent = updates(world)
+    assert sorted(sent) == [100, 200, 300]
+    rows = np.stack([sent[n] for n in (100, 200, 300)]).astype(np.float64)
+    expected = adapter(world, 0) + np.average(rows, axis=0, weights=[3, 1, 1])
+    np.testing.assert_allclose(adapter(world, 1), expected, atol=1e-6)
+    assert [c.update for c in world.store.clients(world.run.id, 1)] == [
+        digest(sent[n].tobytes()) for n in (100, 200, 300)
+    ]
+    world.store.close()
+
+
+def test_a_plan_is_sealed_to_its_site_alone(long: World) -> None:
+    for group in long.link.sent.values():
+        for node, frame in group.items():
+            for other, desk in long.desks.items():
+                if other != node:
+                    with pytest.raises(Exception, match="not sealed to this key"):
+                        opened(desk, frame)
+            assert opened(long.desks[node], frame)[1].core.client == long.id_of(node)
+    keys = [opened(long.desks[n], f)[1].round_key for g in long.link.sent.values() for n, f in g.items()]
+    assert len(set(keys)) == len(long.link.sent)
+
+
+def as_reply(make: Any) -> Behaviour:
+    """A behaviour that answers with ``make(link, desk, node, frame)``'s bytes."""
+    return lambda link, node, frame, message: reply(make(link, link.desks[node], node, frame), message)
+
+
+def zeros(link: Loopback, frame: bytes, at: int = 0, value: float = 0.0, extra: int = 0) -> F32:
+    """A vector of the right length (and ``extra``), zeros but for one number."""
+    vector = np.zeros(opened(link.desks[EVIL], frame)[0].parameters + extra, dtype=np.float32)
+    vector[at] = value
+    return vector
+
+
+def cut(at: int) -> Behaviour:
+    """An honest answer, cut."""
+    return as_reply(lambda link, desk, node, frame: link.honest(node, frame)[:at])
+
+
+def flipped(at: int) -> Behaviour:
+    """An honest answer with one bit flipped."""
+
+    def make(link: Loopback, desk: Any, node: int, frame: bytes) -> bytes:
+        answer = bytearray(link.honest(node, frame))
+        answer[at] ^= 1
+        return bytes(answer)
+
+    return as_reply(make)
+
+
+def poked(value: float, at: int = 0) -> Behaviour:
+    """A properly signed and sealed update with one odd number."""
+    return as_reply(lambda link, desk, node, frame: forged_vector(desk, frame, zeros(link, frame, at, value)))
+
+
+def falsified(**changes: Any) -> Behaviour:
+    """A properly signed and sealed zero update with a false header."""
+    return as_reply(lambda link, desk, node, frame: forged_vector(desk, frame, zeros(link, frame), **changes))
+
+
+def plain(content: RecordDict) -> Behaviour:
+    """Some other message."""
+    return lambda link, node, frame, message: Message(content, reply_to=message)
+
+
+def previous(link: Loopback, desk: Any, node: int, frame: bytes) -> bytes:
+    """The site's own answer of an earlier round."""
+    return next(a[node] for g, a in link.answers.items() if g != link.group and node in a)
+
+
+def longer(link: Loopback, desk: Any, node: int, frame: bytes) -> bytes:
+    """A vector that is too long."""
+    return forged_vector(desk, frame, zeros(link, frame, extra=1))
+
+
+def shorter(link: Loopback, desk: Any, node: int, frame: bytes) -> bytes:
+    """A vector that is too short, with the right number in its header."""
+    vector = zeros(link, frame)
+    return forged_vector(desk, frame, vector[1:], parameters=len(vector))
+
+
+def other_key(link: Loopback, desk: Any, node: int, frame: bytes) -> bytes:
+    """Sealed to a key that is not the round's."""
+    return forged_vector(desk, frame, zeros(link, frame), to=OpeningKey.generate().sealing_key)
+
+
+def other_signer(link: Loopback, desk: Any, node: int, frame: bytes) -> bytes:
+    """Signed by another site."""
+    return forged_vector(desk, frame, zeros(link, frame), signing=link.desks[100].signing)
+
+
+TWO = RecordDict({"cloister": ArrayRecord(), "more": ConfigRecord({"x": 1})})
+FRAME = RecordDict({"cloister": ArrayRecord({"frame": Array("uint8", (3,), "cloister.frame", b"abc")})})
+BAD: dict[str, tuple[Behaviour, str, str]] = {
+    "nothing": (died, "missing", "no reply before the deadline"),
+    "error": (failed, "unreadable", "agent-away"),
+    "garbage": (as_reply(lambda *_: b"garbage"), "unreadable", "not an envelope"),
+    "random": (as_reply(lambda *_: os.urandom(20000)), "unreadable", "not an envelope"),
+    "empty": (as_reply(lambda *_: b""), "unreadable", "not an envelope"),
+    "echo": (as_reply(lambda link, desk, node, frame: frame), "unreadable", "signature does not hold"),
+    "other records": (plain(TWO), "unreadable", "not one frame"),
+    "no records": (plain(RecordDict()), "unreadable", "not one frame"),
+    "tiny frame": (plain(FRAME), "unreadable", "not an envelope"),
+    "nan": (poked(np.nan), "not-finite", "1 numbers are NaN"),
+    "inf": (poked(np.inf, -1), "not-finite", "1 numbers are NaN or infinite"),
+    "adapter out of bounds": (poked(0.5), "out-of-bounds", "moved by 0.5"),
+    "head out of bounds": (poked(-1e30, -1), "out-of-bounds", "head.bias"),
+    "replay": (as_reply(previous), "unreadable", "envelope is for another"),
+    "another's envelope": (
+        as_reply(lambda link, *_: link.answers[link.group][100]),
+        "unreadable",
+        "signature does not hold",
+    ),
+    "another's key": (as_reply(other_signer), "unreadable", "signature does not hold"),
+    "another's name": (falsified(client=bytes(16)), "unreadable", "another client"),
+    "another round": (falsified(round=1), "unreadable", "another round"),
+    "another attempt": (falsified(attempt=2), "unreadable", "another attempt"),
+    "another run": (falsified(run=bytes(16)), "unreadable", "another run"),
+    "another plan": (falsified(plan=bytes(32)), "unreadable", "another plan"),
+    "another schema": (falsified(schema=bytes(32)), "unreadable", "another schema"),
+    "another base": (falsified(base=bytes(32)), "unreadable", "another base"),
+    "another server": (falsified(server=bytes(16)), "unreadable", "another server"),
+    "another direction": (falsified(direction=Direction.TO_CLIENT), "unreadable", "another direction"),
+    "another codec": (falsified(codec=Codec.ACK), "unreadable", "neither an update nor a refusal"),
+    "other parameters": (falsified(parameters=1), "unreadable", "neither an update nor a refusal"),
+    "sealed to another": (as_reply(other_key), "unreadable", "not sealed to this key"),
+    "too long": (as_reply(longer), "unreadable", "neither an update nor a refusal"),
+    "too short": (as_reply(shorter), "unreadable", "another length"),
+    "cut by one": (cut(-1), "unreadable", "another length"),
+    "cut to the header": (cut(300), "unreadable", "not an envelope"),
+    "cut to nothing": (cut(10), "unreadable", "not an envelope"),
+    "signature flipped": (flipped(-1), "unreadable", "signature does not hold"),
+    "body flipped": (flipped(-200), "unreadable", "signature does not hold"),
+    "header flipped": (flipped(30), "unreadable", "signature does not hold"),
+    "magic flipped": (flipped(0), "unreadable", "not an envelope"),
+    "huge": (
+        as_reply(lambda link, desk, node, frame: forged(desk, frame, bytes(1 << 20))),
+        "unreadable",
+        "too long",
+    ),
+    "refusal of odd form": (
+        as_reply(lambda link, desk, node, frame: forged(desk, frame, b"[1]", codec=Codec.REFUSAL)),
+        "unreadable",
+        "not a record",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_client_costs_itself_alone(long: World, case: str) -> None:
+    behave, verdict, reason = BAD[case]
+    number = long.store.last_committed(long.run.id).number + 1
+    before = adapter(long, number - 1)
+    long.link.behaviours = {EVIL: behave}
+    one_round(long.context(), long.link, number)
+    assert long.verdicts(number) == {"site-1": "accepted", "site-2": "accepted", "site-3": verdict}
+    row = long.store.clients(long.run.id, number)[2]
+    assert reason in row.reason
+    assert row.epsilon > 0
+    assert row.sent_bytes > 0
+    told = [f for kind, f in long.events if kind == "reply" and f["number"] == number and f["site"] == "site-3"]
+    assert [t["verdict"] for t in told] == ([] if case == "nothing" else [verdict])
+    # The others' mean is all that went in.
+    sent = updates(long)
+    mean = (sent[100].astype(np.float64) + sent[200]) / 2
+    np.testing.assert_allclose(adapter(long, number), before + mean, atol=1e-6)
+
+
+def test_a_bad_client_hears_its_verdict_and_the_others_theirs(world: World) -> None:
+    world.link.behaviours = {EVIL: poked(np.nan)}
+    one_round(world.context(), world.link, 1)
+    world.link.behaviours = {}
+    one_round(world.context(), world.link, 2)
+    receipts = {n: opened(world.desks[n], f)[1].receipts[0] for n, f in world.link.sent["2.1"].items()}
+    rows = {c.client: c for c in world.store.clients(world.run.id, 1)}
+    assert [receipts[n].verdict for n in (100, 200, 300)] == ["accepted", "accepted", "not-finite"]
+    assert receipts[EVIL].update == ""
+    for node, receipt in receipts.items():
+        row = rows[world.id_of(node)]
+        assert (receipt.run, receipt.round, receipt.plan) == (world.run.id, 1, row.plan)
+        assert receipt.adapter == world.store.rounds(world.run.id)[1].adapter
+        if node != EVIL:
+            assert receipt.update == row.update
+
+
+def test_the_closing_message_is_signed_and_for_its_site(world: World) -> None:
+    run_rounds(world.context(), world.link)
+    for node, frame in world.link.sent["closing"].items():
+        desk = world.desks[node]
+        header, plaintext = open_envelope(
+            frame, by=desk.card.verify_key, key=desk.opening, expect={}, max_bytes=1 << 20, where="test"
+        )
+        assert header.codec == Codec.CLOSING
+        (receipt,) = read_closing(plaintext, desk.card.verify_key, "test")
+        assert (receipt.round, receipt.verdict) == (3, "accepted")
+        with pytest.raises(Exception, match="signature"):
+            read_closing(plaintext, SigningKey.generate().verify_key, "test")
+
+
+def test_a_sites_refusal_names_its_rule_and_is_not_counted_later(world: World) -> None:
+    strict = world.desks[EVIL]
+    strict.policy = replace(strict.policy, least_noise=TRAINING.noise_multiplier + 1)
+    one_round(world.context(), world.link, 1)
+    row = world.store.clients(world.run.id, 1)[2]
+    assert row.verdict == "refused-by-site"
+    assert "policy.least_noise" in row.reason
+    assert f"got {TRAINING.noise_multiplier}" in row.reason
+    assert strict.ledger.standing().rounds == 0
+    strict.policy = replace(strict.policy, least_noise=0.1)
+    one_round(world.context(), world.link, 2)
+    rows = world.store.clients(world.run.id, 2)
+    assert {c.verdict for c in rows} == {"accepted"}
+    for node, desk in world.desks.items():
+        mine = next(c for c in rows if c.client == world.id_of(node))
+        assert mine.epsilon == desk.ledger.standing().epsilon
+    assert rows[2].epsilon < rows[0].epsilon
+
+
+def test_a_sites_refusal_is_not_counted_in_its_own_row(world: World) -> None:
+    world.desks[EVIL].policy = replace(world.desks[EVIL].policy, least_noise=TRAINING.noise_multiplier + 1)
+    one_round(world.context(), world.link, 1)
+    row = world.store.clients(world.run.id, 1)[2]
+    assert row.verdict == "refused-by-site"
+    assert row.epsilon == world.desks[EVIL].ledger.standing().epsilon
+
+
+def test_a_refusal_of_the_budget_is_told_and_nothing_of_the_text(world: World) -> None:
+    desk = world.desks[EVIL]
+    desk.ledger.cap = 0.01
+    one_round(world.context(), world.link, 1)
+    row = world.store.clients(world.run.id, 1)[2]
+    assert row.verdict == "refused-by-site"
+    assert "budget.epsilon_cap" in row.reason
+    assert "epsilon <= 0.01" in row.reason
+
+
+def test_a_long_or_odd_refusal_is_cut(world: World) -> None:
+    said = canonical({"rule": "x" * 5000, "what": ["odd", {"form": 1}], "expected": 3, "secret": "kept out"})
+    world.link.behaviours = {
+        EVIL: as_reply(lambda link, desk, node, frame: forged(desk, frame, said, codec=Codec.REFUSAL))
+    }
+    one_round(world.context(), world.link, 1)
+    row = world.store.clients(world.run.id, 1)[2]
+    assert row.verdict == "refused-by-site"
+    assert len(row.reason) < 1000
+    assert "kept out" not in row.reason
+
+
+def test_the_coordinators_account_counts_whoever_may_have_trained(world: World) -> None:
+    """A site that trains and whose answer is lost is charged in both books."""
+
+    def lost(link: Loopback, node: int, frame: bytes, message: Any) -> Any:
+        link.honest(node, frame)
+
+    world.link.behaviours = {EVIL: lost}
+    one_round(world.context(), world.link, 1)
+    world.link.behaviours = {}
+    one_round(world.context(), world.link, 2)
+    row = world.store.clients(world.run.id, 2)[2]
+    assert row.epsilon == world.desks[EVIL].ledger.standing().epsilon
+    assert world.charged(EVIL) == 2
+
+
+def test_too_few_clients_abort_and_a_resumed_run_goes_on_with_the_same_work(world: World) -> None:
+    world.link.behaviours = {200: failed, 300: died}
+    before = adapter(world, 0)
+    with pytest.raises(RefusedError) as caught:
+        run_rounds(world.context(), world.link)
+    assert caught.value.rule == "round.min_clients"
+    assert "site-2" in caught.value.got
+    assert "site-3: no reply" in caught.value.got
+    row = world.store.rounds(world.run.id)[-1]
+    assert (row.number, row.state, row.adapter) == (1, "aborted", None)
+    assert world.verdicts(1) == {"site-1": "accepted", "site-2": "unreadable", "site-3": "missing"}
+    assert [world.charged(n) for n in (100, 200, 300)] == [1, 0, 0]
+    first = {c.client: (c.plan, c.core, c.update) for c in world.store.clients(world.run.id, 1)}
+    kept = {n: world.kept(n) for n in world.desks}
+    key = opened(world.desks[100], world.link.sent["1.1"][100])[1].round_key
+
+    world.link.behaviours = {}
+    run_rounds(world.context(), world.link)
+    rows = world.store.rounds(world.run.id)
+    assert [(r.number, r.state, r.attempt) for r in rows] == [(0, "committed", 1), (1, "committed", 2)] + [
+        (n, "committed", 1) for n in (2, 3)
+    ]
+    second = {c.client: (c.plan, c.core, c.update) for c in world.store.clients(world.run.id, 1)}
+    assert {c: v[:2] for c, v in first.items()} == {c: v[:2] for c, v in second.items()}
+    # The site that had trained sent the very same bytes, sealed to a new key, and was charged once.
+    mine = world.id_of(100)
+    assert first[mine][2] == second[mine][2] != ""
+    assert kept[100] == [first[mine][0]]
+    assert opened(world.desks[100], world.link.sent["1.2"][100])[1].round_key != key
+    assert [world.charged(n) for n in (100, 200, 300)] == [3, 3, 3]
+    assert not np.array_equal(before, adapter(world, 3))
+    for node, desk in world.desks.items():
+        last = next(c for c in world.store.clients(world.run.id, 3) if c.client == world.id_of(node))
+        assert last.epsilon == desk.ledger.standing().epsilon
+
+
+class KilledError(Exception):
+    """The coordinator's death."""
+
+
+@pytest.mark.parametrize("when", ["sending", "first reply", "judging", "committing"])
+def test_a_coordinator_killed_mid_round_resumes_without_new_charges(
+    world: World, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dying(Loopback):
+        def exchange(self, *args: Any, **kwargs: Any) -> Iterator[tuple[int, Any]]:
+            if when == "sending":
+                raise KilledError
+            for count, pair in enumerate(super().exchange(*args, **kwargs)):
+                if when == "first reply" and count == 1:
+                    raise KilledError
+                yield pair
+
+    class DyingJudge:
+        def judge(self, vector: F32) -> tuple[dict[str, float], float]:
+            raise KilledError
+
+    context = world.context()
+    if when == "judging":
+        context = replace(context, judge=DyingJudge())
+    with monkeypatch.context() as patch:
+        if when == "committing":
+            patch.setattr(world.store, "commit_round", lambda *_: (_ for _ in ()).throw(KilledError))
+        with pytest.raises(KilledError):
+            run_rounds(context, Dying(world.desks))
+    row = world.store.rounds(world.run.id)[-1]
+    assert (row.number, row.state, row.adapter) == (1, "open", None)
+    trained = {"sending": 0, "first reply": 2}.get(when, 3)
+    assert sum(world.charged(n) for n in world.desks) == trained
+    plans = [c.plan for c in world.store.clients(world.run.id, 1)]
+
+    run_rounds(world.context(), world.link)
+    rows = world.store.rounds(world.run.id)
+    assert [(r.number, r.attempt) for r in rows] == [(0, 1), (1, 2), (2, 1), (3, 1)]
+    assert [c.plan for c in world.store.clients(world.run.id, 1)] == plans
+    assert [world.charged(n) for n in world.desks] == [3, 3, 3]
+    for node, desk in world.desks.items():
+        last = next(c for c in world.store.clients(world.run.id, 3) if c.client == world.id_of(node))
+        assert last.epsilon == desk.ledger.standing().epsilon
+
+
+def test_an_answer_to_an_earlier_attempt_is_refused(world: World) -> None:
+    world.link.behaviours = {200: failed, 300: failed}
+    with pytest.raises(RefusedError):
+        run_rounds(world.context(), world.link)
+    old = world.link.answers["1.1"][100]
+    world.link.behaviours = {100: as_reply(lambda *_: old)}
+    one_round(world.context(), world.link, 1)
+    assert world.verdicts(1) == {"site-1": "unreadable", "site-2": "accepted", "site-3": "accepted"}
+    assert "another attempt" in world.store.clients(world.run.id, 1)[0].reason
+
+
+def test_a_site_that_joins_late_waits_for_the_next_round(world: World) -> None:
+    """An aborted round stays the same work for the same cohort; who comes later is asked from the next round on."""
+    world.link.behaviours = {200: failed}
+    with pytest.raises(RefusedError):
+        one_round(world.context(members=world.members[:2]), world.link, 1)
+    world.link.behaviours = {}
+    one_round(world.context(), world.link, 1)
+    assert sorted(world.link.sent["1.2"]) == [100, 200]
+    assert sorted(world.verdicts(1)) == ["site-1", "site-2"]
+    one_round(world.context(), world.link, 2)
+    assert sorted(world.verdicts(2)) == ["site-1", "site-2", "site-3"]
+    assert world.charged(300) == 1
+
+
+def test_a_site_that_is_away_when_the_round_is_committed_is_not_accepted(world: World) -> None:
+    world.link.behaviours = {200: failed, 300: failed}
+    with pytest.raises(RefusedError):
+        one_round(world.context(), world.link, 1)
+    assert world.verdicts(1)["site-1"] == "accepted"
+    world.link.behaviours = {}
+    one_round(world.context(members=world.members[1:]), world.link, 1)
+    sent = updates(world)
+    mean = (sent[200].astype(np.float64) + sent[300]) / 2
+    np.testing.assert_allclose(adapter(world, 1), adapter(world, 0) + mean, atol=1e-6)
+    assert world.verdicts(1)["site-1"] != "accepted"
+
+
+def test_a_round_is_registered_before_anything_is_sent(world: World) -> None:
+    class Looking(Loopback):
+        def exchange(self, *args: Any, **kwargs: Any) -> Iterator[tuple[int, Any]]:
+            assert world.store.rounds(world.run.id)[-1].state == "open"
+            assert [c.verdict for c in world.store.clients(world.run.id, 1)] == ["open"] * 3
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        one_round(world.context(), Looking(world.desks), 1)
+
+
+def test_a_changed_registered_adapter_stops_the_run(world: World) -> None:
+    path = world.store.blobs.path(world.store.rounds(world.run.id)[0].adapter or "")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(Exception, match="blob was changed"):
+        run_rounds(world.context(), world.link)
+    assert world.link.sent == {}
+
+
+def test_spending_counts_other_runs_of_the_same_site(world: World) -> None:
+    one_round(world.context(), world.link, 1)
+    client = world.store.clients(world.run.id, 1)[0]
+    core = replace(PlanCore.from_dict(json.loads(client.core)), run="ff" * 16)
+    found = spending(world.context(), {client.client: core})
+    once, twice = (
+        epsilon([DpSgd(TRAINING.noise_multiplier, TRAINING.sample_rate, n * TRAINING.steps)], TRAINING.delta)
+        for n in (1, 2)
+    )
+    assert found == {client.client: (once, twice)}
+
+
+def test_the_sites_text_is_nowhere_in_the_registry(world: World) -> None:
+    secret = "zanzibar-heliotrope"
+    desk = world.desks[100]
+    desk.records = (Record(f"my card was charged twice {secret}", "billing"), *desk.records[1:])
+    run_rounds(world.context(), world.link)
+    for path in world.coordinator.home.rglob("*"):
+        if path.is_file():
+            assert secret.encode() not in path.read_bytes()
+    assert not any(secret in json.dumps(fields, default=str) for _, fields in world.events)
+    assert all(secret.encode() not in a for group in world.link.answers.values() for a in group.values())
+
+
+def test_the_loopback_carries_real_flower_messages(long: World) -> None:
+    """The exchange of these tests is no softer than Flower's: its messages are read by the same code."""
+    long.link.behaviours = {}
+    number = long.store.last_committed(long.run.id).number + 1
+    seen: list[bytes] = []
+    inner = Loopback(long.desks)
+
+    class Reading(Loopback):
+        def exchange(self, *args: Any, **kwargs: Any) -> Iterator[tuple[int, Any]]:
+            for node, message in inner.exchange(*args, **kwargs):
+                assert isinstance(message, Message)
+                seen.append(frame_of(message, "test"))
+                yield node, message
+
+    one_round(long.context(), Reading(long.desks), number)
+    assert len(seen) == 3
