@@ -8,7 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from cloister.demo import MARK, clean, federation_toml, own_shares, split, synthetic_shares
+from cloister.demo import MARK, clean, federation_toml
+from cloister.demo_text import own_shares, split, synthetic_shares
 from cloister_model.text import Record, Source
 from cloister_server.federation import read_federation
 from cloister_shared.errors import InputError
