@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from support.tiny import make_tiny_bert, make_tiny_gpt2
+
+# Two threads on a tiny model cost twenty times what one does where the cores are busy.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

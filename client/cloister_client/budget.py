@@ -42,6 +42,9 @@ CREATE TABLE IF NOT EXISTS entry (
 );
 CREATE UNIQUE INDEX IF NOT EXISTS one_open_or_spent ON entry (plan) WHERE state <> 'lost';
 CREATE TRIGGER IF NOT EXISTS never_deleted BEFORE DELETE ON entry BEGIN SELECT RAISE(ABORT, 'entries are for good'); END;
+CREATE TRIGGER IF NOT EXISTS never_replaced BEFORE INSERT ON entry WHEN EXISTS
+  (SELECT 1 FROM entry WHERE id = NEW.id OR (NEW.state <> 'lost' AND plan = NEW.plan AND state <> 'lost'))
+  BEGIN SELECT RAISE(ABORT, 'entries are for good'); END;
 CREATE TRIGGER IF NOT EXISTS never_reopened BEFORE UPDATE ON entry WHEN OLD.state <> 'reserved'
   OR NEW.noise_multiplier <> OLD.noise_multiplier OR NEW.sample_rate <> OLD.sample_rate OR NEW.steps <> OLD.steps OR NEW.plan <> OLD.plan
   BEGIN SELECT RAISE(ABORT, 'entries only close'); END;
@@ -95,8 +98,9 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+        db = None
         try:
+            db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
             db.execute("PRAGMA synchronous=FULL")
             db.execute("BEGIN IMMEDIATE")
             try:
@@ -116,7 +120,8 @@ class Ledger:
                 mend="free space, or restore nothing: ask `cloister doctor`",
             ) from error
         finally:
-            db.close()
+            if db is not None:
+                db.close()
 
     def _history(self, db: sqlite3.Connection) -> tuple[DpSgd, ...]:
         rows = db.execute(

@@ -25,7 +25,7 @@ class Policy:
         max_rank: Largest LoRA rank.
         epsilon_cap: Cap on the whole history's epsilon, for good.
         delta: Delta at which the cap holds.
-        least_noise: Least noise multiplier.
+        least_noise: Least noise multiplier; 0.1 or more (less protects nobody and takes minutes to account for).
         least_cohort: Fewest clients in a round's cohort, this one included.
         rounds_per_day: Most new rounds in any 24 hours.
         sandbox: ``required`` to refuse to start where the door cannot be shut, or ``preferred``.
@@ -73,12 +73,12 @@ def read_policy(path: Path) -> Policy:
     table = read_toml(path, "policy")
     policy = Policy(
         base_models=table.texts("base_models"),
-        tasks=tuple(t for t in table.texts("tasks") if t in TASK_KINDS),
+        tasks=table.texts("tasks", choices=TASK_KINDS),
         target_modules=table.texts("target_modules"),
         max_rank=table.integer("max_rank", 1, 256),
         epsilon_cap=table.number("epsilon_cap", 1e-6, 1000),
         delta=table.number("delta", 1e-15, 0.5),
-        least_noise=table.number("least_noise", 1e-3, 1000),
+        least_noise=table.number("least_noise", 0.1, 1000),
         least_cohort=table.integer("least_cohort", 1, 1_000_000),
         rounds_per_day=table.integer("rounds_per_day", 1, 1_000_000),
         sandbox=table.text("sandbox", choices=("required", "preferred")),

@@ -73,6 +73,10 @@ class Desk:
     tell: Teller
     _warm: tuple[TaskSpec, Trainer, Encoded] | None = None
 
+    def cool(self) -> None:
+        """Forgets the warm model: after training broke off, its hooks may hold half a step."""
+        self._warm = None
+
     def warm(self, task: TaskSpec) -> tuple[Trainer, Encoded]:
         """The trainer and the tokenised text of ``task``, made once and kept."""
         if self._warm is None or self._warm[0] != task:
@@ -221,7 +225,8 @@ def work(desk: Desk, core: PlanCore, rest: bytes) -> bytes:
         write_durably(desk.kept / f"{core.digest}.f32", update)
     except BaseException as error:
         desk.ledger.lose(entry)
-        if isinstance(error, RuntimeError | MemoryError):
+        desk.cool()
+        if isinstance(error, Exception) and not isinstance(error, CloisterError):
             what = "training failed; what was reserved stays charged"
             raise RefusedError("train.failed", what, got=f"{type(error).__name__}: {error}"[:300]) from error
         raise

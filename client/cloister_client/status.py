@@ -5,6 +5,7 @@ Not on the agent's socket: the relay may speak there, and the relay has a networ
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -69,11 +70,13 @@ class StatusFile:
     def update(self, **changes: object) -> None:
         """Changes fields and writes the file."""
         self.current = replace(self.current, updated=time.time(), **changes)  # type: ignore[arg-type]
-        temp = self._path.with_suffix(".tmp")
-        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(fd, "w") as handle:
-            json.dump(asdict(self.current), handle)
-        os.replace(temp, self._path)
+        # A full disk must not break off a round for the sake of what its owner sees of it.
+        with contextlib.suppress(OSError):
+            temp = self._path.with_suffix(".tmp")
+            fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(fd, "w") as handle:
+                json.dump(asdict(self.current), handle)
+            os.replace(temp, self._path)
 
 
 def read_status(path: Path) -> Status:

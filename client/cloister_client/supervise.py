@@ -6,6 +6,7 @@ again, except an agent that ended by itself: it said why, and its owner must see
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 
@@ -48,6 +49,7 @@ class Running:
         """
         check_port("127.0.0.1", self.site.runtime_port, "SuperNode's Runtime API")
         make_runtime(self.site)
+        hand_over(self.site)
         (self.site.agent_home / "agent.log").unlink(missing_ok=True)
         (self.site.agent_home / "status.json").unlink(missing_ok=True)
         self._start_agent()
@@ -115,14 +117,21 @@ class Running:
                 self._start_agent() if child.name == "agent" else self._start(child.name)
 
 
+def hand_over(site: Site) -> None:
+    """Gives the agent's and the link's folders to their users; only root can, and only where users are set."""
+    if os.getuid() != 0 or not site.isolated:
+        return
+    for folder, user in ((site.agent_home, site.agent_user), (site.link_home, site.link_user)):
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, user, -1, follow_symlinks=False)
+
+
 def check_users(site: Site) -> None:
     """Checks that separate users can be had.
 
     Raises:
         InputError: They were asked for, and this process may not change users.
     """
-    import os
-
     if (site.agent_user >= 0 or site.link_user >= 0) and os.getuid() != 0:
         raise InputError(
             "separate users need root",

@@ -25,6 +25,7 @@ from cloister_shared.plan import TaskSpec, TrainingSpec
 from cloister_shared.vectors import F32
 from opacus.grad_sample import GradSampleModule, register_grad_sampler
 from opacus.optimizers import DPOptimizer
+from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 from torch import Tensor, nn
 
 from cloister_client import noise
@@ -55,6 +56,8 @@ class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def add_noise(self) -> None:
         """Adds fresh N(0, (noise_multiplier * max_grad_norm)^2) to each element, drawn at once for all parameters."""
+        for p in self.params:
+            _check_processed_flag(p.summed_grad)
         std = self.noise_multiplier * self.max_grad_norm
         drawn = noise.gaussian(sum(p.numel() for p in self.params), std)
         at = 0
@@ -62,7 +65,7 @@ class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]
             part = drawn[at : at + p.numel()]
             at += p.numel()
             p.grad = (p.summed_grad.double() + torch.from_numpy(part.reshape(p.shape)).to(p.device)).to(p.dtype)
-            p.summed_grad._processed = True
+            _mark_as_processed(p.summed_grad)
 
 
 @dataclass(frozen=True)

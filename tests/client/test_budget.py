@@ -1,0 +1,341 @@
+"""The ledger: what is reserved counts for good, through crashes and races, and the cap holds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from cloister_client.budget import Ledger
+from cloister_shared.errors import RefusedError, StateError
+from cloister_shared.privacy import DpSgd, epsilon
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from support import client_budget_worker
+from support.client_ledgers import DELTA, core, event
+
+UPDATE = "ab" * 32
+CAP = 0.9  # twelve steps of the usual kind fit, thirteen do not
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    """A fresh ledger."""
+    return Ledger(tmp_path / "ledger.db", CAP, DELTA)
+
+
+def _again(ledger: Ledger, cap: float | None = None) -> Ledger:
+    """The same file as a new process finds it, open reservations closed."""
+    fresh = Ledger(ledger.path, cap if cap is not None else ledger.cap, ledger.delta)
+    fresh.close_open()
+    return fresh
+
+
+def _states(ledger: Ledger) -> list[str]:
+    with sqlite3.connect(ledger.path) as db:
+        found = [str(row[0]) for row in db.execute("SELECT state FROM entry ORDER BY id")]
+    db.close()
+    return found
+
+
+def _refused(ledger: Ledger, number: int, *, steps: int = 1, rounds_per_day: int = 1000) -> str:
+    with pytest.raises(RefusedError) as refused:
+        ledger.reserve(core(number, steps=steps), rounds_per_day)
+    return refused.value.rule
+
+
+def test_an_empty_ledger_has_spent_nothing(ledger: Ledger) -> None:
+    standing = ledger.standing()
+    assert (standing.epsilon, standing.cap, standing.delta, standing.rounds, standing.steps) == (0.0, CAP, DELTA, 0, 0)
+    assert standing.left == CAP
+
+
+def test_the_charge_is_the_epsilon_of_the_whole_history(ledger: Ledger) -> None:
+    history: list[DpSgd] = []
+    for number, (steps, sigma) in enumerate(((3, 4.0), (2, 6.0), (3, 4.0)), start=1):
+        entry = ledger.reserve(core(number, steps=steps, sigma=sigma), 1000)
+        history.append(event(steps, sigma))
+        assert ledger.standing().epsilon == epsilon(history, DELTA)
+        ledger.spend(entry, UPDATE)
+        assert ledger.standing().epsilon == epsilon(history, DELTA)
+    standing = ledger.standing()
+    assert (standing.rounds, standing.steps) == (3, 8)
+    assert standing.left == CAP - standing.epsilon
+    assert _states(ledger) == ["spent"] * 3
+
+
+def test_a_round_over_the_cap_is_refused_and_reserves_nothing(ledger: Ledger) -> None:
+    ledger.spend(ledger.reserve(core(1, steps=2), 1000), UPDATE)
+    before = ledger.standing()
+    with pytest.raises(RefusedError) as refused:
+        ledger.reserve(core(2, steps=100), 1000)
+    assert refused.value.rule == "budget.epsilon_cap"
+    assert f"epsilon <= {CAP:g}" in refused.value.expected
+    assert float(refused.value.got.split()[0]) > CAP
+    assert ledger.standing() == before
+    assert not ledger.knows(core(2, steps=100).digest)
+    ledger.reserve(core(2, steps=1), 1000)
+
+
+def test_open_reservations_count_against_the_cap_at_once(ledger: Ledger) -> None:
+    ledger.reserve(core(1, steps=12), 1000)
+    assert _refused(ledger, 2) == "budget.epsilon_cap"
+    assert _refused(_again(ledger), 2) == "budget.epsilon_cap"
+
+
+def test_lost_and_open_reservations_stay_charged_when_the_ledger_is_opened_again(ledger: Ledger) -> None:
+    first, second = (ledger.reserve(core(n), 1000) for n in (1, 2))
+    ledger.lose(first)
+    charged = epsilon([event(2)], DELTA)
+    assert ledger.standing().epsilon == charged
+    assert _states(ledger) == ["lost", "reserved"]
+    assert Ledger(ledger.path, CAP, DELTA).standing().epsilon == charged
+    assert _states(ledger) == ["lost", "reserved"]
+    assert Ledger(ledger.path, CAP, DELTA).close_open() == 1
+    assert Ledger(ledger.path, CAP, DELTA).close_open() == 0
+    assert _states(ledger) == ["lost", "lost"]
+    assert ledger.standing().epsilon == charged
+    with pytest.raises(StateError, match="no open reservation"):
+        ledger.spend(second, UPDATE)
+
+
+def test_work_that_was_lost_may_be_done_again_and_is_charged_again(ledger: Ledger) -> None:
+    ledger.lose(ledger.reserve(core(1), 1000))
+    ledger.spend(ledger.reserve(core(1), 1000), UPDATE)
+    assert ledger.standing().epsilon == epsilon([event(2)], DELTA)
+    assert _refused(ledger, 1) == "budget.already_done"
+
+
+@pytest.mark.parametrize("spent", [False, True])
+def test_the_same_work_is_never_reserved_twice(ledger: Ledger, spent: bool) -> None:
+    entry = ledger.reserve(core(1), 1000)
+    if spent:
+        ledger.spend(entry, UPDATE)
+    assert _refused(ledger, 1) == "budget.already_done"
+    assert ledger.standing().rounds == 1
+    assert ledger.knows(core(1).digest)
+    assert not ledger.knows(core(2).digest)
+
+
+@pytest.mark.parametrize("entry", [0, 2, 99])
+def test_only_an_open_reservation_is_spent(ledger: Ledger, entry: int) -> None:
+    ledger.spend(ledger.reserve(core(1), 1000), UPDATE)
+    with pytest.raises(StateError, match="no open reservation"):
+        ledger.spend(entry, UPDATE)
+    with pytest.raises(StateError, match="no open reservation"):
+        ledger.spend(1, UPDATE)
+    ledger.lose(1)
+    assert _states(ledger) == ["spent"]
+
+
+def test_rounds_per_day(ledger: Ledger) -> None:
+    for number in (1, 2):
+        ledger.reserve(core(number), 2)
+    assert _refused(ledger, 3, rounds_per_day=2) == "policy.rounds_per_day"
+    assert ledger.standing().rounds == 2
+    with sqlite3.connect(ledger.path) as db:
+        db.execute("UPDATE entry SET reserved_at = reserved_at - 86500 WHERE id = 1")
+    db.close()
+    ledger.reserve(core(3), 2)
+    assert _refused(ledger, 4, rounds_per_day=2) == "policy.rounds_per_day"
+
+
+TAMPERING = [
+    "DELETE FROM entry",
+    "DELETE FROM entry WHERE state = 'lost'",
+    "UPDATE entry SET state = 'reserved', update_digest = NULL WHERE state = 'spent'",
+    "UPDATE entry SET state = 'lost', update_digest = NULL WHERE state = 'spent'",
+    "UPDATE entry SET state = 'reserved' WHERE state = 'lost'",
+    "UPDATE entry SET steps = 1 WHERE state = 'reserved'",
+    "UPDATE entry SET noise_multiplier = 100.0 WHERE state = 'reserved'",
+    "UPDATE entry SET sample_rate = 0.001 WHERE state = 'reserved'",
+    "UPDATE entry SET steps = 1 WHERE state = 'spent'",
+    "UPDATE entry SET state = 'refunded' WHERE state = 'reserved'",
+    "UPDATE entry SET state = 'spent' WHERE state = 'reserved'",
+    "INSERT INTO entry (state, run, round, plan, noise_multiplier, sample_rate, steps, epsilon_after, delta, cap,"
+    " record, reserved_at) SELECT state, run, round, plan, noise_multiplier, sample_rate, steps, cap + 1, delta, cap,"
+    " record, reserved_at FROM entry WHERE state = 'lost'",
+]
+
+
+@pytest.mark.parametrize("statement", TAMPERING)
+def test_entries_are_neither_deleted_nor_reopened_nor_made_cheaper(ledger: Ledger, statement: str) -> None:
+    ledger.spend(ledger.reserve(core(1, steps=2), 1000), UPDATE)
+    ledger.lose(ledger.reserve(core(2, steps=2), 1000))
+    ledger.reserve(core(3, steps=2), 1000)
+    before = ledger.standing()
+    db = sqlite3.connect(ledger.path)
+    with pytest.raises(sqlite3.IntegrityError):
+        db.execute(statement)
+    db.rollback()
+    db.close()
+    assert ledger.standing() == before
+
+
+@pytest.mark.parametrize("place", ["id", "NULL"])
+def test_entries_are_not_replaced(ledger: Ledger, place: str) -> None:
+    """Neither by their number nor by a cheaper entry for the same work."""
+    ledger.spend(ledger.reserve(core(1, steps=2), 1000), UPDATE)
+    before = ledger.standing()
+    db = sqlite3.connect(ledger.path)
+    try:
+        with pytest.raises(sqlite3.IntegrityError):
+            db.execute(
+                f"REPLACE INTO entry SELECT {place}, state, run, round, plan, 900.0, sample_rate, steps, 0.0, delta, cap,"
+                " record, update_digest, reserved_at, closed_at FROM entry WHERE id = 1"
+            )
+    finally:
+        db.close()
+    assert ledger.standing() == before
+
+
+def test_the_file_is_the_owners_alone(ledger: Ledger) -> None:
+    ledger.reserve(core(1), 1000)
+    assert ledger.path.stat().st_mode & 0o777 == 0o600
+    old = os.umask(0)
+    try:
+        other = Ledger(ledger.path.with_name("other.db"), CAP, DELTA)
+    finally:
+        os.umask(old)
+    assert other.path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_lower_cap_holds_for_an_older_history(ledger: Ledger) -> None:
+    ledger.spend(ledger.reserve(core(1, steps=2), 1000), UPDATE)
+    strict = _again(ledger, cap=0.1)
+    assert strict.standing().left == 0.0
+    assert _refused(strict, 2) == "budget.epsilon_cap"
+    assert _again(ledger, cap=CAP).reserve(core(2), 1000) == 2
+
+
+def test_a_file_that_is_no_ledger_is_told_in_one_error(tmp_path: Path, ledger: Ledger) -> None:
+    (tmp_path / "broken.db").write_bytes(b"this is no database, however long one looks at it" * 100)
+    with pytest.raises(StateError, match="ledger cannot be used"):
+        Ledger(tmp_path / "broken.db", CAP, DELTA)
+    assert Ledger(ledger.path, CAP, DELTA).standing().rounds == 0
+
+
+@pytest.mark.parametrize("name", ["nowhere/ledger.db", "."])
+def test_a_file_that_cannot_be_opened_is_told_in_one_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(StateError, match="ledger cannot be used"):
+        Ledger(tmp_path / name, CAP, DELTA)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_refuses_the_reservation_and_leaves_the_ledger_whole(tmp_path: Path) -> None:
+    """A file size limit makes SQLite's writes fail as a full disk does."""
+    path = tmp_path / "ledger.db"
+    Ledger(path, CAP, DELTA).reserve(core(1), 1000)
+    before = path.stat().st_size
+    script = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from cloister_client.budget import Ledger\n"
+        "from cloister_shared.errors import StateError\n"
+        "from support.client_ledgers import core\n"
+        "ledger = Ledger(Path(sys.argv[1]), 50.0, 1e-5)\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))\n"
+        "for number in range(2, 40):\n"
+        "    try:\n"
+        "        ledger.reserve(core(number), 1000)\n"
+        "    except StateError as error:\n"
+        "        print('told:', error)\n"
+        "        break\n"
+    )
+    done = _python(["-c", script, str(path), str(before)])
+    assert done.returncode == 0, done.stderr
+    assert "told:" in done.stdout
+    assert "the ledger cannot be used" in done.stdout
+    whole = Ledger(path, CAP, DELTA)
+    assert whole.standing().rounds >= 1
+    whole.reserve(core(1000), 1000)
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("reserve"), st.integers(1, 6), st.integers(1, 4)),
+        st.tuples(st.sampled_from(["spend", "lose", "crash"]), st.integers(1, 6), st.just(0)),
+    ),
+    max_size=14,
+)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(STEPS)
+def test_whatever_happens_nothing_spent_is_forgotten_and_the_cap_holds(story: list[tuple[str, int, int]]) -> None:
+    cap = 0.6  # five steps
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Ledger(Path(folder) / "ledger.db", cap, DELTA)
+        opened: dict[int, tuple[int, int]] = {}
+        charged, spent = 0, 0
+        for what, number, steps in story:
+            if what == "reserve":
+                try:
+                    opened[number] = (ledger.reserve(core(number, steps=steps), 1000), steps)
+                    charged += steps
+                except RefusedError as error:
+                    refused = error.rule
+                else:
+                    refused = ""
+                over = refused == "" or epsilon([event(charged + steps)], DELTA) > cap
+                assert over or refused == "budget.already_done"
+            elif what == "crash":
+                ledger = _again(ledger)
+                opened.clear()
+            elif number in opened:
+                entry, steps_of = opened.pop(number)
+                if what == "spend":
+                    ledger.spend(entry, UPDATE)
+                    spent += steps_of
+                else:
+                    ledger.lose(entry)
+            now = ledger.standing()
+            assert now.steps == charged >= spent
+            assert now.epsilon <= cap
+            assert now.epsilon >= (epsilon([event(spent)], DELTA) if spent else 0.0)
+        final = _again(ledger).standing()
+        assert final.epsilon == (epsilon([event(charged)], DELTA) if charged else 0.0)
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+
+def _python(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], env=_environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_eight_processes_that_race_never_overspend(tmp_path: Path) -> None:
+    fits, rounds = 5, 2
+    cap = 0.6
+    path = tmp_path / "ledger.db"
+    done = _python([client_budget_worker.__file__, "race", str(path), str(cap), str(rounds)])
+    assert done.returncode == 0, done.stderr
+    racers = client_budget_worker.RACERS
+    assert sorted(done.stdout.split()) == ["budget.epsilon_cap"] * (racers * rounds - fits) + ["granted"] * fits
+    standing = Ledger(path, cap, DELTA).standing()
+    assert standing.rounds == fits
+    assert standing.epsilon == epsilon([event(fits)], DELTA) <= cap
+    assert epsilon([event(fits + 1)], DELTA) > cap
+    assert _states(Ledger(path, cap, DELTA)) == ["spent"] * fits
+
+
+def test_a_process_killed_between_reserving_and_spending_stays_charged(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    done = _python([client_budget_worker.__file__, "die", str(path), str(CAP), "1"])
+    assert done.returncode == -signal.SIGKILL
+    assert done.stdout == "granted\n"
+    ledger = Ledger(path, CAP, DELTA)
+    assert _states(ledger) == ["reserved"]
+    assert ledger.standing().epsilon == epsilon([event(1)], DELTA)
+    assert ledger.close_open() == 1
+    assert _states(ledger) == ["lost"]
+    assert ledger.standing().epsilon == epsilon([event(1)], DELTA)

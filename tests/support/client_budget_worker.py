@@ -1,0 +1,57 @@
+"""Processes that work on a ledger: eight that race for rounds, or one that dies between reserving and spending.
+
+``python client_budget_worker.py race|die LEDGER CAP ROUNDS``; a line per reservation, granted or not. It imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from cloister_client.budget import Ledger
+from cloister_shared.errors import RefusedError
+from cloister_shared.privacy import epsilon
+
+from support.client_ledgers import DELTA, core, event
+
+RACERS = 8
+
+
+def _try(path: Path, cap: float, numbers: range, die: bool) -> None:
+    ledger = Ledger(path, cap, DELTA)
+    for number in numbers:
+        try:
+            entry = ledger.reserve(core(number), 1000)
+        except RefusedError as error:
+            os.write(1, f"{error.rule}\n".encode())
+            continue
+        os.write(1, b"granted\n")
+        if die:
+            os.kill(os.getpid(), signal.SIGKILL)
+        ledger.spend(entry, "ab" * 32)
+
+
+def main() -> None:
+    """Starts the racers together: all wait for the end of one pipe."""
+    what, path, cap, rounds = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
+    if what == "die":
+        _try(path, cap, range(1, 1 + rounds), True)
+    epsilon([event()], DELTA)  # the accountant is imported once, for all
+    wait, go = os.pipe()
+    children = []
+    for racer in range(RACERS):
+        child = os.fork()
+        if child == 0:
+            os.close(go)
+            os.read(wait, 1)
+            _try(path, cap, range(1 + racer * rounds, 1 + (racer + 1) * rounds), False)
+            os._exit(0)
+        children.append(child)
+    os.close(go)
+    sys.exit(sum(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children))
+
+
+if __name__ == "__main__":
+    main()
