@@ -143,12 +143,15 @@ def one_round(context: Context, link: Exchange, number: int) -> None:
     intake = Intake()
     try:
         with ThreadPoolExecutor(1) as pool:
-            spent = pool.submit(spending, context, cores)
+            # Accounting takes a core for a moment: from the first reply on, when a site here is done, not when all begin.
+            spent: Future[dict[str, tuple[float, float]]] | None = None
             for node, message in link.exchange(
                 frames, f"{number}.{row.attempt}", federation.deadline, lambda replies: len(replies) == len(frames)
             ):
                 take(context, intake, by_node[node], cores[by_node[node].id], row.attempt, key, message)
-            record_costs(intake, cores, by_node, frames, spent)
+                spent = spent or pool.submit(spending, context, cores)
+            costs = (spent or pool.submit(spending, context, cores)).result()
+            record_costs(intake, cores, by_node, frames, costs)
     finally:
         key.erase()
     if len(intake.updates) < federation.min_clients:
@@ -353,13 +356,12 @@ def record_costs(
     cores: dict[str, PlanCore],
     by_node: dict[int, Member],
     frames: dict[int, bytes],
-    spent: Future[dict[str, tuple[float, float]]],
+    costs: dict[str, tuple[float, float]],
 ) -> None:
     """Adds to each client's record what it cost: bytes sent, epsilon so far.
 
     A client that did not answer may have been charged; one that is away now loses what an earlier attempt had of it.
     """
-    costs = spent.result()
     sizes = {member.id: len(frames[node]) for node, member in by_node.items()}
     for client in cores:
         why = "no reply before the deadline" if client in sizes else "not online"

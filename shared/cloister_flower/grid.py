@@ -91,13 +91,12 @@ class Link:
         """
         replies: dict[int, Any] = {}
         waiting: dict[str, int] = {}
-        for node, frame in frames.items():
-            try:
-                (sent,) = self._grid.push_messages([outgoing(frame, node, group, seconds + 3600.0)])
-            except httpx.HTTPStatusError as error:
-                raise StateError("SuperLink refused a message", got=str(error.response.text)[:200]) from error
-            if sent:
-                waiting[sent] = node
+        messages = [outgoing(frame, node, group, seconds + 3600.0) for node, frame in frames.items()]
+        try:
+            sent = list(self._grid.push_messages(messages)) if messages else []
+        except httpx.HTTPStatusError as error:
+            raise StateError("SuperLink refused the messages", got=str(error.response.text)[:200]) from error
+        waiting |= {name: node for name, node in zip(sent, frames, strict=True) if name}
         end = time.monotonic() + seconds
         while waiting and time.monotonic() < end:
             if self.task.lost.is_set():

@@ -1,4 +1,4 @@
-"""Flower's polling intervals, replaced: SuperNode's three seconds and the pull's one second become a tenth."""
+"""Flower's polling intervals, replaced: SuperNode's three seconds and the pull's one second, doubling, become a tenth."""
 
 from __future__ import annotations
 
@@ -34,7 +34,13 @@ def bound_pulls(seconds: float) -> None:
 
 
 def quicken_pulls() -> None:
-    """Shortens the first wait for an object that is not there yet, in this process."""
+    """Shortens the waits for an object that is not there yet, in this process."""
     from flwr.supercore.inflatable import inflatable_utils
 
-    inflatable_utils.pull_objects.__kwdefaults__["initial_backoff"] = POLL_SECONDS
+    for pull in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
+        # Without growth, and bounded by time alone: tries at this pace would run out within a minute.
+        pull.__kwdefaults__ |= {
+            "initial_backoff": POLL_SECONDS,
+            "backoff_cap": POLL_SECONDS,
+            "max_tries_per_object": None,
+        }
