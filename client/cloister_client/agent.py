@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,9 @@ def listen(desk: Desk, socket: Path) -> Any:
             except VerificationError as error:
                 print(f"refused: {error}", flush=True)
                 return agent_pb2.ExecuteReply(code="unreadable")
+            except Exception:  # noqa: BLE001  # gRPC would tell the relay the exception's own words
+                traceback.print_exc()
+                return agent_pb2.ExecuteReply(code="failed")
             finally:
                 busy.release()
 

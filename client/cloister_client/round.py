@@ -33,6 +33,8 @@ from cloister_client.policy import Policy, check
 from cloister_client.train import Device, Trainer
 
 MAX_PLAN_BYTES = 256 * 1024 * 1024
+# A plan that somebody on the way held back is worth nothing after a day.
+PLAN_SECONDS = 86_400
 
 
 class Teller(Protocol):
@@ -110,6 +112,10 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
     _same(header, plan)
     settle(desk, plan.receipts)
     try:
+        # Policy first: what the data owner forbids by now does not leave, kept or not.
+        check(desk.policy, core)
+        if abs(time.time() - plan.issued) > PLAN_SECONDS:
+            raise RefusedError("policy.plan_age", "the plan is stale", expected=f"issued within {PLAN_SECONDS} s")
         update = kept_update(desk, core) or work(desk, core, rest)
         answer = _seal(desk, plan, header, Codec.UPDATE_F32, update)
         desk.tell.update(state="ready", seconds=time.time() - started, epsilon=desk.ledger.standing().epsilon)
@@ -183,7 +189,6 @@ def work(desk: Desk, core: PlanCore, rest: bytes) -> bytes:
     Raises:
         CloisterError: Refused; what was reserved stays charged.
     """
-    check(desk.policy, core)
     if core.federation != desk.card.federation:
         raise RefusedError(
             "policy.federation",
@@ -223,14 +228,14 @@ def work(desk: Desk, core: PlanCore, rest: bytes) -> bytes:
     try:
         update = vector_to_bytes(_train(desk, trainer, core, parent, data))
         write_durably(desk.kept / f"{core.digest}.f32", update)
+        desk.ledger.spend(entry, digest(update))
     except BaseException as error:
         desk.ledger.lose(entry)
         desk.cool()
-        if isinstance(error, Exception) and not isinstance(error, CloisterError):
+        if isinstance(error, Exception):
             what = "training failed; what was reserved stays charged"
             raise RefusedError("train.failed", what, got=f"{type(error).__name__}: {error}"[:300]) from error
         raise
-    desk.ledger.spend(entry, digest(update))
     return update
 
 

@@ -122,7 +122,10 @@ def hand_over(site: Site) -> None:
     if os.getuid() != 0 or not site.isolated:
         return
     for folder, user in ((site.agent_home, site.agent_user), (site.link_home, site.link_user)):
-        for path in (folder, *folder.rglob("*")):
+        # Once only: afterwards the folder is its user's, and root must not walk where somebody else can move things.
+        if folder.stat().st_uid == user:
+            continue
+        for path in (*folder.rglob("*"), folder):
             os.chown(path, user, -1, follow_symlinks=False)
 
 

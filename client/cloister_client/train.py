@@ -160,6 +160,39 @@ class Trainer:
         self.model, self.task, self.device = model.to(device.name), task, device
         self.hooked = GradSampleModule(self.model, batch_first=True, loss_reduction="sum", strict=False)
         self.hooked.train()
+        self._probe()
+
+    def _probe(self) -> None:
+        """One backward pass on two made-up records, the longest the task allows and a short one, before any budget is reserved.
+
+        Raises:
+            RefusedError: The model cannot be run at that length, leaves a trained parameter without gradient, or does not keep
+                records in the first dimension (OPT flattens tokens into it: each token would be clipped as if it were a record).
+        """
+        made_up = Encoded(((3,) * self.task.max_tokens, (3,)), (0, 0), 0)
+        named = trained(self.model)
+        try:
+            with self.device.autocast():
+                each = losses(self.hooked, self.task, *made_up.batch((0, 1), self.device.name))
+            torch.autograd.backward(each.sum())
+            found = {n: getattr(p, "grad_sample", None) for n, p in named.items()}
+        except Exception as error:
+            raise RefusedError(
+                "train.unsupported", "the model does not run as the task asks", got=str(error)[:200]
+            ) from error
+        finally:
+            for p in named.values():
+                p.grad = None
+                setattr(p, "grad_sample", None)  # noqa: B010  # Opacus' own attribute
+        for name, rows in found.items():
+            if not isinstance(rows, Tensor) or len(rows) != 2:
+                raise RefusedError(
+                    "train.unclipped",
+                    "a trained parameter has no gradient per record",
+                    where=name,
+                    expected="2 rows for 2 records",
+                    got="none" if not isinstance(rows, Tensor) else f"{len(rows)} rows",
+                )
 
     def optimiser(self, spec: TrainingSpec) -> SecureDPOptimizer:
         """A fresh Adam in Opacus' DP optimiser, adapter and head with rates of their own."""
@@ -185,6 +218,8 @@ class Trainer:
             with self.device.autocast():
                 each = losses(self.hooked, self.task, *data.batch(part, self.device.name))
             torch.autograd.backward(each.sum())
+            if any(not isinstance(p.grad_sample, Tensor) or len(p.grad_sample) != len(part) for p in optimiser.params):
+                raise RefusedError("train.unclipped", "gradients are not per record")
             optimiser.clip_and_accumulate()
             total += float(each.detach().sum())
         if len(rows) == 0:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from cloister_shared import console
 from cloister_shared.cards import split_address
-from cloister_shared.errors import StateError
+from cloister_shared.errors import InputError, StateError
 from cloister_shared.processes import Group, check_port
 
 from cloister_server.federation import admit_site, open_coordinator, read_federation
@@ -43,6 +43,10 @@ def init(
     from cloister_model.base import find_base
 
     settings = read_federation(federation)
+    if settings.held_out is not None and not settings.held_out.path.is_file():
+        raise InputError(
+            "the held-out text is not there", where=f"{federation} [held_out] path", got=str(settings.held_out.path)
+        )
     folder = console.coordinator_home()
     card = make_coordinator(folder, settings, find_base(settings.base, f"{federation} base").digest, build_bundle()[1])
     console.emit(

@@ -151,7 +151,7 @@ def one_round(context: Context, link: Exchange, number: int) -> None:
                 take(context, intake, by_node[node], cores[by_node[node].id], row.attempt, key, message)
                 spent = spent or pool.submit(spending, context, cores)
             costs = (spent or pool.submit(spending, context, cores)).result()
-            record_costs(intake, cores, by_node, frames, costs)
+            record_costs(intake, cores, by_node, frames, costs, {c.client: c for c in clients})
     finally:
         key.erase()
     if len(intake.updates) < federation.min_clients:
@@ -305,8 +305,9 @@ def take(
                 for k in ("rule", "what", "expected", "got")
                 if said.get(k)
             )
-            # What failed in training was reserved before, and stays charged.
-            verdict, update = (FAILED if said.get("rule") == "train.failed" else REFUSED), None
+            # Only these rules certainly come before the reservation; whatever else a site says may have been charged.
+            free = str(said.get("rule", "")).startswith(("policy.", "budget.", "plan.invalid", "train.un"))
+            verdict, update = (REFUSED if free else FAILED), None
         elif header.codec == Codec.UPDATE_F32 and header.parameters == context.schema.size:
             update = vector_from_bytes(plaintext, context.schema, where)
             found = admit_update(update, context.schema, core.training)
@@ -315,6 +316,8 @@ def take(
             raise VerificationError("neither an update nor a refusal", where=where, got=header.codec.name)
     except CloisterError as error:
         verdict, reason, update = "unreadable", str(error)[:500], None
+    # A peer's words reach a terminal and a registry that keeps them for good.
+    reason = "".join(c if c.isprintable() else "?" for c in reason)[:500]
     accepted = verdict == "accepted" and update is not None
     if accepted and update is not None:
         intake.updates[member.id] = update
@@ -337,15 +340,17 @@ def take(
 def spending(context: Context, cores: dict[str, PlanCore]) -> dict[str, tuple[float, float]]:
     """Epsilon of each client's whole history as the coordinator knows it, without this round and with it.
 
-    All that was ever asked counts, except what a site refused before it reserved anything.
+    Every attempt that may have been charged counts; a site's own ledger is the authority.
     """
     out = {}
     for client, core in cores.items():
-        history = [
-            DpSgd(c.noise_multiplier, c.sample_rate, c.steps)
-            for c in context.store.asked(client)
-            if c.verdict != REFUSED and (c.run, c.number) != (core.run, core.round)
-        ]
+        history = []
+        for c in context.store.asked(client):
+            here = (c.run, c.number) == (core.run, core.round)
+            # A row still open is of a coordinator that died: its attempt may have been charged.
+            times = c.charged if here or c.verdict != "open" else max(1, c.charged)
+            if times:
+                history.append(DpSgd(c.noise_multiplier, c.sample_rate, c.steps * times))
         delta = core.training.delta
         out[client] = epsilon(history, delta), epsilon([*history, core.training.event], delta)
     return out
@@ -357,6 +362,7 @@ def record_costs(
     by_node: dict[int, Member],
     frames: dict[int, bytes],
     costs: dict[str, tuple[float, float]],
+    earlier: dict[str, RoundClient],
 ) -> None:
     """Adds to each client's record what it cost: bytes sent, epsilon so far.
 
@@ -367,8 +373,14 @@ def record_costs(
         why = "no reply before the deadline" if client in sizes else "not online"
         missing = {"verdict": "missing", "reason": why, "received_bytes": 0, "update": ""}
         change = intake.changes.setdefault(client, missing)
-        before, after = costs[client]
-        change |= {"sent_bytes": sizes.get(client, 0), "epsilon": before if change["verdict"] == REFUSED else after}
+        known = earlier[client]
+        again = change["verdict"] == "accepted" and known.charged and change["update"] == known.update
+        free = client not in sizes or change["verdict"] == REFUSED or again
+        change |= {
+            "sent_bytes": sizes.get(client, 0),
+            "charged": known.charged + (0 if free else 1),
+            "epsilon": costs[client][0 if free else 1],
+        }
 
 
 def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]:

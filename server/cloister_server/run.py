@@ -113,7 +113,7 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
     judge = make_judge(federation, base, model)
     with Control(coordinator.card.address, coordinator.ca, coordinator.token) as control:
         control.wait_up(wait)
-        run = find_unfinished(store, schema.digest) if resume else None
+        run = find_unfinished(store, schema.digest, federation, base.digest) if resume else None
         if run is None:
             fan = bool(next(iter(model.encoder.peft_config.values())).fan_in_fan_out)
             run = Run(
@@ -171,7 +171,7 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
     return run
 
 
-def find_unfinished(store: Store, schema: str) -> Run:
+def find_unfinished(store: Store, schema: str, federation: Federation, base: str) -> Run:
     """The newest run, if it is not finished.
 
     Raises:
@@ -190,6 +190,12 @@ def find_unfinished(store: Store, schema: str) -> Run:
             "the settings would make another adapter than the run has",
             where=str(store.home),
             mend="restore the task's settings",
+        )
+    if json.loads(run.task) != json.loads(json.dumps(asdict(federation.task))) or run.base != base:
+        raise InputError(
+            "the settings are not those of the run",
+            where=str(federation.path),
+            mend="restore [task] and base, or start a new run",
         )
     return run
 

@@ -75,6 +75,7 @@ class RoundClient(SQLModel, table=True):
     steps: int
     epsilon: float = 0.0
     delta: float
+    charged: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
 

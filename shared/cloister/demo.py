@@ -8,8 +8,8 @@ numbers per site are read from each agent's own status file, as its owner would.
 from __future__ import annotations
 
 import os
-import re
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from cloister_client.policy import Policy
 from cloister_client.site import enrol, read_site
 from cloister_client.status import read_status
 from cloister_client.supervise import Running
+from cloister_client.train import choose_device
 from cloister_flower.bundle import build_bundle
 from cloister_flower.control import Control
 from cloister_model.base import find_base
@@ -123,6 +124,7 @@ def make_federation(
             device=device,
             threads=threads,
         )
+        write_durably(folder / MARK, b"made by cloister demo\n", mode=0o644)
         admit_site(home / "coordinator", folder / "card.json")
     return open_coordinator(home / "coordinator")
 
@@ -158,7 +160,7 @@ def clean(home: Path) -> str | None:
         return None
     if not (home / MARK).is_file():
         raise InputError("there is something here that no demo made", where=str(home), mend="choose another --home")
-    real = sorted(p.name for p in home.glob("sites/*") if not re.fullmatch(r"site-\d+", p.name))
+    real = sorted(p.name for p in home.glob("sites/*") if not (p / MARK).is_file())
     if real:
         raise InputError(
             "a site was enrolled in this demo's folder",
@@ -199,6 +201,8 @@ def run_demo(ask: Ask) -> None:
         if ask.data is None
         else own_shares(Source(ask.data, ask.text, ask.label), ask.sites, ask.partition, ask.seed)
     )
+    if ask.device == "cuda":
+        choose_device(ask.device)
     note = clean(root)
     root.mkdir(parents=True, exist_ok=True)
     write_durably(root / MARK, b"made by cloister demo; removed by the next one\n", mode=0o644)
@@ -216,6 +220,7 @@ def run_demo(ask: Ask) -> None:
     console.emit(
         {
             "event": "demo",
+            "removed": note or "",
             "synthetic": shares.synthetic,
             "sites": [len(s) for s in shares.sites],
             "held_out": len(shares.held_out),
@@ -327,14 +332,16 @@ def report(root: Path, coordinator: Coordinator, started: float, shares: Shares)
     )
     if console.OUTPUT.json:
         return
+    called = Path(sys.argv[0])
+    name = str(called) if called.name == "cloister" and shutil.which("cloister") is None else "cloister"
     option = "" if root == console.default_home() else f" --home {root}"
     spent = ", ".join(f"{name} {s.epsilon:.3f} of {s.cap:g}" for name, s in ledgers.items())
     for line in (
         f"\nThe sites' own ledgers: {spent}, at delta {coordinator.federation.delta:g} per record (add/remove)",
         f"Exported adapter: {folder}",
         f"Took {seconds:.0f} s. Try next:",
-        f"  cloister rounds show {last.number}{option}",
-        f"  cloister site status{option}",
-        f"  cloister rounds export 1{option}",
+        f"  {name} rounds show {last.number}{option}",
+        f"  {name} site status{option}",
+        f"  {name} rounds export 1{option}",
     ):
         print(line)

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cloister_shared.errors import CloisterError, InputError
 
@@ -101,7 +102,7 @@ def table(record: dict[str, Any], title: str, columns: Sequence[str], rows: Iter
             no_wrap=column not in ("reason",),
         )
     for row in rows:
-        grid.add_row(*[str(cell) for cell in row])
+        grid.add_row(*[Text(str(cell)) for cell in row])
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(grid)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -97,7 +98,15 @@ class Group:
         self, name: str, module: str, arguments: Sequence[str], log: Path, *, user: int = -1, group: int = -1
     ) -> Child:
         """Starts ``python -m module arguments`` with its output appended to ``log``."""
-        fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        # The folder may be the child's own: as root, follow no link it planted and take no file but its own, singly linked.
+        try:
+            fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        except OSError as error:
+            raise StateError("cannot open the log", where=str(log), got=error.strerror or str(error)) from error
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or found.st_uid not in (os.getuid(), user):
+            os.close(fd)
+            raise StateError("the log is not a file of ours", where=str(log), mend="remove it")
         identity: dict[str, object] = {}
         if os.getuid() == 0 and (user >= 0 or group >= 0):
             os.fchown(fd, user, group)

@@ -37,7 +37,12 @@ class Table:
         self._seen.add(key)
         if key not in self._values:
             if default is _REQUIRED:
-                raise InputError(f"key {key!r} is missing", where=self.where, expected=kind)
+                raise InputError(
+                    f"key {key!r} is missing",
+                    where=self.where,
+                    expected=kind,
+                    got=f"keys {', '.join(sorted(self._values)) or 'none'}",
+                )
             return default
         value = self._values[key]
         if not accept(value):

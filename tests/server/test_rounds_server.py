@@ -368,7 +368,7 @@ def test_a_long_or_odd_refusal_is_cut(world: World) -> None:
     }
     one_round(world.context(), world.link, 1)
     row = world.store.clients(world.run.id, 1)[2]
-    assert row.verdict == "refused-by-site"
+    assert row.verdict == "failed-at-site"
     assert len(row.reason) < 1000
     assert "kept out" not in row.reason
 
@@ -421,7 +421,9 @@ def test_too_few_clients_abort_and_a_resumed_run_goes_on_with_the_same_work(worl
     assert not np.array_equal(before, adapter(world, 3))
     for node, desk in world.desks.items():
         last = next(c for c in world.store.clients(world.run.id, 3) if c.client == world.id_of(node))
-        assert last.epsilon == desk.ledger.standing().epsilon
+        # A site whose answer could not be read may have been charged: the coordinator counts it, the ledger knows better.
+        assert last.epsilon >= desk.ledger.standing().epsilon
+        assert node != 100 or last.epsilon == desk.ledger.standing().epsilon
 
 
 class KilledError(Exception):
