@@ -13,7 +13,7 @@ from typing import Annotated
 import click
 import typer
 from cloister_shared import __version__, console
-from cloister_shared.errors import CloisterError
+from cloister_shared.errors import CloisterError, InputError
 
 from cloister import demo_command
 
@@ -73,8 +73,12 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         code = 2
     except click.ClickException as error:
-        error.show()
         code = 2
+        if "--json" in (sys.argv[1:] if arguments is None else arguments):
+            console.OUTPUT.json = True
+            code = console.fail(InputError(error.format_message(), mend="cloister --help"))
+        else:
+            error.show()
     except (click.Abort, KeyboardInterrupt):
         print("stopped", file=sys.stderr)
         code = 130

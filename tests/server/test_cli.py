@@ -129,6 +129,12 @@ def test_usage_errors_exit_2(here: Here, arguments: tuple[str, ...]) -> None:
     assert "Usage:" in said.err + said.out
 
 
+def test_a_usage_error_is_json_where_json_was_asked_for(here: Here) -> None:
+    said = here("--json", "nonsense")
+    assert said.code == 2
+    assert json.loads(said.out)["exit_code"] == 2
+
+
 def test_no_home_is_one_error_line(tmp_path: Path) -> None:
     cloister("rounds", "list", cwd=tmp_path).one_error(2, "no registry here", "mend:")
     assert list(tmp_path.iterdir()) == []
