@@ -453,8 +453,9 @@ class FakeGrid:
 
     def push_messages(self, messages: list[Any]) -> list[str]:
         """Takes messages; ids by number."""
+        first = len(self.pushed) + 1
         self.pushed += messages
-        return [f"m{len(self.pushed)}"]
+        return [f"m{first + i}" for i in range(len(messages))]
 
     def pull_messages(self, ids: list[str]) -> list[Any]:
         """The next prepared poll."""
