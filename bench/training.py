@@ -29,7 +29,6 @@ def _task(layers: tuple[int, ...]) -> TaskSpec:
 
 def measure(layers: tuple[int, ...], batch: int = 128) -> dict[str, float]:
     """Median seconds of a step: ``ours``, ``opacus`` (stock hooks, noise and optimiser) and ``plain`` (no DP)."""
-    torch.set_num_threads(torch.get_num_threads())
     base, task = find_base("minilm", "bench"), _task(layers)
     rows = make_silo(0, 1500, 7)
     data = encode(base, [r["text"] for r in rows], [LABELS.index(r["label"]) for r in rows], 64)

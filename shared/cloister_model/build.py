@@ -129,12 +129,9 @@ def build(base: BaseModel, task: TaskSpec, where: str) -> Adapted:
             expected=f"some of {', '.join(names)}",
             got=", ".join(task.target_modules),
         )
-    if any(isinstance(m, Conv1D) for _, m in linear):
-        model_config = lora_config(task)
-        model_config.fan_in_fan_out = True
-    else:
-        model_config = lora_config(task)
-    encoder = get_peft_model(model, model_config)
+    lora = lora_config(task)
+    lora.fan_in_fan_out = any(isinstance(m, Conv1D) for _, m in linear)
+    encoder = get_peft_model(model, lora)
     head = None
     if task.kind == "text-classification":
         head = nn.Linear(int(config.hidden_size), len(task.labels))
