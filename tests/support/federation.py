@@ -139,6 +139,7 @@ def make_federation(
     task: str = "text-classification",
     deadline: int = 60,
     least: int = 2,
+    noise: float = 0.8,
 ) -> Iterator[Federation]:
     """Creates coordinator and sites by the commands of the README, and stops everything at the end."""
     with tempfile.TemporaryDirectory(prefix="clst", dir="/tmp") as folder:
@@ -166,7 +167,7 @@ steps = {steps}
 batch = 20
 adapter_rate = {1e-3 if classify else 1e-2}
 [privacy]
-noise_multiplier = 0.8
+noise_multiplier = {noise}
 [round]
 deadline_seconds = {deadline}
 min_clients = {least}
@@ -192,7 +193,7 @@ text = "text"
                 "--records",
                 "60",
                 "--epsilon-cap",
-                "50",
+                "1000",
             )
             federation.done("coordinator", "admit", str(home / "sites" / name / "card.json"))
         try:
