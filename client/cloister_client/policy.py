@@ -77,7 +77,7 @@ def read_policy(path: Path) -> Policy:
         target_modules=table.texts("target_modules"),
         max_rank=table.integer("max_rank", 1, 256),
         epsilon_cap=table.number("epsilon_cap", 1e-6, 1000),
-        delta=table.number("delta", 1e-15, 0.5),
+        delta=table.number("delta", 1e-10, 0.5),
         least_noise=table.number("least_noise", 0.1, 1000),
         least_cohort=table.integer("least_cohort", 1, 1_000_000),
         rounds_per_day=table.integer("rounds_per_day", 1, 1_000_000),

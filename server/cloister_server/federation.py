@@ -138,7 +138,7 @@ def read_federation(path: Path) -> Federation:
         noise_multiplier=privacy.number("noise_multiplier", 0.1, 1000)
         if "noise_multiplier" in privacy.written
         else None,
-        delta=privacy.number("delta", 1e-15, 0.5, 1e-5),
+        delta=privacy.number("delta", 1e-10, 0.5, 1e-5),
         deadline=waiting.number("deadline_seconds", 1, 7 * 86400, 1800),
         min_clients=waiting.integer("min_clients", 1, 1_000_000, 2),
         held_out=held_out,

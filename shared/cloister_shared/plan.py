@@ -134,7 +134,7 @@ class TrainingSpec:
         _number(self.clipping_norm, 1e-6, 1e6, "clipping_norm")
         _number(self.adapter_rate, 0, 10, "adapter_rate")
         _number(self.head_rate, 0, 10, "head_rate")
-        _number(self.delta, 1e-15, 0.5, "delta")
+        _number(self.delta, 1e-10, 0.5, "delta")
         _must(self.unit == "record", "unknown privacy unit", self.unit)
 
     @property

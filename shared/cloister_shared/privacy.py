@@ -2,8 +2,8 @@
 
 Planning, admission and reports call ``epsilon``. Events are Poisson-sampled Gaussian steps (DP-SGD, Abadi et al. 2016)
 under add/remove neighbours, grouped by ``(noise_multiplier, sample_rate)`` so that a long history stays a short sum.
-The charge is dp-accounting's PLD with pessimistic connect-the-dots discretisation (Doroshenko et al. 2022): an upper bound.
-RDP (Mironov, Talwar, Zhang 2019) is looser and faster: it only narrows the search for a noise multiplier.
+The charge is the larger of PRV's upper bound and PLD, two independent codes; where they disagree nothing is released.
+RDP is looser and faster: it may only accept, and narrows the search for a noise multiplier.
 
 It does not keep anything: the client's ledger does.
 """
@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-from cloister_shared.errors import InputError, RefusedError
+from cloister_shared import accountants
+from cloister_shared.errors import InputError, RefusedError, StateError
 
-ACCOUNTANT = "PLD (dp-accounting 0.6.0), add/remove"
+ACCOUNTANT = "max(PRV upper bound, PLD of dp-accounting 0.6.0), add/remove"
+# A PRV further below PLD than this, in epsilon, means that one of the two is wrong.
+DISAGREEMENT = 0.02
+MIN_DELTA = 1e-10
 NEIGHBOURS = "add/remove one record"
 SIGMA_GRID = 0.01
 MAX_SIGMA = 1000.0
-# Integer orders only: the fractional ones do not converge at small noise, and the bound holds at any set of orders.
-_ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512)
 
 
 @dataclass(frozen=True, order=True)
@@ -64,74 +66,85 @@ def grouped(history: Iterable[DpSgd]) -> tuple[DpSgd, ...]:
     return tuple(sorted(DpSgd(sigma, rate, steps) for (sigma, rate), steps in counts.items()))
 
 
-# dp_accounting takes a second to import, which a relay or `--help` need not pay: imported where it computes.
-
-
-def _compose(accountant: Any, history: tuple[DpSgd, ...]) -> Any:
-    import dp_accounting
-
-    for event in history:
-        step = dp_accounting.PoissonSampledDpEvent(
-            event.sample_rate, dp_accounting.GaussianDpEvent(event.noise_multiplier)
-        )
-        accountant.compose(step, event.steps)
-    return accountant
-
-
-@lru_cache(maxsize=4096)
-def _pld(history: tuple[DpSgd, ...], delta: float) -> float:
-    import dp_accounting
-    from dp_accounting.pld import PLDAccountant
-
-    return float(
-        _compose(PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE), history).get_epsilon(delta)
-    )
-
-
-@lru_cache(maxsize=4096)
-def _rdp(history: tuple[DpSgd, ...], delta: float) -> float:
-    import dp_accounting
-    from dp_accounting.rdp import RdpAccountant
-
-    accountant = RdpAccountant(_ORDERS, dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
-    return float(_compose(accountant, history).get_epsilon(delta))
-
-
 def check_delta(delta: float) -> None:
     """Checks a delta.
 
     Raises:
-        InputError: Not in (0, 0.5].
+        InputError: Not in [1e-10, 0.5]: below, rounding would be part of every answer.
     """
-    if not (math.isfinite(delta) and 0 < delta <= 0.5):
-        raise InputError("delta is out of range", expected="0 < delta <= 0.5", got=repr(delta))
+    if not (math.isfinite(delta) and MIN_DELTA <= delta <= 0.5):
+        raise InputError("delta is out of range", expected=f"{MIN_DELTA:g} <= delta <= 0.5", got=repr(delta))
+
+
+def _kinds(events: tuple[DpSgd, ...]) -> tuple[tuple[tuple[float, float], int], ...]:
+    # Whole-batch steps are Gaussian mechanisms: they compose to one, exactly (Dong, Roth and Su 2022, corollary 3.3).
+    whole = sum(e.steps / e.noise_multiplier**2 for e in events if e.sample_rate == 1)
+    merged = (((whole**-0.5, 1.0), 1),) if whole else ()
+    return merged + tuple(((e.noise_multiplier, e.sample_rate), e.steps) for e in events if e.sample_rate < 1)
+
+
+def _error(events: tuple[DpSgd, ...], delta: float) -> float:
+    # Absolute where budgets are, relative where epsilon is so large that it protects nobody and a grid would not fit in memory.
+    return max(0.005, accountants.rdp(_kinds(events), delta) / 2000)
+
+
+@lru_cache(maxsize=4096)
+def _prv(events: tuple[DpSgd, ...], delta: float) -> float:
+    return accountants.prv(_kinds(events), delta, _error(events, delta))
+
+
+@lru_cache(maxsize=4096)
+def _charge(events: tuple[DpSgd, ...], delta: float) -> float:
+    error = _error(events, delta)
+    # Connect-the-dots adds about an eighth of the interval's square a step.
+    interval = min(error / 5, math.sqrt(8 * error / 5 / sum(steps for _, steps in _kinds(events))))
+    upper, other = _prv(events, delta), accountants.pld(_kinds(events), delta, interval)
+    if not upper >= other - max(DISAGREEMENT, 2 * error):
+        raise StateError(
+            "the accountants disagree, so that neither is believed",
+            where=f"{len(events)} kinds of steps at delta {delta:g}",
+            expected=f"PRV at least {other - DISAGREEMENT:.4f} (PLD less {DISAGREEMENT:g})",
+            got=f"PRV {upper:.4f}",
+            mend="release nothing; report this history",
+        )
+    return max(upper, other)
 
 
 def epsilon(history: Iterable[DpSgd], delta: float) -> float:
-    """Epsilon of a whole history at ``delta``; 0.0 for an empty one.
+    """Epsilon that a whole history is charged at ``delta``: the larger of PRV's upper bound and PLD; 0.0 for an empty one.
 
     Raises:
         InputError: ``delta`` is out of range.
+        StateError: PRV's upper bound is more than 0.02 below PLD: one of them is wrong.
     """
     check_delta(delta)
     events = grouped(history)
-    return _pld(events, delta) if events else 0.0
+    return _charge(events, delta) if events else 0.0
 
 
 def epsilon_rdp(history: Iterable[DpSgd], delta: float) -> float:
-    """The looser, faster RDP bound; 0.0 for an empty history."""
+    """The looser, faster RDP bound; 0.0 for an empty history. It may accept, never refuse and never be charged."""
     check_delta(delta)
     events = grouped(history)
-    return _rdp(events, delta) if events else 0.0
+    return accountants.rdp(_kinds(events), delta) if events else 0.0
 
 
 def admit(history: Iterable[DpSgd], new: Iterable[DpSgd], cap: float, delta: float, where: str) -> float:
-    """Checks that ``history`` plus ``new`` stays within ``cap`` and returns the epsilon of both together.
+    """Checks that ``history`` plus ``new`` stays within ``cap``; what planning and a client's ledger both call.
+
+    RDP accepts where it can, with room for the numerical error of what is charged; where it cannot, the charge decides.
+
+    Returns:
+        An upper bound on epsilon of both together, at most ``cap``: RDP's, or the charge.
 
     Raises:
         RefusedError: It would pass the cap.
     """
-    would = epsilon([*history, *new], delta)
+    events = grouped([*history, *new])
+    quick = epsilon_rdp(events, delta)
+    if quick + DISAGREEMENT <= cap:
+        return quick
+    would = epsilon(events, delta)
     if not would <= cap:  # so that a cap that is no number admits nothing
         raise RefusedError(
             "budget.epsilon_cap",
@@ -145,7 +158,7 @@ def admit(history: Iterable[DpSgd], new: Iterable[DpSgd], cap: float, delta: flo
 
 
 def calibrate(sample_rate: float, steps: int, target: float, delta: float) -> float:
-    """The least noise multiplier, on a grid of 0.01, whose epsilon over all ``steps`` is at most ``target``.
+    """The least noise multiplier, on a grid of 0.01, whose charge over all ``steps`` is at most ``target``.
 
     Raises:
         InputError: No noise multiplier up to 1000 reaches it.
@@ -155,28 +168,39 @@ def calibrate(sample_rate: float, steps: int, target: float, delta: float) -> fl
         raise InputError("epsilon is out of range", expected="> 0", got=repr(target))
     most = round(MAX_SIGMA / SIGMA_GRID)
 
-    def enough(step: int, cost: Callable[[Iterable[DpSgd], float], float]) -> bool:
-        return step > 0 and cost([DpSgd(round(step * SIGMA_GRID, 2), sample_rate, steps)], delta) <= target
-
-    def least(low: int, high: int, cost: Callable[[Iterable[DpSgd], float], float]) -> int:
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if enough(middle, cost) else (middle, high)
-        return high
+    def history(step: int) -> tuple[DpSgd, ...]:
+        return (DpSgd(round(step * SIGMA_GRID, 2), sample_rate, steps),)
 
     high = 32
-    while not enough(high, epsilon_rdp) and not (high == most and enough(high, epsilon)):
+    while epsilon_rdp(history(high), delta) > target:
         if high == most:
+            break
+        high = min(most, high * 2)
+    low = 0 if high == 32 else high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if epsilon_rdp(history(middle), delta) <= target else (middle, high)
+    # RDP's answer is a little too high: from there down PRV, the larger of the two that are charged but for rounding, decides.
+    low, upper = 0, _prv(history(high), delta)
+    while high - low > 1 and upper <= target:
+        # Epsilon falls about as a power of sigma: the next guess is on that line, or halfway once a guess has failed.
+        guess = min(high - 1, max(low + 1, round(high * (upper / target) ** 0.9) if low == 0 else (low + high) // 2))
+        found = _prv(history(guess), delta)
+        if found <= target:
+            high, upper = guess, found
+        else:
+            low = guess
+    while epsilon(history(high), delta) > target:
+        if high >= most:
             raise InputError(
                 "no noise multiplier reaches this epsilon",
                 expected=f"epsilon {target:g} reachable",
                 got=f"{steps} steps at rate {sample_rate:g}",
             )
-        high = min(most, high * 2)
-    # RDP is looser, so its answer is enough under PLD too; from there down, PLD decides.
-    high = least(0, high, epsilon_rdp)
-    low = int(high * 0.7)
-    while enough(low, epsilon):
-        low, high = low // 2, low
-    high = least(low, high, epsilon)
+        high += 1
     return round(high * SIGMA_GRID, 2)
+
+
+def coarse_rate(sample_rate: float) -> float:
+    """The next sample rate up on a grid of four to the octave, so that many sites' histories share few kinds of steps."""
+    return float(min(1.0, 2.0 ** (math.ceil(4 * math.log2(sample_rate) - 1e-9) / 4)))
