@@ -34,12 +34,11 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
     """
     import torch
     from cloister_model.base import find_base
-    from cloister_model.text import read
     from cloister_shared.errors import InputError, StateError, VerificationError
     from cloister_shared.sealing import OpeningKey
     from cloister_shared.signing import SigningKey
 
-    from cloister_client.budget import Ledger
+    from cloister_client.data import load, open_ledger
     from cloister_client.policy import read_policy
     from cloister_client.round import Desk
     from cloister_client.site import read_site
@@ -66,16 +65,17 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
         raise InputError(
             error.what, where=error.where, expected=error.expected, got=error.got, mend=error.mend
         ) from error
-    ledger = Ledger(site.agent_home / "ledger.db", policy.epsilon_cap, policy.delta)
+    ledger = open_ledger(site, policy)
     lost = ledger.close_open()
     if lost:
         print(f"{lost} open reservation(s) of an agent that died stay charged", flush=True)
-    labels = card.labels if card.task == "text-classification" else None
-    records = tuple(read(site.source, labels))
+    units = load(site, ledger)
+    if units.unregistered:
+        print(f"{units.unregistered} record(s) are not registered and stay out: cloister site data add", flush=True)
     device = choose_device(site.device)
     standing = ledger.standing()
     tell.update(
-        epsilon=standing.epsilon, cap=standing.cap, delta=standing.delta, records=len(records), device=device.why
+        epsilon=standing.epsilon, cap=standing.cap, delta=standing.delta, records=len(units.records), device=device.why
     )
     (site.agent_home / "kept").mkdir(mode=0o700, exist_ok=True)
     desk = Desk(
@@ -86,7 +86,7 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
         OpeningKey.load(site.agent_home / "seal.key"),
         ledger,
         base,
-        records,
+        units,
         device,
         site.agent_home / "kept",
         tell,

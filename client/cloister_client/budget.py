@@ -1,188 +1,323 @@
-"""The site's own ledger: what was reserved and spent on its text, for good, and the cap that it enforces.
+"""The site's own ledger: what was reserved and spent on each block of its text, for good, and the caps that it enforces.
 
 Order of a round: ``reserve`` commits durably before text is read -> training -> the noised update is kept on disk -> ``spend``
-commits before anything leaves. What is reserved counts as spent from that moment; an open reservation found at start
-becomes ``lost`` and counts for ever. Nothing is refunded. One ledger is one budget block: all text of this site, over all runs, models
-and coordinators. SQLite with ``BEGIN IMMEDIATE`` and ``synchronous=FULL``, so that racing processes are serialised.
+commits before anything leaves. What is reserved counts as spent from that moment, in every block that the round trains on; an open
+reservation found at start becomes ``lost`` and counts for ever. ``void`` alone gives back: a reservation whose text was not read yet, in
+the process that made it, with a statement under the site's key that nothing left. A block has one history over all rounds, runs, models
+and coordinators, and a cap for good; a cap per period stands beside it, never in its place.
 
-It does not defend against its own administrator restoring an older file; that needs a witness outside.
+``chain`` keeps the file. What a history costs is said by ``privacy``; RDP may admit in microseconds, so the charge shown is at most what
+was admitted plus PRV's numerical error.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloister_shared.errors import RefusedError, StateError
+from cloister_model.text import Source
+from cloister_shared.encoding import canonical, digest
+from cloister_shared.errors import InputError, RefusedError, StateError
 from cloister_shared.plan import PlanCore
 from cloister_shared.privacy import DpSgd, admit, epsilon, grouped
+from cloister_shared.signing import SigningKey
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS entry (
-  id INTEGER PRIMARY KEY AUTOINCREMENT,
-  state TEXT NOT NULL CHECK (state IN ('reserved', 'spent', 'lost')),
-  run TEXT NOT NULL,
-  round INTEGER NOT NULL CHECK (round >= 1),
-  plan TEXT NOT NULL CHECK (length(plan) = 64),
-  noise_multiplier REAL NOT NULL CHECK (noise_multiplier > 0),
-  sample_rate REAL NOT NULL CHECK (sample_rate > 0 AND sample_rate <= 1),
-  steps INTEGER NOT NULL CHECK (steps >= 1),
-  epsilon_after REAL NOT NULL,
-  delta REAL NOT NULL,
-  cap REAL NOT NULL CHECK (epsilon_after <= cap),
-  record BLOB NOT NULL,
-  update_digest TEXT,
-  reserved_at REAL NOT NULL,
-  closed_at REAL,
-  CHECK ((state = 'spent') = (update_digest IS NOT NULL))
-);
-CREATE UNIQUE INDEX IF NOT EXISTS one_open_or_spent ON entry (plan) WHERE state <> 'lost';
-CREATE TRIGGER IF NOT EXISTS never_deleted BEFORE DELETE ON entry BEGIN SELECT RAISE(ABORT, 'entries are for good'); END;
-CREATE TRIGGER IF NOT EXISTS never_replaced BEFORE INSERT ON entry WHEN EXISTS
-  (SELECT 1 FROM entry WHERE id = NEW.id OR (NEW.state <> 'lost' AND plan = NEW.plan AND state <> 'lost'))
-  BEGIN SELECT RAISE(ABORT, 'entries are for good'); END;
-CREATE TRIGGER IF NOT EXISTS never_reopened BEFORE UPDATE ON entry WHEN OLD.state <> 'reserved'
-  OR NEW.noise_multiplier <> OLD.noise_multiplier OR NEW.sample_rate <> OLD.sample_rate OR NEW.steps <> OLD.steps OR NEW.plan <> OLD.plan
-  BEGIN SELECT RAISE(ABORT, 'entries only close'); END;
-"""
+from cloister_client.chain import Chain
+
+VOID_PURPOSE = "nothing-left"
 _DAY = 86_400.0
+_CHARGED = "('reserved', 'spent', 'lost')"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a policy allows to be spent on a block.
+
+    Attributes:
+        cap: Epsilon for good.
+        delta: Delta of every statement.
+        period_days: Length of a rolling period in days; 0 for no cap of its own.
+        period_cap: Epsilon within any one period.
+    """
+
+    cap: float
+    delta: float
+    period_days: int = 0
+    period_cap: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """A cost that is held.
+
+    Attributes:
+        entry: The entry's number.
+        blocks: The blocks that it was charged to: what may be trained on.
+        left_out: Blocks whose budget does not allow it.
+    """
+
+    entry: int
+    blocks: tuple[int, ...]
+    left_out: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one run spent on a block, on its own; shares do not add up to the whole, whose epsilon is less than their sum.
+
+    Attributes:
+        run: Run id, hex.
+        base: Digest of the base model, hex.
+        rounds: Entries.
+        steps: DP-SGD steps.
+        epsilon: Epsilon of these alone.
+    """
+
+    run: str
+    base: str
+    rounds: int
+    steps: int
+    epsilon: float
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a budget stands.
+    """Where a block's budget stands.
 
     Attributes:
+        block: The block's number; 0 where there is none.
+        name: Its name.
+        units: Units registered in it (private).
         epsilon: Epsilon of the whole history, open reservations included.
+        spent: Epsilon without the open reservations.
         cap: The cap.
-        delta: Delta of both.
+        delta: Delta of all.
+        period_epsilon: Epsilon within the current period; 0 where periods have no cap.
         rounds: Entries in the history.
         steps: DP-SGD steps in the history.
+        shares: What each run spent, oldest first.
     """
 
+    block: int
+    name: str
+    units: int
     epsilon: float
+    spent: float
     cap: float
     delta: float
+    period_epsilon: float
     rounds: int
     steps: int
+    shares: tuple[Share, ...] = ()
 
     @property
     def left(self) -> float:
         """What is left below the cap; never negative."""
         return max(0.0, self.cap - self.epsilon)
 
+    @property
+    def reserved(self) -> float:
+        """What open reservations add."""
+        return max(0.0, self.epsilon - self.spent)
+
 
 class Ledger:
-    """The ledger in one SQLite file.
+    """The ledger of one site.
 
     Args:
-        path: The file; made where missing.
-        cap: The policy's epsilon cap.
-        delta: The policy's delta.
+        path: The SQLite file; made where missing.
+        counter: The counter's file, in a folder of its own.
+        limits: The policy's caps.
 
     Raises:
-        StateError: The file cannot be opened or is damaged.
+        StateError: A file cannot be used.
+        RollbackError: The ledger went back in time, forked, or was changed by hand.
     """
 
-    def __init__(self, path: Path, cap: float, delta: float) -> None:
-        self.path, self.cap, self.delta = path, cap, delta
-        with self._transaction() as db:
-            for statement in _SCHEMA.split(";\n"):
-                if statement.strip():
-                    db.execute(statement)
-        path.chmod(0o600)
+    def __init__(self, path: Path, counter: Path, limits: Limits) -> None:
+        self.path, self.limits = path, limits
+        self._chain = Chain(path, counter)
+        # Reservations made by this process: only these can be void.
+        self._own: set[int] = set()
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        db = None
-        try:
-            db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
-            db.execute("PRAGMA synchronous=FULL")
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-            db.execute("COMMIT")
-        except sqlite3.IntegrityError:
-            raise
-        except sqlite3.Error as error:
-            raise StateError(
-                "the ledger cannot be used",
-                where=str(self.path),
-                got=str(error),
-                mend="free space, or restore nothing: ask `cloister doctor`",
-            ) from error
-        finally:
-            if db is not None:
-                db.close()
+    def register(self, source: Source, tags: Iterable[bytes], name: str = "") -> tuple[str, int]:
+        """Registers a file and puts its units that are not known yet into one new block.
 
-    def _history(self, db: sqlite3.Connection) -> tuple[DpSgd, ...]:
-        rows = db.execute(
-            "SELECT noise_multiplier, sample_rate, SUM(steps) FROM entry GROUP BY noise_multiplier, sample_rate"
-        )
-        return grouped(DpSgd(*row) for row in rows)
+        Args:
+            source: File and fields.
+            tags: The units' names, 32 bytes each.
+            name: The new block's name; ``block-N`` by default.
+
+        Returns:
+            The new block's name and its number of units; an empty name and 0 where all are known.
+
+        Raises:
+            InputError: The block's name is taken, or this ledger has units of another kind.
+        """
+        wanted = sorted(set(tags))
+        with self._chain.transaction() as (db, events):
+            row = db.execute("SELECT field FROM source WHERE path <> ?", (str(source.path),)).fetchone()
+            row = row or db.execute("SELECT field FROM source").fetchone()
+            if row is not None and row[0] != source.unit:
+                raise InputError(
+                    "this site's privacy unit is fixed",
+                    where=str(source.path),
+                    expected=f"field {row[0]!r}" if row[0] else "one record",
+                    got=f"field {source.unit!r}" if source.unit else "one record",
+                    mend="register it with the same unit, or under another site",
+                )
+            db.execute(
+                "INSERT INTO source VALUES (?, ?, ?, ?) ON CONFLICT (path) DO UPDATE SET text = excluded.text, label = excluded.label",
+                (str(source.path), source.text, source.label, source.unit),
+            )
+            known = {tag for (tag,) in db.execute("SELECT tag FROM unit")}
+            new = [tag for tag in wanted if tag not in known]
+            if not new:
+                return "", 0
+            block = db.execute("SELECT COALESCE(MAX(id), 0) + 1 FROM block").fetchone()[0]
+            name = name or f"block-{block}"
+            if db.execute("SELECT 1 FROM block WHERE name = ?", (name,)).fetchone():
+                raise InputError("a block of this name is there", where="--block", got=name, mend="choose another name")
+            db.execute("INSERT INTO block VALUES (?, ?, ?)", (block, name, time.time()))
+            db.executemany("INSERT INTO unit VALUES (?, ?)", ((tag, block) for tag in new))
+            events.append(
+                {"event": "data", "block": block, "name": name, "units": len(new), "tags": digest(b"".join(new))}
+            )
+        return name, len(new)
+
+    def sources(self) -> tuple[Source, ...]:
+        """The registered files."""
+        with self._chain.transaction() as (db, _):
+            return tuple(
+                Source(Path(path), text, label, field)
+                for path, text, label, field in db.execute("SELECT path, text, label, field FROM source ORDER BY path")
+            )
+
+    def unit_field(self) -> str:
+        """Name of the field whose value makes a unit; empty where each record is one."""
+        with self._chain.transaction() as (db, _):
+            row = db.execute("SELECT field FROM source").fetchone()
+        return str(row[0]) if row else ""
+
+    def units(self) -> dict[bytes, int]:
+        """Block by unit."""
+        with self._chain.transaction() as (db, _):
+            return dict(db.execute("SELECT tag, block FROM unit"))
 
     def close_open(self) -> int:
         """Turns open reservations of a process that died into ``lost``, which stay charged; returns how many."""
-        with self._transaction() as db:
-            return db.execute(
-                "UPDATE entry SET state = 'lost', closed_at = ? WHERE state = 'reserved'", (time.time(),)
-            ).rowcount
+        with self._chain.transaction() as (db, events):
+            entries = [row[0] for row in db.execute("SELECT id FROM entry WHERE state = 'reserved' ORDER BY id")]
+            for entry in entries:
+                self._close(db, entry, "lost", None)
+                events.append({"event": "lose", "entry": entry})
+        return len(entries)
 
-    def reserve(self, core: PlanCore, rounds_per_day: int) -> int:
-        """Reserves the cost of ``core`` durably; returns the entry's id.
+    def reserve(self, core: PlanCore, rounds_per_day: int) -> Reservation:
+        """Reserves the cost of ``core`` durably in every block that can bear it.
 
         Raises:
-            RefusedError: The cap or the daily limit would be passed, or this very work was done or is being done.
+            RefusedError: No block's cap allows it, the daily limit would be passed, this very work was done or is being done, or a
+                later round of its run was reserved already.
         """
-        event = core.training.event
-        where = f"plan of round {core.round}"
-        with self._transaction() as db:
-            if db.execute("SELECT 1 FROM entry WHERE plan = ? AND state <> 'lost'", (core.digest,)).fetchone():
-                raise RefusedError(
-                    "budget.already_done",
-                    "this work was done already",
-                    where=where,
-                    expected="a new plan",
-                    got=core.digest[:16],
-                )
-            today = db.execute("SELECT COUNT(*) FROM entry WHERE reserved_at > ?", (time.time() - _DAY,)).fetchone()[0]
-            if today >= rounds_per_day:
-                raise RefusedError(
-                    "policy.rounds_per_day",
-                    "too many rounds today",
-                    where=where,
-                    expected=f"<= {rounds_per_day}",
-                    got=str(today + 1),
-                )
-            history = self._history(db)
-            after = admit(history, [event], self.cap, self.delta, where)
-            cursor = db.execute(
-                "INSERT INTO entry (state, run, round, plan, noise_multiplier, sample_rate, steps, epsilon_after, delta, cap,"
-                " record, reserved_at)"
-                " VALUES ('reserved', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    core.run,
-                    core.round,
-                    core.digest,
-                    event.noise_multiplier,
-                    event.sample_rate,
-                    event.steps,
-                    after,
-                    self.delta,
-                    self.cap,
-                    core.to_bytes(),
-                    time.time(),
-                ),
+        where, now = f"plan of round {core.round}", time.time()
+        with self._chain.transaction() as (db, events):
+            self._refuse_again(db, core, rounds_per_day, where, now)
+            admitted, refusals, left_out = {}, [], []
+            known: dict[tuple[tuple[DpSgd, ...], tuple[DpSgd, ...]], float | RefusedError] = {}
+            for (block,) in db.execute("SELECT id FROM block ORDER BY id").fetchall():
+                history, recent = _history(db, block), self._recent(db, block, now)
+                if (history, recent) not in known:
+                    known[history, recent] = self._admit(history, recent, core.training.event, where)
+                found = known[history, recent]
+                if isinstance(found, RefusedError):
+                    refusals.append(found)
+                    left_out.append(block)
+                else:
+                    admitted[block] = found
+            if not admitted:
+                raise (refusals or [RefusedError("budget.no_data", "no text is registered here", where=where)])[0]
+            return self._insert(db, events, core, admitted, tuple(left_out), now)
+
+    def _refuse_again(self, db: sqlite3.Connection, core: PlanCore, per_day: int, where: str, now: float) -> None:
+        done = "SELECT 1 FROM entry WHERE plan = ? AND state IN ('reserved', 'spent')"
+        if db.execute(done, (core.digest,)).fetchone():
+            raise RefusedError(
+                "budget.already_done",
+                "this work was done already",
+                where=where,
+                expected="a new plan",
+                got=core.digest[:16],
             )
-            return int(cursor.lastrowid or 0)
+        newest = db.execute("SELECT MAX(round) FROM entry WHERE run = ?", (core.run,)).fetchone()[0]
+        if newest is not None and core.round < newest:
+            raise RefusedError(
+                "budget.round_order",
+                "a later round of this run was done",
+                where=where,
+                expected=f">= {newest}",
+                got=str(core.round),
+            )
+        today = db.execute("SELECT COUNT(*) FROM entry WHERE reserved_at > ?", (now - _DAY,)).fetchone()[0]
+        if today >= per_day:
+            raise RefusedError(
+                "policy.rounds_per_day",
+                "too many rounds today",
+                where=where,
+                expected=f"<= {per_day}",
+                got=str(today + 1),
+            )
+
+    def _admit(
+        self, history: tuple[DpSgd, ...], recent: tuple[DpSgd, ...], event: DpSgd, where: str
+    ) -> float | RefusedError:
+        limits = self.limits
+        try:
+            if limits.period_days:
+                admit(recent, [event], limits.period_cap, limits.delta, f"{where}, any {limits.period_days} days")
+            return admit(history, [event], limits.cap, limits.delta, where)
+        except RefusedError as error:
+            return error
+
+    def _insert(
+        self,
+        db: sqlite3.Connection,
+        events: list[dict[str, object]],
+        core: PlanCore,
+        admitted: dict[int, float],
+        left_out: tuple[int, ...],
+        now: float,
+    ) -> Reservation:
+        spec = core.training
+        entry = int(db.execute("SELECT COALESCE(MAX(id), 0) + 1 FROM entry").fetchone()[0])
+        values = (
+            entry,
+            core.run,
+            core.round,
+            core.digest,
+            core.base,
+            spec.noise_multiplier,
+            spec.sample_rate,
+            spec.steps,
+        )
+        db.execute(
+            "INSERT INTO entry (state, id, run, round, plan, base, noise_multiplier, sample_rate, steps, record, reserved_at)"
+            " VALUES ('reserved', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*values, core.to_bytes(), now),
+        )
+        db.executemany(
+            "INSERT INTO charge VALUES (?, ?, ?, ?, ?)",
+            ((entry, block, bound, self.limits.cap, self.limits.delta) for block, bound in admitted.items()),
+        )
+        names = ("entry", "run", "round", "plan", "base", "noise_multiplier", "sample_rate", "steps")
+        events.append(
+            {"event": "reserve", "blocks": sorted(admitted), "at": now} | dict(zip(names, values, strict=True))
+        )
+        self._own.add(entry)
+        return Reservation(entry, tuple(sorted(admitted)), left_out)
 
     def spend(self, entry: int, update_digest: str) -> None:
         """Marks a reservation as spent, before its update leaves.
@@ -190,30 +325,118 @@ class Ledger:
         Raises:
             StateError: There is no such open reservation.
         """
-        with self._transaction() as db:
-            done = db.execute(
-                "UPDATE entry SET state = 'spent', update_digest = ?, closed_at = ? WHERE id = ? AND state = 'reserved'",
-                (update_digest, time.time(), entry),
-            ).rowcount
-            if done != 1:
+        with self._chain.transaction() as (db, events):
+            if not self._close(db, entry, "spent", update_digest):
                 raise StateError("no open reservation to spend", where=str(self.path), got=f"entry {entry}")
+            events.append({"event": "spend", "entry": entry, "update": update_digest})
 
     def lose(self, entry: int) -> None:
         """Closes a reservation whose training failed; it stays charged."""
-        with self._transaction() as db:
+        with self._chain.transaction() as (db, events):
+            if self._close(db, entry, "lost", None):
+                events.append({"event": "lose", "entry": entry})
+
+    def void(self, entry: int, by: SigningKey) -> None:
+        """Gives a reservation back whose text was not read: the caller's word, under the site's key.
+
+        Raises:
+            StateError: It is not open, or another process made it: nobody here can say that nothing left.
+        """
+        if entry not in self._own:
+            raise StateError("this process did not make the reservation", where=str(self.path), got=f"entry {entry}")
+        with self._chain.transaction() as (db, events):
+            plan = db.execute("SELECT plan FROM entry WHERE id = ?", (entry,)).fetchone()
+            if not self._close(db, entry, "void", None):
+                raise StateError("no open reservation to void", where=str(self.path), got=f"entry {entry}")
+            statement = {"event": "void", "entry": entry, "plan": plan[0], "left": "nothing"}
+            events.append(statement | {"signature": by.sign(VOID_PURPOSE, canonical(statement)).hex()})
+
+    def note(self, record: dict[str, object]) -> None:
+        """Chains a record of something that left without being private, before it leaves."""
+        with self._chain.transaction() as (_, events):
+            events.append({"event": "nonprivate_release"} | record)
+
+    @staticmethod
+    def _close(db: sqlite3.Connection, entry: int, state: str, update_digest: str | None) -> bool:
+        return bool(
             db.execute(
-                "UPDATE entry SET state = 'lost', closed_at = ? WHERE id = ? AND state = 'reserved'",
-                (time.time(), entry),
-            )
+                "UPDATE entry SET state = ?, update_digest = ?, closed_at = ? WHERE id = ? AND state = 'reserved'",
+                (state, update_digest, time.time(), entry),
+            ).rowcount
+        )
 
     def knows(self, plan: str) -> bool:
         """Whether this work was ever reserved here."""
-        with self._transaction() as db:
+        with self._chain.transaction() as (db, _):
             return db.execute("SELECT 1 FROM entry WHERE plan = ?", (plan,)).fetchone() is not None
 
+    def _recent(self, db: sqlite3.Connection, block: int, now: float) -> tuple[DpSgd, ...]:
+        return _history(db, block, after=now - self.limits.period_days * _DAY) if self.limits.period_days else ()
+
+    def standings(self) -> tuple[Standing, ...]:
+        """Where each block stands, in order of registration.
+
+        Raises:
+            StateError: The accountants disagree.
+        """
+        now = time.time()
+        with self._chain.transaction() as (db, _):
+            blocks = db.execute(
+                "SELECT id, name, (SELECT COUNT(*) FROM unit WHERE block = block.id) FROM block ORDER BY id"
+            ).fetchall()
+            found = [
+                (*b, _history(db, b[0]), _history(db, b[0], closed=True), self._recent(db, b[0], now)) for b in blocks
+            ]
+            runs = {b[0]: _shares(db, b[0]) for b in blocks}
+            rounds = dict(
+                db.execute(
+                    f"SELECT block, COUNT(*) FROM charge JOIN entry ON id = entry WHERE state IN {_CHARGED} GROUP BY block"  # noqa: S608
+                ).fetchall()
+            )
+        delta = self.limits.delta
+        return tuple(
+            Standing(
+                block,
+                name,
+                units,
+                epsilon(whole, delta),
+                epsilon(closed, delta),
+                self.limits.cap,
+                delta,
+                epsilon(recent, delta),
+                rounds.get(block, 0),
+                sum(e.steps for e in whole),
+                tuple(
+                    Share(run, base, n, sum(e.steps for e in h), epsilon(h, delta)) for run, base, n, h in runs[block]
+                ),
+            )
+            for block, name, units, whole, closed, recent in found
+        )
+
     def standing(self) -> Standing:
-        """Epsilon of the whole history, spent, lost and open."""
-        with self._transaction() as db:
-            history = self._history(db)
-            rounds = db.execute("SELECT COUNT(*) FROM entry").fetchone()[0]
-        return Standing(epsilon(history, self.delta), self.cap, self.delta, rounds, sum(e.steps for e in history))
+        """Where the block stands that has the least left; an empty one where nothing is registered."""
+        none = Standing(0, "", 0, 0.0, 0.0, self.limits.cap, self.limits.delta, 0.0, 0, 0)
+        return max(self.standings(), key=lambda s: s.epsilon, default=none)
+
+
+def _history(db: sqlite3.Connection, block: int, *, after: float = 0.0, closed: bool = False) -> tuple[DpSgd, ...]:
+    states = "('spent', 'lost')" if closed else _CHARGED
+    rows = db.execute(
+        "SELECT noise_multiplier, sample_rate, SUM(steps) FROM charge JOIN entry ON id = entry"  # noqa: S608
+        f" WHERE block = ? AND state IN {states} AND reserved_at > ? GROUP BY noise_multiplier, sample_rate",
+        (block, after),
+    )
+    return grouped(DpSgd(*row) for row in rows)
+
+
+def _shares(db: sqlite3.Connection, block: int) -> list[tuple[str, str, int, tuple[DpSgd, ...]]]:
+    rows = db.execute(
+        "SELECT run, base, noise_multiplier, sample_rate, SUM(steps), COUNT(*) FROM charge JOIN entry ON id = entry"  # noqa: S608
+        f" WHERE block = ? AND state IN {_CHARGED} GROUP BY run, base, noise_multiplier, sample_rate ORDER BY MIN(id)",
+        (block,),
+    )
+    out: dict[tuple[str, str], tuple[int, list[DpSgd]]] = {}
+    for run, base, sigma, rate, steps, count in rows:
+        before, events = out.get((run, base), (0, []))
+        out[run, base] = (before + count, [*events, DpSgd(sigma, rate, steps)])
+    return [(run, base, count, grouped(events)) for (run, base), (count, events) in out.items()]

@@ -16,13 +16,18 @@ from cloister_shared.cards import read_coordinator_card
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.processes import Group, free_port
 
+from cloister_client.data import add as add_text
+from cloister_client.data import open_ledger
 from cloister_client.policy import Policy
+from cloister_client.site import act_as_agent, read_site
 from cloister_client.site import enrol as make_site
-from cloister_client.site import read_site
 from cloister_client.status import Status, read_status
 from cloister_client.supervise import Running, check_users
 
 site_app = typer.Typer(no_args_is_help=True, help="What an organisation that owns text runs.")
+
+data_app = typer.Typer(no_args_is_help=True, help="The text that may be trained on.")
+site_app.add_typer(data_app, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Home = Annotated[Path | None, typer.Option("--home", help="Folder of state.")]
@@ -40,8 +45,12 @@ def enrol(
     data: Annotated[Path, typer.Option(help="Private text: JSONL, CSV or Parquet, plain or gzipped.")],
     text: Annotated[str, typer.Option(help="The text's field.")] = "text",
     label: Annotated[str, typer.Option(help="The label's field.")] = "label",
+    unit_field: Annotated[
+        str,
+        typer.Option(help="Field whose value makes a privacy unit (a patient's id); each record is one by default."),
+    ] = "",
     records: Annotated[
-        int, typer.Option(min=1, help="Declared, public number of records; it fixes the sample rate.")
+        int, typer.Option(min=1, help="Declared, public number of units; it fixes the sample rate.")
     ] = 1000,
     epsilon_cap: Annotated[float, typer.Option(help="Lifetime cap on epsilon for this text.")] = 8.0,
     delta: Annotated[float, typer.Option(help="Delta of the cap.")] = 1e-5,
@@ -58,7 +67,7 @@ def enrol(
     if device not in ("auto", "cpu", "cuda"):
         raise InputError("unknown device", where="--device", expected="auto, cpu or cuda", got=device)
     classify = card.task == "text-classification"
-    source = Source(data, text, label if classify else "")
+    source = Source(data.expanduser().resolve(), text, label if classify else "", unit_field)
     found = sum(1 for _ in read(source, card.labels if classify else None))
     policy = Policy(
         (card.base,),
@@ -77,27 +86,80 @@ def enrol(
         folder,
         name,
         card,
-        source,
         policy,
         base=base or card.base_source,
         records=records,
         runtime_port=free_port(),
         device=device,
     )
+    added = add_text(read_site(folder), source)
     console.emit(
         {
             "site": name,
             "home": str(folder),
+            "units": added.units,
             "card": str(folder / "card.json"),
             "coordinator": card.fingerprint,
             "key": own.verify_key.id.hex(),
         },
         [
-            f"site {name}: {found} records read and checked, {records} declared",
+            f"site {name}: {found} records read and checked, {added.units} units registered, {records} declared",
             f"coordinator {card.federation}: fingerprint {card.fingerprint} (compare it with theirs)",
             f"policy: {folder / 'policy.toml'} (yours to edit)",
             f"hand over: {folder / 'card.json'} (fingerprint {own.verify_key.id.hex()})",
             f"next: cloister site up {name}",
+        ],
+    )
+
+
+@data_app.command("add")
+def data_add(
+    data: Annotated[Path, typer.Argument(help="Private text: JSONL, CSV or Parquet, plain or gzipped.")],
+    site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
+    text: Annotated[str, typer.Option(help="The text's field.")] = "text",
+    label: Annotated[str, typer.Option(help="The label's field.")] = "label",
+    unit_field: Annotated[str, typer.Option(help="Field whose value makes a privacy unit; as at the first time.")] = "",
+    block: Annotated[str, typer.Option(help="Name of the block for what is new.")] = "",
+    json: Json = False,
+    home: Home = None,
+) -> None:
+    """Register text: what is new makes a block with a budget of its own, what is known keeps its spend."""
+    console.choose(json, home)
+    own = read_site(console.site_home(site))
+    act_as_agent(own)
+    classify = own.coordinator().task == "text-classification"
+    source = Source(data.expanduser().resolve(), text, label if classify else "", unit_field)
+    added = add_text(own, source, block)
+    what = f"{added.new} new, in {added.block}" if added.new else "all known, each keeps its spend"
+    console.emit(
+        {"site": own.name, "file": str(source.path)} | asdict(added),
+        [
+            f"site {own.name}: {added.records} records make {added.units} units: {what}",
+            "the agent reads them at its next start: cloister site up",
+        ],
+    )
+
+
+@data_app.command("list")
+def data_list(
+    site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
+    json: Json = False,
+    home: Home = None,
+) -> None:
+    """List registered files and blocks."""
+    console.choose(json, home)
+    own = read_site(console.site_home(site))
+    act_as_agent(own)
+    ledger = open_ledger(own)
+    sources = [
+        {"file": str(s.path), "text": s.text, "label": s.label, "unit": s.unit or "record"} for s in ledger.sources()
+    ]
+    blocks = [{"block": s.name, "units": s.units, "rounds": s.rounds} for s in ledger.standings()]
+    console.emit(
+        {"site": own.name, "sources": sources, "blocks": blocks},
+        [
+            *(f"{s['file']}  text {s['text']}, label {s['label'] or 'none'}, unit {s['unit']}" for s in sources),
+            *(f"{b['block']}: {b['units']} units, trained on in {b['rounds']} rounds" for b in blocks),
         ],
     )
 

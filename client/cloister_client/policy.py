@@ -9,9 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloister_shared.errors import RefusedError
+from cloister_shared.errors import InputError, RefusedError
 from cloister_shared.plan import TASK_KINDS, PlanCore
 from cloister_shared.settings import quote, read_toml
+
+from cloister_client.budget import Limits
+
+NONPRIVATE = ("loss",)
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,9 @@ class Policy:
         least_noise: Least noise multiplier; 0.1 or more (less protects nobody and takes minutes to account for).
         least_cohort: Fewest clients in a round's cohort, this one included.
         rounds_per_day: Most new rounds in any 24 hours.
+        period_days: Length of a rolling period with a cap of its own, in days; 0 for none.
+        period_epsilon_cap: Cap on epsilon within any such period; the lifetime cap holds beside it.
+        nonprivate_releases: Names of un-noised numbers about the text that may leave; each is recorded.
         sandbox: ``required`` to refuse to start where the door cannot be shut, or ``preferred``.
     """
 
@@ -41,6 +48,14 @@ class Policy:
     least_cohort: int
     rounds_per_day: int
     sandbox: str
+    period_days: int = 0
+    period_epsilon_cap: float = 0.0
+    nonprivate_releases: tuple[str, ...] = ()
+
+    @property
+    def limits(self) -> Limits:
+        """The part that the ledger enforces."""
+        return Limits(self.epsilon_cap, self.delta, self.period_days, self.period_epsilon_cap)
 
     def to_toml(self) -> str:
         """The file's text."""
@@ -59,6 +74,11 @@ delta = {self.delta!r}
 least_noise = {self.least_noise!r}
 least_cohort = {self.least_cohort}
 rounds_per_day = {self.rounds_per_day}
+# A second cap within any so many days; 0 days for none. It never resets the first.
+period_days = {self.period_days}
+period_epsilon_cap = {self.period_epsilon_cap!r}
+# Un-noised numbers about the text that may leave, by name: "loss". No budget covers them; each is recorded in the ledger.
+nonprivate_releases = {texts(self.nonprivate_releases)}
 # "required": do not start where the kernel cannot deny the agent the network.
 sandbox = {quote(self.sandbox)}
 """
@@ -82,8 +102,18 @@ def read_policy(path: Path) -> Policy:
         least_cohort=table.integer("least_cohort", 1, 1_000_000),
         rounds_per_day=table.integer("rounds_per_day", 1, 1_000_000),
         sandbox=table.text("sandbox", choices=("required", "preferred")),
+        period_days=table.integer("period_days", 0, 36_500, 0),
+        period_epsilon_cap=table.number("period_epsilon_cap", 0, 1000, 0.0),
+        nonprivate_releases=table.texts("nonprivate_releases", [], choices=NONPRIVATE),
     )
     table.finish()
+    if (policy.period_days > 0) != (policy.period_epsilon_cap > 0):
+        raise InputError(
+            "a period needs a length and a cap",
+            where=f"{path} period_days, period_epsilon_cap",
+            expected="both above 0, or both 0",
+            got=f"{policy.period_days} days, epsilon {policy.period_epsilon_cap:g}",
+        )
     return policy
 
 

@@ -18,7 +18,6 @@ from typing import Protocol
 
 from cloister_model.base import BaseModel
 from cloister_model.build import build, schema_of
-from cloister_model.text import Record
 from cloister_model.tokens import Encoded, encode
 from cloister_shared.cards import CoordinatorCard
 from cloister_shared.encoding import canonical, digest, write_durably
@@ -31,6 +30,7 @@ from cloister_shared.vectors import F32, vector_to_bytes
 from cloister_client.budget import Ledger
 from cloister_client.policy import Policy, check
 from cloister_client.train import Device, Trainer
+from cloister_client.units import Units
 
 MAX_PLAN_BYTES = 256 * 1024 * 1024
 # A plan that somebody on the way held back is worth nothing after a day.
@@ -56,7 +56,7 @@ class Desk:
         opening: The site's opening key.
         ledger: The budget.
         base: The base model, digest checked.
-        records: The private records.
+        units: The registered private records and their units.
         device: Where to train.
         kept: Folder of noised updates that no receipt has come for.
         tell: The owner's status.
@@ -69,28 +69,35 @@ class Desk:
     opening: OpeningKey
     ledger: Ledger
     base: BaseModel
-    records: tuple[Record, ...]
+    units: Units
     device: Device
     kept: Path
     tell: Teller
-    _warm: tuple[TaskSpec, Trainer, Encoded] | None = None
+    _warm: tuple[TaskSpec, tuple[int, ...], Trainer, Encoded] | None = None
 
     def cool(self) -> None:
-        """Forgets the warm model: after training broke off, its hooks may hold half a step."""
+        """Forgets the warm model and what it kept of the text: after training broke off, its hooks may hold half a step."""
+        if self._warm is not None:
+            self._warm[2].forget()
         self._warm = None
 
-    def warm(self, task: TaskSpec) -> tuple[Trainer, Encoded]:
-        """The trainer and the tokenised text of ``task``, made once and kept."""
+    def trainer(self, task: TaskSpec) -> Trainer:
+        """The trainer of ``task``, made once and kept; no text is read for it."""
         if self._warm is None or self._warm[0] != task:
-            self._warm = None
-            model = build(self.base, task, "plan")
-            labels = [task.labels.index(r.label) if task.labels else 0 for r in self.records]
-            self._warm = (
-                task,
-                Trainer(model, task, self.device),
-                encode(self.base, [r.text for r in self.records], labels, task.max_tokens),
-            )
-        return self._warm[1], self._warm[2]
+            self.cool()
+            self._warm = (task, (), Trainer(build(self.base, task, "plan"), task, self.device), Encoded((), (), 0))
+        return self._warm[2]
+
+    def text(self, task: TaskSpec, blocks: tuple[int, ...]) -> Encoded:
+        """The tokenised text of ``blocks``, made once and kept."""
+        trainer = self.trainer(task)
+        if self._warm is None or self._warm[1] != blocks:
+            trainer.forget()
+            records, units = self.units.within(blocks)
+            labels = [task.labels.index(r.label) if task.labels else 0 for r in records]
+            data = encode(self.base, [r.text for r in records], labels, task.max_tokens, units)
+            self._warm = (task, blocks, trainer, data)
+        return self._warm[3]
 
 
 def execute(desk: Desk, envelope: bytes) -> bytes:
@@ -209,10 +216,24 @@ def work(desk: Desk, core: PlanCore, rest: bytes) -> bytes:
             expected=desk.base.digest[:16],
             got=core.base[:16],
         )
-    trainer, data = desk.warm(core.task)
+    field = desk.ledger.unit_field()
+    if (core.training.unit == "field") != bool(field):
+        raise RefusedError(
+            "policy.unit",
+            "the plan protects another unit than this site registered",
+            expected="field" if field else "record",
+            got=core.training.unit,
+        )
+    trainer = desk.trainer(core.task)
     parent = read_parent(core, rest, schema_of(trainer.model), "plan")
-    entry = desk.ledger.reserve(core, desk.policy.rounds_per_day)
-    standing = desk.ledger.standing()
+    reservation = desk.ledger.reserve(core, desk.policy.rounds_per_day)
+    entry = reservation.entry
+    try:
+        # Both accountants, before any text is read: where they disagree, neither is believed and nothing is released.
+        standing = desk.ledger.standing()
+    except CloisterError as error:
+        desk.ledger.void(entry, desk.signing)
+        raise RefusedError("budget.accountants", error.what, got=error.got) from error
     desk.tell.update(
         state="training",
         run=core.run,
@@ -226,6 +247,7 @@ def work(desk: Desk, core: PlanCore, rest: bytes) -> bytes:
         refusal="",
     )
     try:
+        data = desk.text(core.task, reservation.blocks)
         update = vector_to_bytes(_train(desk, trainer, core, parent, data))
         write_durably(desk.kept / f"{core.digest}.f32", update)
         desk.ledger.spend(entry, digest(update))

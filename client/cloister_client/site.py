@@ -1,7 +1,8 @@
 """A site's folder: settings, keys and where things lie. Made by ``enrol``, read by agent, relay and SuperNode.
 
     site.toml  policy.toml  coordinator.json (pinned)  card.json (public)
-    agent/   0700, the agent's user: sign.key, seal.key, ledger.db, kept/, status.json, agent.log
+    agent/   0700, the agent's user: sign.key, seal.key, unit.key, ledger.db, kept/, status.json, agent.log
+    counter/ 0700, the agent's user: the newest point of the ledger, kept apart (put it on another disk: `counter` in site.toml)
     link/    the relay's and SuperNode's: node.key, superexec.secret, ca.crt (coordinator), tls/ (loopback)
 
 The socket lies in a short runtime folder of mode 0750, since a Unix socket's path holds 108 bytes (104 on macOS).
@@ -15,7 +16,6 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloister_model.text import Source
 from cloister_shared.cards import CoordinatorCard, SiteCard, check_name, read_coordinator_card
 from cloister_shared.encoding import write_durably
 from cloister_shared.errors import InputError, StateError
@@ -37,7 +37,7 @@ class Site:
     Attributes:
         home: Its folder.
         name: Its name.
-        source: Its private text.
+        counter: File that the ledger's newest point is kept in.
         base: ``minilm`` or a folder.
         device: ``auto``, ``cpu`` or ``cuda``.
         threads: CPU threads of the agent; 0 for all.
@@ -49,7 +49,7 @@ class Site:
 
     home: Path
     name: str
-    source: Source
+    counter: Path
     base: str
     device: str
     threads: int
@@ -134,6 +134,22 @@ def make_runtime(site: Site) -> Path:
     return path
 
 
+def act_as_agent(site: Site) -> None:
+    """Becomes the agent's user where this is root and the site has one: its folder is its own, and root must not walk there.
+
+    Raises:
+        StateError: The change is not possible.
+    """
+    if os.getuid() != 0 or not site.isolated or site.agent_home.stat().st_uid != site.agent_user:
+        return
+    try:
+        os.setgroups([])
+        os.setgid(site.group if site.group >= 0 else site.agent_user)
+        os.setuid(site.agent_user)
+    except OSError as error:
+        raise StateError("cannot become the agent's user", where=f"user {site.agent_user}", got=str(error)) from error
+
+
 def read_site(home: Path) -> Site:
     """Reads ``site.toml``.
 
@@ -144,11 +160,11 @@ def read_site(home: Path) -> Site:
     if not path.is_file():
         raise InputError("no site here", where=str(home), expected="site.toml", mend="cloister site enrol, or --home")
     table = read_toml(path, "site settings")
-    data, processes = table.table("data"), table.table("processes")
+    processes = table.table("processes")
     site = Site(
         home=home.resolve(),
         name=check_name(table.text("name"), str(path)),
-        source=Source(Path(data.text("path")).expanduser(), data.text("text"), data.text("label", "")),
+        counter=home.resolve() / Path(table.text("counter", "counter")).expanduser() / "ledger.json",
         base=table.text("base"),
         device=table.text("device", "auto", choices=("auto", "cpu", "cuda")),
         threads=table.integer("threads", 0, 1024, 0),
@@ -157,7 +173,7 @@ def read_site(home: Path) -> Site:
         link_user=processes.integer("link_user", -1, 1 << 31, -1),
         group=processes.integer("group", -1, 1 << 31, -1),
     )
-    for part in (data, processes, table):
+    for part in (processes, table):
         part.finish()
     return site
 
@@ -166,7 +182,6 @@ def enrol(
     home: Path,
     name: str,
     card: CoordinatorCard,
-    source: Source,
     policy: Policy,
     *,
     base: str,
@@ -194,11 +209,8 @@ base = {quote(base)}
 device = {quote(device)}
 threads = {threads}
 runtime_port = {runtime_port}
-
-[data]
-path = {quote(str(source.path.expanduser().resolve()))}
-text = {quote(source.text)}
-{f"label = {quote(source.label)}" if source.label else ""}
+# Folder of the ledger's counter, best on another disk: an older ledger that is put back is refused against it.
+counter = "counter"
 
 [processes]
 # Numeric ids. Give the agent and the relay users of their own, sharing one group, and run `site up` as root.
@@ -207,11 +219,18 @@ link_user = -1
 group = -1
 """
     agent, link = home / "agent", home / "link"
-    for folder, mode in ((agent, 0o700), (agent / "kept", 0o700), (link, 0o700), (link / "tls", 0o700)):
+    for folder, mode in (
+        (agent, 0o700),
+        (agent / "kept", 0o700),
+        (home / "counter", 0o700),
+        (link, 0o700),
+        (link / "tls", 0o700),
+    ):
         folder.mkdir(mode=mode, exist_ok=True)
     signing, opening = SigningKey.generate(), OpeningKey.generate()
     signing.save(agent / "sign.key")
     opening.save(agent / "seal.key")
+    write_durably(agent / "unit.key", secrets.token_bytes(32))
     node = make_node_key(link / "node.key")
     make_tls(link / "tls", f"{name} runtime", ("127.0.0.1", "localhost"))
     write_durably(link / "superexec.secret", secrets.token_bytes(32))

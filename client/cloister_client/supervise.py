@@ -121,7 +121,11 @@ def hand_over(site: Site) -> None:
     """Gives the agent's and the link's folders to their users; only root can, and only where users are set."""
     if os.getuid() != 0 or not site.isolated:
         return
-    for folder, user in ((site.agent_home, site.agent_user), (site.link_home, site.link_user)):
+    for folder, user in (
+        (site.agent_home, site.agent_user),
+        (site.counter.parent, site.agent_user),
+        (site.link_home, site.link_user),
+    ):
         # Once only: afterwards the folder is its user's, and root must not walk where somebody else can move things.
         if folder.stat().st_uid == user:
             continue

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cloister_client.data import add as add_text
 from cloister_client.policy import Policy
 from cloister_client.site import enrol, read_site
 from cloister_client.status import read_status
@@ -116,7 +117,6 @@ def make_federation(
             folder,
             name,
             card,
-            Source(text, "text", "label"),
             policy,
             base="minilm",
             records=declared,
@@ -124,6 +124,7 @@ def make_federation(
             device=device,
             threads=threads,
         )
+        add_text(read_site(folder), Source(text.resolve(), "text", "label"))
         write_durably(folder / MARK, b"made by cloister demo\n", mode=0o644)
         admit_site(home / "coordinator", folder / "card.json")
     return open_coordinator(home / "coordinator")

@@ -31,11 +31,13 @@ class Source:
         path: The file.
         text: Name of the text's field.
         label: Name of the label's field; empty for tasks without.
+        unit: Name of the field whose value makes a privacy unit; empty where each record is one.
     """
 
     path: Path
     text: str
     label: str
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,13 @@ class Record:
         text: Its text, not empty.
         label: Its label, empty where the task has none.
         extra: The other fields, as text.
+        unit: Value of the unit's field, not empty where the source names one.
     """
 
     text: str
     label: str
     extra: tuple[tuple[str, str], ...] = ()
+    unit: str = ""
 
 
 def _fail(what: str, path: Path, row: int | None, expected: str = "", got: str = "", mend: str = "") -> InputError:
@@ -147,7 +151,7 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise _fail("row is not CSV", path, at, got=str(error)) from error
 
 
-def _parquet(path: Path, wanted: tuple[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -198,7 +202,7 @@ def read(source: Source, labels: tuple[str, ...] | None = None) -> Iterator[Reco
     rows = (
         {".jsonl": _jsonl, ".csv": _csv}[kind](source.path)
         if kind != ".parquet"
-        else _parquet(source.path, (source.text, source.label))
+        else _parquet(source.path, (source.text, source.label, source.unit))
     )
     count = 0
     for number, row in rows:
@@ -217,14 +221,17 @@ def read(source: Source, labels: tuple[str, ...] | None = None) -> Iterator[Reco
         label = _field(row, source.label, "label", source.path, number) if source.label else ""
         if labels is not None and source.label and label not in labels:
             raise _fail("unknown label", source.path, number, f"one of {', '.join(labels)}"[:300], repr(label)[:80])
+        unit = _field(row, source.unit, "unit", source.path, number) if source.unit else ""
+        if source.unit and not unit.strip():
+            raise _fail("unit is empty", source.path, number, f"a value in field {source.unit!r}", "none")
         count += 1
         if count > MAX_ROWS:
             raise _fail("too many rows", source.path, number, f"<= {MAX_ROWS}")
         extra = tuple(
             (str(k), str(v))
             for k, v in row.items()
-            if k not in (source.text, source.label) and isinstance(v, str | int)
+            if k not in (source.text, source.label, source.unit) and isinstance(v, str | int)
         )
-        yield Record(text, label, extra)
+        yield Record(text, label, extra, unit)
     if not count:
         raise _fail("the file holds no records", source.path, None, "at least one record", "none")

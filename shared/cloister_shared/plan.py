@@ -26,6 +26,7 @@ CLOSING_PURPOSE = "closing"
 FORMAT = "cloister-plan/1"
 TaskKind = Literal["text-classification", "causal-lm"]
 TASK_KINDS = ("text-classification", "causal-lm")
+UNITS = ("record", "field")
 MAX_LABELS = 1000
 
 
@@ -106,14 +107,15 @@ class TrainingSpec:
 
     Attributes:
         steps: DP-SGD steps.
-        sample_rate: Probability that a record is in a batch.
-        expected_batch: Denominator of the mean gradient: ``sample_rate`` times the declared number of records.
+        sample_rate: Probability that a privacy unit is in a batch.
+        expected_batch: Denominator of the mean gradient: ``sample_rate`` times the declared number of units.
         noise_multiplier: Standard deviation of the noise over the clipping norm.
-        clipping_norm: L2 bound on one record's gradient.
+        clipping_norm: L2 bound on the summed gradient of one unit's records.
         adapter_rate: Learning rate of LoRA's parameters.
         head_rate: Learning rate of the classification head.
         delta: Delta at which epsilon is stated.
-        unit: What one privacy unit is.
+        unit: What one privacy unit is: a ``record``, or all records that share a ``field`` (say, a patient's).
+        unit_records: At most so many records of a unit are used, the first ones; 1 to 1000, and 1 where the unit is a record.
     """
 
     steps: int
@@ -125,6 +127,7 @@ class TrainingSpec:
     head_rate: float
     delta: float
     unit: str = "record"
+    unit_records: int = 1
 
     def __post_init__(self) -> None:
         _integer(self.steps, 1, 100_000, "steps")
@@ -135,7 +138,8 @@ class TrainingSpec:
         _number(self.adapter_rate, 0, 10, "adapter_rate")
         _number(self.head_rate, 0, 10, "head_rate")
         _number(self.delta, 1e-10, 0.5, "delta")
-        _must(self.unit == "record", "unknown privacy unit", self.unit)
+        _must(self.unit in UNITS, "unknown privacy unit", self.unit)
+        _integer(self.unit_records, 1, 1000 if self.unit == "field" else 1, "unit_records")
 
     @property
     def event(self) -> DpSgd:

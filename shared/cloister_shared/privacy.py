@@ -142,7 +142,8 @@ def admit(history: Iterable[DpSgd], new: Iterable[DpSgd], cap: float, delta: flo
     """
     events = grouped([*history, *new])
     quick = epsilon_rdp(events, delta)
-    if quick + DISAGREEMENT <= cap:
+    # Room for PRV's numerical error, so that what is charged later is within the cap as well.
+    if quick + max(DISAGREEMENT, quick / 500) <= cap:
         return quick
     would = epsilon(events, delta)
     if not would <= cap:  # so that a cap that is no number admits nothing

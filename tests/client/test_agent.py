@@ -24,6 +24,7 @@ import grpc
 import psutil
 import pytest
 from cloister_client import supervise
+from cloister_client.data import open_ledger
 from cloister_client.site import Site, read_site
 from cloister_shared.errors import CloisterError
 from cloister_shared.processes import Group
@@ -492,7 +493,7 @@ needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root to start pr
 def test_the_relays_user_reaches_the_socket_and_nothing_private(
     two_users: Site, python_for_all: tuple[str, str]
 ) -> None:
-    site, private = two_users, [two_users.source.path, two_users.agent_home]
+    site, private = two_users, [open_ledger(two_users).sources()[0].path, two_users.agent_home]
     private += [site.agent_home / n for n in ("ledger.db", "sign.key", "seal.key", "status.json", "agent.log", "kept")]
     link_secret = site.link_home / "superexec.secret"
     for home, user in ((site.agent_home, AGENT), (site.link_home, LINK)):

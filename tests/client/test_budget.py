@@ -8,17 +8,19 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
-from cloister_client.budget import Ledger
+from cloister_client import budget
+from cloister_client.budget import Ledger, Limits
 from cloister_shared.errors import RefusedError, StateError
 from cloister_shared.privacy import DpSgd, epsilon
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support import client_budget_worker
-from support.client_ledgers import DELTA, core, event
+from support.client_ledgers import DELTA, core, event, open_ledger
 
 UPDATE = "ab" * 32
 CAP = 0.9  # twelve steps of the usual kind fit, thirteen do not
@@ -27,12 +29,12 @@ CAP = 0.9  # twelve steps of the usual kind fit, thirteen do not
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
     """A fresh ledger."""
-    return Ledger(tmp_path / "ledger.db", CAP, DELTA)
+    return open_ledger(tmp_path, CAP)
 
 
 def _again(ledger: Ledger, cap: float | None = None) -> Ledger:
     """The same file as a new process finds it, open reservations closed."""
-    fresh = Ledger(ledger.path, cap if cap is not None else ledger.cap, ledger.delta)
+    fresh = open_ledger(ledger.path.parent, cap if cap is not None else ledger.limits.cap)
     fresh.close_open()
     return fresh
 
@@ -59,7 +61,7 @@ def test_an_empty_ledger_has_spent_nothing(ledger: Ledger) -> None:
 def test_the_charge_is_the_epsilon_of_the_whole_history(ledger: Ledger) -> None:
     history: list[DpSgd] = []
     for number, (steps, sigma) in enumerate(((3, 4.0), (2, 6.0), (3, 4.0)), start=1):
-        entry = ledger.reserve(core(number, steps=steps, sigma=sigma), 1000)
+        entry = ledger.reserve(core(number, steps=steps, sigma=sigma), 1000).entry
         history.append(event(steps, sigma))
         assert ledger.standing().epsilon == epsilon(history, DELTA)
         ledger.spend(entry, UPDATE)
@@ -71,7 +73,7 @@ def test_the_charge_is_the_epsilon_of_the_whole_history(ledger: Ledger) -> None:
 
 
 def test_a_round_over_the_cap_is_refused_and_reserves_nothing(ledger: Ledger) -> None:
-    ledger.spend(ledger.reserve(core(1, steps=2), 1000), UPDATE)
+    ledger.spend(ledger.reserve(core(1, steps=2), 1000).entry, UPDATE)
     before = ledger.standing()
     with pytest.raises(RefusedError) as refused:
         ledger.reserve(core(2, steps=100), 1000)
@@ -90,15 +92,15 @@ def test_open_reservations_count_against_the_cap_at_once(ledger: Ledger) -> None
 
 
 def test_lost_and_open_reservations_stay_charged_when_the_ledger_is_opened_again(ledger: Ledger) -> None:
-    first, second = (ledger.reserve(core(n), 1000) for n in (1, 2))
+    first, second = (ledger.reserve(core(n), 1000).entry for n in (1, 2))
     ledger.lose(first)
     charged = epsilon([event(2)], DELTA)
     assert ledger.standing().epsilon == charged
     assert _states(ledger) == ["lost", "reserved"]
-    assert Ledger(ledger.path, CAP, DELTA).standing().epsilon == charged
+    assert open_ledger(ledger.path.parent, CAP).standing().epsilon == charged
     assert _states(ledger) == ["lost", "reserved"]
-    assert Ledger(ledger.path, CAP, DELTA).close_open() == 1
-    assert Ledger(ledger.path, CAP, DELTA).close_open() == 0
+    assert open_ledger(ledger.path.parent, CAP).close_open() == 1
+    assert open_ledger(ledger.path.parent, CAP).close_open() == 0
     assert _states(ledger) == ["lost", "lost"]
     assert ledger.standing().epsilon == charged
     with pytest.raises(StateError, match="no open reservation"):
@@ -106,15 +108,15 @@ def test_lost_and_open_reservations_stay_charged_when_the_ledger_is_opened_again
 
 
 def test_work_that_was_lost_may_be_done_again_and_is_charged_again(ledger: Ledger) -> None:
-    ledger.lose(ledger.reserve(core(1), 1000))
-    ledger.spend(ledger.reserve(core(1), 1000), UPDATE)
+    ledger.lose(ledger.reserve(core(1), 1000).entry)
+    ledger.spend(ledger.reserve(core(1), 1000).entry, UPDATE)
     assert ledger.standing().epsilon == epsilon([event(2)], DELTA)
     assert _refused(ledger, 1) == "budget.already_done"
 
 
 @pytest.mark.parametrize("spent", [False, True])
 def test_the_same_work_is_never_reserved_twice(ledger: Ledger, spent: bool) -> None:
-    entry = ledger.reserve(core(1), 1000)
+    entry = ledger.reserve(core(1), 1000).entry
     if spent:
         ledger.spend(entry, UPDATE)
     assert _refused(ledger, 1) == "budget.already_done"
@@ -125,7 +127,7 @@ def test_the_same_work_is_never_reserved_twice(ledger: Ledger, spent: bool) -> N
 
 @pytest.mark.parametrize("entry", [0, 2, 99])
 def test_only_an_open_reservation_is_spent(ledger: Ledger, entry: int) -> None:
-    ledger.spend(ledger.reserve(core(1), 1000), UPDATE)
+    ledger.spend(ledger.reserve(core(1), 1000).entry, UPDATE)
     with pytest.raises(StateError, match="no open reservation"):
         ledger.spend(entry, UPDATE)
     with pytest.raises(StateError, match="no open reservation"):
@@ -134,16 +136,15 @@ def test_only_an_open_reservation_is_spent(ledger: Ledger, entry: int) -> None:
     assert _states(ledger) == ["spent"]
 
 
-def test_rounds_per_day(ledger: Ledger) -> None:
+def test_rounds_per_day(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in (1, 2):
         ledger.reserve(core(number), 2)
     assert _refused(ledger, 3, rounds_per_day=2) == "policy.rounds_per_day"
     assert ledger.standing().rounds == 2
-    with sqlite3.connect(ledger.path) as db:
-        db.execute("UPDATE entry SET reserved_at = reserved_at - 86500 WHERE id = 1")
-    db.close()
-    ledger.reserve(core(3), 2)
-    assert _refused(ledger, 4, rounds_per_day=2) == "policy.rounds_per_day"
+    monkeypatch.setattr(budget.time, "time", lambda now=time.time() + 86_500: now)
+    for number in (3, 4):
+        ledger.reserve(core(number), 2)
+    assert _refused(ledger, 5, rounds_per_day=2) == "policy.rounds_per_day"
 
 
 TAMPERING = [
@@ -158,16 +159,24 @@ TAMPERING = [
     "UPDATE entry SET steps = 1 WHERE state = 'spent'",
     "UPDATE entry SET state = 'refunded' WHERE state = 'reserved'",
     "UPDATE entry SET state = 'spent' WHERE state = 'reserved'",
-    "INSERT INTO entry (state, run, round, plan, noise_multiplier, sample_rate, steps, epsilon_after, delta, cap,"
-    " record, reserved_at) SELECT state, run, round, plan, noise_multiplier, sample_rate, steps, cap + 1, delta, cap,"
-    " record, reserved_at FROM entry WHERE state = 'lost'",
+    "UPDATE entry SET state = 'void' WHERE state IN ('spent', 'lost')",
+    "INSERT INTO charge SELECT entry, 2, cap + 1, cap, delta FROM charge WHERE entry = 2",
+    "DELETE FROM charge",
+    "UPDATE charge SET admitted = 0",
+    "UPDATE charge SET block = 2",
+    "DELETE FROM event",
+    "UPDATE event SET head = zeroblob(32)",
+    "DELETE FROM unit",
+    "UPDATE unit SET block = 2",
+    "REPLACE INTO unit SELECT tag, 2 FROM unit",
+    "DELETE FROM block",
 ]
 
 
 @pytest.mark.parametrize("statement", TAMPERING)
 def test_entries_are_neither_deleted_nor_reopened_nor_made_cheaper(ledger: Ledger, statement: str) -> None:
-    ledger.spend(ledger.reserve(core(1, steps=2), 1000), UPDATE)
-    ledger.lose(ledger.reserve(core(2, steps=2), 1000))
+    ledger.spend(ledger.reserve(core(1, steps=2), 1000).entry, UPDATE)
+    ledger.lose(ledger.reserve(core(2, steps=2), 1000).entry)
     ledger.reserve(core(3, steps=2), 1000)
     before = ledger.standing()
     db = sqlite3.connect(ledger.path)
@@ -181,14 +190,14 @@ def test_entries_are_neither_deleted_nor_reopened_nor_made_cheaper(ledger: Ledge
 @pytest.mark.parametrize("place", ["id", "NULL"])
 def test_entries_are_not_replaced(ledger: Ledger, place: str) -> None:
     """Neither by their number nor by a cheaper entry for the same work."""
-    ledger.spend(ledger.reserve(core(1, steps=2), 1000), UPDATE)
+    ledger.spend(ledger.reserve(core(1, steps=2), 1000).entry, UPDATE)
     before = ledger.standing()
     db = sqlite3.connect(ledger.path)
     try:
         with pytest.raises(sqlite3.IntegrityError):
             db.execute(
-                f"REPLACE INTO entry SELECT {place}, state, run, round, plan, 900.0, sample_rate, steps, 0.0, delta, cap,"
-                " record, update_digest, reserved_at, closed_at FROM entry WHERE id = 1"
+                f"REPLACE INTO entry SELECT {place}, state, run, round, plan, base, 900.0, sample_rate, steps, record,"
+                " update_digest, reserved_at, closed_at FROM entry WHERE id = 1"
             )
     finally:
         db.close()
@@ -200,45 +209,44 @@ def test_the_file_is_the_owners_alone(ledger: Ledger) -> None:
     assert ledger.path.stat().st_mode & 0o777 == 0o600
     old = os.umask(0)
     try:
-        other = Ledger(ledger.path.with_name("other.db"), CAP, DELTA)
+        other = Ledger(ledger.path.with_name("other.db"), ledger.path.with_name("other.json"), Limits(CAP, DELTA))
     finally:
         os.umask(old)
     assert other.path.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_lower_cap_holds_for_an_older_history(ledger: Ledger) -> None:
-    ledger.spend(ledger.reserve(core(1, steps=2), 1000), UPDATE)
+    ledger.spend(ledger.reserve(core(1, steps=2), 1000).entry, UPDATE)
     strict = _again(ledger, cap=0.1)
     assert strict.standing().left == 0.0
     assert _refused(strict, 2) == "budget.epsilon_cap"
-    assert _again(ledger, cap=CAP).reserve(core(2), 1000) == 2
+    assert _again(ledger, cap=CAP).reserve(core(2), 1000).entry == 2
 
 
 def test_a_file_that_is_no_ledger_is_told_in_one_error(tmp_path: Path, ledger: Ledger) -> None:
     (tmp_path / "broken.db").write_bytes(b"this is no database, however long one looks at it" * 100)
     with pytest.raises(StateError, match="ledger cannot be used"):
-        Ledger(tmp_path / "broken.db", CAP, DELTA)
-    assert Ledger(ledger.path, CAP, DELTA).standing().rounds == 0
+        Ledger(tmp_path / "broken.db", tmp_path / "counter.json", Limits(CAP, DELTA))
+    assert open_ledger(ledger.path.parent, CAP).standing().rounds == 0
 
 
 @pytest.mark.parametrize("name", ["nowhere/ledger.db", "."])
 def test_a_file_that_cannot_be_opened_is_told_in_one_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(StateError, match="ledger cannot be used"):
-        Ledger(tmp_path / name, CAP, DELTA)
+        Ledger(tmp_path / name, tmp_path / "counter.json", Limits(CAP, DELTA))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_refuses_the_reservation_and_leaves_the_ledger_whole(tmp_path: Path) -> None:
     """A file size limit makes SQLite's writes fail as a full disk does."""
     path = tmp_path / "ledger.db"
-    Ledger(path, CAP, DELTA).reserve(core(1), 1000)
+    open_ledger(tmp_path, CAP).reserve(core(1), 1000)
     before = path.stat().st_size
     script = (
         "import resource, signal, sys; from pathlib import Path\n"
-        "from cloister_client.budget import Ledger\n"
         "from cloister_shared.errors import StateError\n"
-        "from support.client_ledgers import core\n"
-        "ledger = Ledger(Path(sys.argv[1]), 50.0, 1e-5)\n"
+        "from support.client_ledgers import core, open_ledger\n"
+        "ledger = open_ledger(Path(sys.argv[1]), 50.0)\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))\n"
         "for number in range(2, 40):\n"
@@ -248,11 +256,11 @@ def test_a_full_disk_refuses_the_reservation_and_leaves_the_ledger_whole(tmp_pat
         "        print('told:', error)\n"
         "        break\n"
     )
-    done = _python(["-c", script, str(path), str(before)])
+    done = _python(["-c", script, str(tmp_path), str(before)])
     assert done.returncode == 0, done.stderr
     assert "told:" in done.stdout
     assert "the ledger cannot be used" in done.stdout
-    whole = Ledger(path, CAP, DELTA)
+    whole = open_ledger(tmp_path, CAP)
     assert whole.standing().rounds >= 1
     whole.reserve(core(1000), 1000)
 
@@ -271,13 +279,13 @@ STEPS = st.lists(
 def test_whatever_happens_nothing_spent_is_forgotten_and_the_cap_holds(story: list[tuple[str, int, int]]) -> None:
     cap = 0.6  # five steps
     with tempfile.TemporaryDirectory() as folder:
-        ledger = Ledger(Path(folder) / "ledger.db", cap, DELTA)
+        ledger = open_ledger(Path(folder), cap)
         opened: dict[int, tuple[int, int]] = {}
         charged, spent = 0, 0
         for what, number, steps in story:
             if what == "reserve":
                 try:
-                    opened[number] = (ledger.reserve(core(number, steps=steps), 1000), steps)
+                    opened[number] = (ledger.reserve(core(number, steps=steps, run=f"{number:02x}"), 1000).entry, steps)
                     charged += steps
                 except RefusedError as error:
                     refused = error.rule
@@ -316,24 +324,22 @@ def _python(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 def test_eight_processes_that_race_never_overspend(tmp_path: Path) -> None:
     fits, rounds = 5, 2
     cap = 0.6
-    path = tmp_path / "ledger.db"
-    done = _python([client_budget_worker.__file__, "race", str(path), str(cap), str(rounds)])
+    done = _python([client_budget_worker.__file__, "race", str(tmp_path), str(cap), str(rounds)])
     assert done.returncode == 0, done.stderr
     racers = client_budget_worker.RACERS
     assert sorted(done.stdout.split()) == ["budget.epsilon_cap"] * (racers * rounds - fits) + ["granted"] * fits
-    standing = Ledger(path, cap, DELTA).standing()
+    standing = open_ledger(tmp_path, cap).standing()
     assert standing.rounds == fits
     assert standing.epsilon == epsilon([event(fits)], DELTA) <= cap
     assert epsilon([event(fits + 1)], DELTA) > cap
-    assert _states(Ledger(path, cap, DELTA)) == ["spent"] * fits
+    assert _states(open_ledger(tmp_path, cap)) == ["spent"] * fits
 
 
 def test_a_process_killed_between_reserving_and_spending_stays_charged(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.db"
-    done = _python([client_budget_worker.__file__, "die", str(path), str(CAP), "1"])
+    done = _python([client_budget_worker.__file__, "die", str(tmp_path), str(CAP), "1"])
     assert done.returncode == -signal.SIGKILL
     assert done.stdout == "granted\n"
-    ledger = Ledger(path, CAP, DELTA)
+    ledger = open_ledger(tmp_path, CAP)
     assert _states(ledger) == ["reserved"]
     assert ledger.standing().epsilon == epsilon([event(1)], DELTA)
     assert ledger.close_open() == 1

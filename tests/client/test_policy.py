@@ -70,7 +70,7 @@ def test_each_rule_refuses_with_its_name_what_was_asked_and_what_is_allowed(
     "policy",
     [
         POLICY,
-        replace(POLICY, epsilon_cap=0.1 + 0.2, delta=1e-15, least_noise=1 / 3, sandbox="preferred"),
+        replace(POLICY, epsilon_cap=0.1 + 0.2, delta=1e-10, least_noise=1 / 3, sandbox="preferred"),
         replace(POLICY, target_modules=('odd "name"\\', "tab\there", "ünï", "new\nline"), base_models=(), tasks=()),
     ],
 )

@@ -393,7 +393,7 @@ def test_training_that_breaks_off_is_told_as_such_stays_charged_and_hinders_noth
         raise error(f"in the middle of {SECRET}")
 
     core = client.core(training=spec(sample_rate=1.0))
-    client.desk.warm(client.world.task)[0].hooked.register_forward_hook(fail)
+    client.desk.trainer(client.world.task).hooked.register_forward_hook(fail)
     assert client.refusal(client.ask(core)) == {"rule": "train.failed", "what": "refused"}
     owners = json.loads((client.site.agent_home / "status.json").read_text())["refusal"]
     assert error.__name__ in owners

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from cloister_client.site import MAX_SOCKET_PATH, Site, enrol, make_runtime, read_site
-from cloister_model.text import Source
 from cloister_shared.cards import CoordinatorCard, read_site_card
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.sealing import OpeningKey
@@ -24,9 +23,7 @@ CARD = CoordinatorCard(
 
 def _enrol(home: Path, name: str = "site-1") -> Site:
     policy = policy_for(CARD)
-    enrol(
-        home, name, CARD, Source(home / "text.jsonl", "text", ""), policy, base="minilm", records=7, runtime_port=9999
-    )
+    enrol(home, name, CARD, policy, base="minilm", records=7, runtime_port=9999)
     return read_site(home)
 
 
@@ -53,7 +50,7 @@ def test_enrol_makes_private_folders_fresh_keys_and_a_signed_card(site: Site) ->
 
 def test_two_sites_share_no_key(site: Site, tmp_path: Path) -> None:
     other = _enrol(tmp_path / "other", "site-2")
-    for part in ("agent/sign.key", "agent/seal.key", "link/node.key", "link/superexec.secret"):
+    for part in ("agent/sign.key", "agent/seal.key", "agent/unit.key", "link/node.key", "link/superexec.secret"):
         assert (site.home / part).read_bytes() != (other.home / part).read_bytes()
 
 
@@ -74,7 +71,7 @@ def test_enrol_refuses_a_wrong_name_and_makes_nothing(tmp_path: Path, name: str)
 def test_text_without_a_label_and_odd_paths_are_read_back(tmp_path: Path) -> None:
     home = tmp_path / 'odd "ü\\ path'
     site = _enrol(home)
-    assert site.source == Source(home / "text.jsonl", "text", "")
+    assert site.counter == home / "counter" / "ledger.json"
     assert site.home == home
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cloister_client import train
-from cloister_client.train import Device, Trainer, choose_device, physical_batches, refuse_unclippable
+from cloister_client.probe import refuse_unclippable
+from cloister_client.train import Device, Trainer, choose_device
 from cloister_model.base import find_base
 from cloister_model.build import build, load_vector, losses, read_vector, schema_of, trained
 from cloister_model.tokens import Encoded
@@ -21,7 +21,18 @@ from cloister_shared.plan import TaskSpec
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from support.client_oracle import accumulated, apart, captured, clipped_sum, flat, gradients, make_trainer, norm, summed
+from support.client_oracle import (
+    accumulated,
+    apart,
+    captured,
+    clipped_sum,
+    flat,
+    gradients,
+    grouped,
+    make_trainer,
+    norm,
+    summed,
+)
 from support.client_world import BERT_TASK, GPT2_TASK, random_vector, spec
 
 Make = Callable[[], tuple[Trainer, Encoded]]
@@ -98,27 +109,6 @@ def test_leaving_one_record_out_moves_the_sum_by_at_most_the_norm(make: Make) ->
         assert float((flat(whole) - flat(rest)).norm()) <= bound * (1 + 1e-4)
 
 
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_small_physical_batches_give_the_same_sum(make: Make, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    trainer, data = make()
-    expected = summed(trainer, spec(clipping_norm=0.1), data, ROWS)
-    monkeypatch.setattr(train, "PHYSICAL_BATCH", size)
-    assert apart(summed(trainer, spec(clipping_norm=0.1), data, ROWS), expected) < 1e-5
-
-
-def test_physical_batches_hold_each_row_once_longest_first() -> None:
-    rng = np.random.default_rng(3)
-    data = Encoded(tuple((1,) * int(n) for n in rng.integers(1, 90, 200)), (0,) * 200, 0)
-    rows = np.flatnonzero(rng.random(200) < 0.6)
-    parts = physical_batches(rows, data, 7)
-    assert [len(p) for p in parts[:-1]] == [7] * (len(parts) - 1)
-    together = np.concatenate(parts)
-    assert np.array_equal(np.sort(together), rows)
-    lengths = [len(data.ids[r]) for r in together]
-    assert lengths == sorted(lengths, reverse=True)
-    assert physical_batches(np.asarray([], dtype=np.int64), data, 7) == []
-
-
 def test_a_language_model_takes_a_record_of_one_token(tiny_gpt2: Path) -> None:
     trainer, data = make_trainer(tiny_gpt2, GPT2_TASK)
     short = Encoded((*data.ids, (5,)), (*data.labels, 0), data.pad)
@@ -182,11 +172,10 @@ def test_parameters_that_are_not_finite_poison_no_sum(bert: tuple[Trainer, Encod
 
 def test_an_empty_sample_is_a_step_of_noise_alone(bert: tuple[Trainer, Encoded]) -> None:
     trainer, data = bert
-    nobody = np.asarray([], dtype=np.int64)
     before = read_vector(trainer.model)
     optimiser = trainer.optimiser(spec(noise_multiplier=2.0, clipping_norm=3.0, expected_batch=5.0))
     seen = captured(optimiser)
-    assert math.isnan(trainer.step(optimiser, data, nobody))
+    assert math.isnan(trainer.step(optimiser, data, []))
     drawn = torch.cat([g.reshape(-1) for g in seen[0].values()]).double() * 5.0
     assert abs(float(drawn.std()) / 6.0 - 1) < 5 / math.sqrt(2 * len(drawn))
     assert np.all(read_vector(trainer.model) != before)
@@ -198,7 +187,7 @@ def test_an_empty_sample_between_full_ones_leaves_nothing_behind(bert: tuple[Tra
     optimiser = trainer.optimiser(quiet)
     seen = captured(optimiser)
     for rows in (ROWS, (), ROWS):
-        trainer.step(optimiser, data, np.asarray(rows, dtype=np.int64))
+        trainer.step(optimiser, data, grouped(rows))
     first, empty, third = (torch.cat([g.reshape(-1) for g in step.values()]) for step in seen)
     assert float((first - third).norm()) < 1e-3 * float(first.norm())
     assert float(empty.norm()) < 1e-3 * float(first.norm())
@@ -223,7 +212,7 @@ def test_the_noise_of_real_steps_has_its_size_in_every_group_and_is_fresh(bert: 
     seen = captured(optimiser)
     repeats = 250
     for _ in range(repeats):
-        trainer.step(optimiser, data, np.asarray(ROWS, dtype=np.int64))
+        trainer.step(optimiser, data, grouped(ROWS))
     assert len(seen) == repeats
     names = list(trained(trainer.model))
     places = {id(p): n for n, p in trained(trainer.model).items()}
@@ -248,7 +237,7 @@ def test_the_groups_noise_is_not_shared(bert: tuple[Trainer, Encoded]) -> None:
     optimiser = trainer.optimiser(spec(adapter_rate=0.0, head_rate=0.0))
     seen = captured(optimiser)
     for _ in range(200):
-        trainer.step(optimiser, data, np.asarray([], dtype=np.int64))
+        trainer.step(optimiser, data, [])
     places = [n for n in trained(trainer.model) if "lora_A" in n]
     first, second = list(trained(trainer.model)).index(places[0]), list(trained(trainer.model)).index(places[1])
     one, other = (torch.stack([s[i].reshape(-1) for s in seen]) for i in (first, second))
@@ -263,7 +252,7 @@ def test_the_denominator_is_the_expected_batch(bert: tuple[Trainer, Encoded], ro
     total = flat(summed(trainer, quiet, data, rows))
     optimiser = trainer.optimiser(quiet)
     seen = captured(optimiser)
-    trainer.step(optimiser, data, np.asarray(rows, dtype=np.int64))
+    trainer.step(optimiser, data, grouped(rows))
     mean = torch.cat([g.reshape(-1) for g in seen[0].values()]).double()
     assert float((mean - total / 50.0).norm()) < 1e-6
 
@@ -271,7 +260,7 @@ def test_the_denominator_is_the_expected_batch(bert: tuple[Trainer, Encoded], ro
 def test_one_clipped_sum_cannot_be_noised_twice(bert: tuple[Trainer, Encoded]) -> None:
     trainer, data = bert
     optimiser = trainer.optimiser(spec())
-    trainer.accumulate(optimiser, data, np.asarray(ROWS, dtype=np.int64))
+    trainer.accumulate(optimiser, data, grouped(ROWS))
     optimiser.add_noise()
     with pytest.raises(ValueError, match="cleared"):
         optimiser.add_noise()
@@ -280,7 +269,7 @@ def test_one_clipped_sum_cannot_be_noised_twice(bert: tuple[Trainer, Encoded]) -
 def test_one_gradient_cannot_be_accumulated_twice(bert: tuple[Trainer, Encoded]) -> None:
     trainer, data = bert
     optimiser = trainer.optimiser(spec())
-    trainer.accumulate(optimiser, data, np.asarray(ROWS, dtype=np.int64))
+    trainer.accumulate(optimiser, data, grouped(ROWS))
     with pytest.raises(ValueError, match="cleared"):
         optimiser.clip_and_accumulate()
 
@@ -362,7 +351,7 @@ def test_bf16_autocast_gives_the_clipped_sum_within_five_percent(make: Make) -> 
     expected = summed(trainer, bound, data, ROWS)
     trainer.device = Device("cpu", True, "")
     optimiser = trainer.optimiser(bound)
-    trainer.accumulate(optimiser, data, np.asarray(ROWS, dtype=np.int64))
+    trainer.accumulate(optimiser, data, grouped(ROWS))
     assert {p.grad_sample.dtype for p in optimiser.params} == {torch.float32}
     got = {n: accumulated(p).double() for n, p in trained(trainer.model).items()}
     distance = float((flat(got) - flat(expected)).norm() / flat(expected).norm())

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cloister_client.budget import Limits
 from cloister_flower.frames import frame_of, refusal, reply
 from cloister_model.text import Record
 from cloister_server.rounds import one_round, run_rounds, spending
@@ -34,6 +35,7 @@ from support.server_world import (
     forged_vector,
     make_world,
     opened,
+    units_of,
 )
 
 EVIL = 300
@@ -353,7 +355,7 @@ def test_a_sites_refusal_is_not_counted_in_its_own_row(world: World) -> None:
 
 def test_a_refusal_of_the_budget_is_told_and_nothing_of_the_text(world: World) -> None:
     desk = world.desks[EVIL]
-    desk.ledger.cap = 0.01
+    desk.ledger.limits = Limits(0.01, 1e-5)
     one_round(world.context(), world.link, 1)
     row = world.store.clients(world.run.id, 1)[2]
     assert row.verdict == "refused-by-site"
@@ -545,7 +547,7 @@ def test_spending_counts_other_runs_of_the_same_site(world: World) -> None:
 def test_the_sites_text_is_nowhere_in_the_registry(world: World) -> None:
     secret = "zanzibar-heliotrope"
     desk = world.desks[100]
-    desk.records = (Record(f"my card was charged twice {secret}", "billing"), *desk.records[1:])
+    desk.units = units_of((Record(f"my card was charged twice {secret}", "billing"), *desk.units.records[1:]))
     run_rounds(world.context(), world.link)
     for path in world.coordinator.home.rglob("*"):
         if path.is_file():

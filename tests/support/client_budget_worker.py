@@ -1,6 +1,6 @@
 """Processes that work on a ledger: eight that race for rounds, or one that dies between reserving and spending.
 
-``python client_budget_worker.py race|die LEDGER CAP ROUNDS``; a line per reservation, granted or not. It imports no torch.
+``python client_budget_worker.py race|die FOLDER CAP ROUNDS``; a line per reservation, granted or not. It imports no torch.
 """
 
 from __future__ import annotations
@@ -10,20 +10,19 @@ import signal
 import sys
 from pathlib import Path
 
-from cloister_client.budget import Ledger
 from cloister_shared.errors import RefusedError
 from cloister_shared.privacy import epsilon
 
-from support.client_ledgers import DELTA, core, event
+from support.client_ledgers import DELTA, core, event, open_ledger
 
 RACERS = 8
 
 
 def _try(path: Path, cap: float, numbers: range, die: bool) -> None:
-    ledger = Ledger(path, cap, DELTA)
+    ledger = open_ledger(path, cap)
     for number in numbers:
         try:
-            entry = ledger.reserve(core(number), 1000)
+            entry = ledger.reserve(core(number, run=f"{number:02x}"), 1000).entry
         except RefusedError as error:
             os.write(1, f"{error.rule}\n".encode())
             continue

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from cloister_client.budget import Ledger, Limits
+from cloister_model.text import Source
 from cloister_shared.plan import PlanCore, TaskSpec, TrainingSpec
 from cloister_shared.privacy import DpSgd
 
@@ -32,3 +36,16 @@ def core(number: int, *, steps: int = 1, sigma: float = SIGMA, run: str = "ab") 
         task=TaskSpec("causal-lm", (), 16, ("c_attn",), (), 2, 4.0),
         training=TrainingSpec(steps, RATE, 4.0, sigma, 1.0, 1e-3, 1e-3, DELTA),
     )
+
+
+def tags(*numbers: int) -> list[bytes]:
+    """Units' names."""
+    return [number.to_bytes(32, "big") for number in numbers]
+
+
+def open_ledger(folder: Path, cap: float, delta: float = DELTA, **limits: float) -> Ledger:
+    """The ledger of ``folder``, its counter in a folder of its own, with one block registered."""
+    (folder / "counter").mkdir(exist_ok=True)
+    ledger = Ledger(folder / "ledger.db", folder / "counter" / "ledger.json", Limits(cap, delta, **limits))  # type: ignore[arg-type]
+    ledger.register(Source(Path("/text.jsonl"), "text", ""), tags(1, 2, 3))
+    return ledger

@@ -1,13 +1,13 @@
-"""The oracle of DP-SGD: one example at a time, plain autograd, no hooks; and what is needed to compare with it."""
+"""The oracle of DP-SGD: one example at a time, plain autograd, no hooks, nothing kept; and what is needed to compare with it."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
 
-import numpy as np
 import torch
-from cloister_client.train import Device, SecureDPOptimizer, Trainer
+from cloister_client.clipping import SecureDPOptimizer
+from cloister_client.train import Device, Trainer
 from cloister_model.base import find_base
 from cloister_model.build import Adapted, build, load_vector, schema_of, trained
 from cloister_model.tokens import Encoded, encode
@@ -21,14 +21,20 @@ OPACUS_EPSILON = 1e-6
 
 
 def make_trainer(folder: object, task: TaskSpec, records: int = 12, device: Device = CPU) -> tuple[Trainer, Encoded]:
-    """A trainer at a parent that is zero nowhere, and its data."""
+    """A trainer at a parent that is zero nowhere, and its data.
+
+    What it keeps of the frozen layers is not rounded, so that comparisons show the arithmetic; ``test_activations`` measures the rounding.
+    """
     torch.set_num_threads(1)  # of two busy cores, for tiny models
     base = find_base(str(folder), "test")
     model = build(base, task, "test")
     load_vector(model, random_vector(schema_of(model), scale=0.3))
     own = make_records(records)
     labels = [task.labels.index(r.label) if task.labels else 0 for r in own]
-    return Trainer(model, task, device), encode(base, [r.text for r in own], labels, task.max_tokens)
+    trainer = Trainer(model, task, device)
+    if trainer.activations is not None:
+        trainer.activations.stored = torch.float32
+    return trainer, encode(base, [r.text for r in own], labels, task.max_tokens)
 
 
 def own_loss(model: Adapted, task: TaskSpec, ids: Tensor, label: int) -> Tensor:
@@ -52,26 +58,36 @@ def norm(gradient: dict[str, Tensor]) -> float:
     return float(torch.cat([g.double().reshape(-1) for g in gradient.values()]).norm())
 
 
-def clipped_sum(model: Adapted, task: TaskSpec, data: Encoded, rows: Iterable[int], clip: float) -> dict[str, Tensor]:
-    """The sum of clipped gradients in float64, one record at a time."""
+def grouped(units: Iterable[int | tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Units as the trainer takes them; a bare row is a unit by itself."""
+    return [unit if isinstance(unit, tuple) else (int(unit),) for unit in units]
+
+
+def clipped_sum(
+    model: Adapted, task: TaskSpec, data: Encoded, units: Iterable[int | tuple[int, ...]], clip: float
+) -> dict[str, Tensor]:
+    """The sum of the units' clipped gradients in float64, one record at a time."""
     twin = copy.deepcopy(model).double()
     # The twin must not run the hooks of the model that is tested.
     for module in twin.modules():
         module._forward_hooks.clear()
         module._backward_hooks.clear()
     out = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in trained(model).items()}
-    for row in rows:
-        gradient = gradients(twin, task, data, row)
+    for unit in grouped(units):
+        each = [gradients(twin, task, data, row) for row in unit]
+        gradient = {name: torch.stack([g[name] for g in each]).sum(0) for name in out}
         factor = min(1.0, clip / (norm(gradient) + OPACUS_EPSILON))
         for name, part in gradient.items():
             out[name] += factor * part
     return out
 
 
-def summed(trainer: Trainer, spec: TrainingSpec, data: Encoded, rows: Iterable[int]) -> dict[str, Tensor]:
+def summed(
+    trainer: Trainer, spec: TrainingSpec, data: Encoded, units: Iterable[int | tuple[int, ...]]
+) -> dict[str, Tensor]:
     """What the trainer sums before the noise, by parameter, on the CPU in float64."""
     optimiser = trainer.optimiser(spec)
-    trainer.accumulate(optimiser, data, np.asarray(list(rows), dtype=np.int64))
+    trainer.accumulate(optimiser, data, grouped(units))
     return {name: accumulated(p).detach().cpu().double() for name, p in trained(trainer.model).items()}
 
 

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from cloister_client.budget import Ledger
+from cloister_client.data import add as register_text
 from cloister_client.policy import Policy
 from cloister_client.round import Desk
 from cloister_client.site import Site, enrol, read_site
 from cloister_client.status import Status, StatusFile
 from cloister_client.train import Device
+from cloister_client.units import Units
 from cloister_model.base import BaseModel, find_base
 from cloister_model.build import build, schema_of
 from cloister_model.text import Record, Source
@@ -180,7 +182,6 @@ def make_site(world: World, home: Path, data: Path, **changes: Any) -> Site:
         home,
         "site-1",
         world.card,
-        Source(data, "text", label),
         policy_for(world.card, **changes),
         base=str(world.base.path),
         records=24,
@@ -188,13 +189,20 @@ def make_site(world: World, home: Path, data: Path, **changes: Any) -> Site:
         device="cpu",
         threads=1,
     )
-    return read_site(home)
+    site = read_site(home)
+    register_text(site, Source(data, "text", label))
+    return site
+
+
+def units_of(records: Sequence[Record]) -> Units:
+    """The records as registered units of one record each, in block 1."""
+    return Units(tuple(records), tuple((i,) for i in range(len(records))), (1,) * len(records), 0, 0)
 
 
 def open_desk(world: World, site: Site, records: tuple[Record, ...], **changes: Any) -> Desk:
     """The agent's desk over a site's folder, as a new process would make it."""
     agent, policy = site.agent_home, policy_for(world.card, **changes)
-    ledger = Ledger(agent / "ledger.db", policy.epsilon_cap, policy.delta)
+    ledger = Ledger(agent / "ledger.db", site.counter, policy.limits)
     ledger.close_open()
     return Desk(
         site.name,
@@ -204,7 +212,7 @@ def open_desk(world: World, site: Site, records: tuple[Record, ...], **changes: 
         OpeningKey.load(agent / "seal.key"),
         ledger,
         world.base,
-        records,
+        units_of(records),
         CPU,
         agent / "kept",
         StatusFile(agent / "status.json", Status(site.name)),

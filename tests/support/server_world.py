@@ -15,10 +15,11 @@ from cloister_client.budget import Ledger
 from cloister_client.policy import Policy
 from cloister_client.round import Desk, execute
 from cloister_client.train import Device
+from cloister_client.units import Units
 from cloister_flower.frames import outgoing, reply
 from cloister_model.base import BaseModel, find_base
 from cloister_model.build import build, read_vector, schema_of
-from cloister_model.text import Record
+from cloister_model.text import Record, Source
 from cloister_server.federation import Coordinator, Federation, admit_site, init, open_coordinator, read_federation
 from cloister_server.judge import Judge, NoJudge
 from cloister_server.rounds import Context, Member
@@ -201,6 +202,11 @@ def site_text(number: int) -> tuple[Record, ...]:
     return tuple(Record(f"{words[i % 2][0]} {'abcdefgh'[(i + number) % 8]}", words[i % 2][1]) for i in range(RECORDS))
 
 
+def units_of(records: tuple[Record, ...]) -> Units:
+    """The records as registered units of one record each, in block 1."""
+    return Units(records, tuple((i,) for i in range(len(records))), (1,) * len(records), 0, 0)
+
+
 def make_desk(home: Path, name: str, coordinator: Coordinator, base: BaseModel) -> tuple[Desk, SiteCard]:
     """A site's desk with fresh keys, and its card, admitted."""
     home.mkdir(parents=True)
@@ -213,15 +219,18 @@ def make_desk(home: Path, name: str, coordinator: Coordinator, base: BaseModel) 
     card = SiteCard(name, signing.verify_key.raw.hex(), opening.sealing_key.raw.hex(), node, RECORDS)
     card.save(home / "card.json", signing)
     admit_site(coordinator.home, home / "card.json")
+    (home / "counter").mkdir()
+    ledger = Ledger(home / "ledger.db", home / "counter" / "ledger.json", policy.limits)
+    ledger.register(Source(home / "text.jsonl", "text", "label"), [b"1" * 32])
     desk = Desk(
         name,
         coordinator.card,
         policy,
         signing,
         opening,
-        Ledger(home / "ledger.db", policy.epsilon_cap, policy.delta),
+        ledger,
         base,
-        site_text(int(name[-1])),
+        units_of(site_text(int(name[-1]))),
         Device("cpu", False, "cpu"),
         home / "kept",
         Mute(),
