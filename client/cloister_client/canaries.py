@@ -21,11 +21,12 @@ from cloister_model.build import build, read_vector
 from cloister_model.tokens import Encoded
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.plan import TaskSpec, TrainingSpec
+from opacus.optimizers import DPOptimizer
 from torch import Tensor
 
 from cloister_client import noise
 from cloister_client.audit import F64, Bits
-from cloister_client.train import SecureDPOptimizer, Trainer, choose_device
+from cloister_client.train import Trainer, choose_device
 
 # Of a canary's gradient over the clipping norm: a clip looser than stated lets more of it through.
 LOUDNESS = 10.0
@@ -52,7 +53,7 @@ class Canaries:
         InputError: More canaries than coordinates.
     """
 
-    def __init__(self, optimiser: SecureDPOptimizer, count: int, sample_rate: float) -> None:
+    def __init__(self, optimiser: DPOptimizer, count: int, sample_rate: float) -> None:
         self._optimiser, self._rate = optimiser, sample_rate
         self._sizes = [p.numel() for p in optimiser.params]
         if not 2 <= count <= sum(self._sizes):
