@@ -1,4 +1,4 @@
-"""The site's commands: ``cloister site enrol | up | status``."""
+"""The site's commands: ``cloister site enrol | up | status``; those of the audit come with them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from cloister_shared.cards import read_coordinator_card
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.processes import Group, free_port
 
+from cloister_client import audit_command
 from cloister_client.data import add as add_text
 from cloister_client.data import open_ledger
 from cloister_client.policy import Policy
@@ -34,8 +35,9 @@ Home = Annotated[Path | None, typer.Option("--home", help="Folder of state.")]
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the site's commands."""
+    """Adds the site's commands and the audit's."""
     app.add_typer(site_app, name="site")
+    audit_command.register(app)
 
 
 @site_app.command()

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-from cloister_client import budget
 from cloister_client.budget import Ledger, Limits
 from cloister_shared.errors import RefusedError, StateError
 from cloister_shared.privacy import DpSgd, epsilon
@@ -141,7 +140,8 @@ def test_rounds_per_day(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None
         ledger.reserve(core(number), 2)
     assert _refused(ledger, 3, rounds_per_day=2) == "policy.rounds_per_day"
     assert ledger.standing().rounds == 2
-    monkeypatch.setattr(budget.time, "time", lambda now=time.time() + 86_500: now)
+    tomorrow = time.time() + 86_500
+    monkeypatch.setattr("cloister_client.budget.time.time", lambda: tomorrow)
     for number in (3, 4):
         ledger.reserve(core(number), 2)
     assert _refused(ledger, 5, rounds_per_day=2) == "policy.rounds_per_day"

@@ -30,6 +30,8 @@ COMMANDS = (
     "",
     "run",
     "demo",
+    "audit",
+    "audit attack",
     "site",
     "site enrol",
     "site up",
