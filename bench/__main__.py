@@ -13,9 +13,7 @@ from cloister_model.quiet import quieten
 
 quieten()
 
-import torch  # noqa: E402  # after the libraries are quiet
-
-from bench import training, whole  # noqa: E402
+from bench import training, whole  # noqa: E402  # after the libraries are quiet
 
 
 def _cpu() -> str:
@@ -28,7 +26,7 @@ def _cpu() -> str:
 
 def main() -> None:
     """Runs all."""
-    steps = {"top 2 of 6 layers": training.measure((4, 5)), "all layers": training.measure(())}
+    steps = training.measure()
     demo = whole.measure()
     overhead = statistics.median(r["overhead"] for r in demo["rounds"])
     packages = ("torch", "opacus", "peft", "transformers", "flwr", "cryptography", "grpcio", "numpy")
@@ -42,14 +40,7 @@ def main() -> None:
         ("  judging on 400 held-out records, apart from that", f"{demo['judging_seconds']:.2f} s", ""),
         ("bytes of an update on the wire / adapter's own", f"{demo['wire_ratio']:.4f}", "<= 1.05"),
     ]
-    for name, got in steps.items():
-        figures.append(
-            (f"local step, {name}: ours / plain PEFT + Opacus", f"{got['ours'] / got['opacus']:.3f}", "<= 1.05")
-        )
-        figures.append(
-            (f"local step, {name}: ours / the loop without DP", f"{got['ours'] / got['plain']:.3f}", "<= 1.15")
-        )
-        figures.append((f"  seconds of ours, batch 128, {torch.get_num_threads()} threads", f"{got['ours']:.3f} s", ""))
+    figures += training.figures(steps)
     machine = f"{_cpu()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
     print(f"machine: {machine}")
     print(f"versions: {', '.join(f'{p} {version(p)}' for p in packages)}")
