@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from cloister_model.build import Adapted, load_vector, losses, read_vector, trained
 from cloister_model.tokens import Encoded
+from cloister_shared import noise
 from cloister_shared.errors import RefusedError, StateError
 from cloister_shared.plan import TaskSpec, TrainingSpec
 from cloister_shared.vectors import F32
@@ -27,8 +28,6 @@ from opacus.grad_sample import GradSampleModule, register_grad_sampler
 from opacus.optimizers import DPOptimizer
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 from torch import Tensor, nn
-
-from cloister_client import noise
 
 PHYSICAL_BATCH = 32
 
