@@ -150,7 +150,8 @@ def event_line(kind: str, e: dict[str, Any]) -> str | None:
         scores = _scores(e["metrics"])
         took = f"{e['seconds']:.1f} s + {e['judging_seconds']:.1f} s judging"
         who = f"{e['accepted']} of {e['cohort']} accepted"
-        return f"round {e['number']}/{e['rounds']}: committed, {', '.join(filter(None, (who, scores, took)))}"
+        lost = "" if e["residual"] is None else f"residual {e['residual']:.2%}"
+        return f"round {e['number']}/{e['rounds']}: committed, {', '.join(filter(None, (who, scores, lost, took)))}"
     return f"run {e['run'][:8]}: finished" if kind == "finished" else None
 
 
@@ -190,6 +191,7 @@ def round_rows(store: Store, run_id: str) -> list[dict[str, Any]]:
                 "state": row.state,
                 "attempts": row.attempt,
                 "adapter": row.adapter,
+                "residual": row.residual,
                 "metrics": store.metrics(run_id, row.number),
                 "participants": sum(c.verdict == "accepted" for c in clients),
                 "refused": sum(c.verdict not in ("accepted", "missing", "open") for c in clients),
@@ -207,11 +209,13 @@ def round_rows(store: Store, run_id: str) -> list[dict[str, Any]]:
 def rounds_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Columns and cells of the table of rounds."""
     names = [n for n in ("accuracy", "macro_f1", "perplexity") if any(n in r["metrics"] for r in rows)]
+    lossy = any(r["residual"] is not None for r in rows)
     sites = sorted({s for r in rows for s in r["epsilon"]})
     columns = [
         "round",
         "state",
         *(n.replace("_", "-") for n in names),
+        *(["residual"] if lossy else []),
         "sites",
         "refused",
         *(f"eps {s}" for s in sites[:8]),
@@ -224,6 +228,7 @@ def rounds_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]
             str(r["round"]),
             r["state"],
             *(f"{r['metrics'][n]:.4f}" if n in r["metrics"] else "" for n in names),
+            *(["" if r["residual"] is None else f"{r['residual']:.2%}"] if lossy else []),
             str(r["participants"]),
             str(r["refused"]),
             *(f"{r['epsilon'][s]:.3f}" if s in r["epsilon"] else "" for s in sites[:8]),
@@ -246,8 +251,14 @@ def list_rounds(run_name: RunName = None, json: Json = False, home: Home = None)
     columns, cells = rounds_table(rows)
     others = [r.id for r in store.runs() if r.id != found.id]
     console.table(
-        {"run": found.id, "finished": found.finished is not None, "rounds": rows, "other_runs": others},
-        f"run {found.id[:8]} of {found.federation}",
+        {
+            "run": found.id,
+            "rule": found.rule,
+            "finished": found.finished is not None,
+            "rounds": rows,
+            "other_runs": others,
+        },
+        f"run {found.id[:8]} of {found.federation}, rule {found.rule}",
         columns,
         cells,
     )
@@ -294,8 +305,10 @@ def show(
         for c in clients
     ]
     scores = _scores(row["metrics"])
-    title = f"run {found.id[:8]} round {number}: {row['state']}{', ' + scores if scores else ''}\nadapter {row['adapter']}, digest checked"
-    console.table({"run": found.id} | row | {"clients": clients}, title, columns, cells)
+    lost = "" if row["residual"] is None else f"residual {row['residual']:.2%}"
+    facts = ", ".join(filter(None, (row["state"], scores, f"rule {found.rule}", lost)))
+    title = f"run {found.id[:8]} round {number}: {facts}\nadapter {row['adapter']}, digest checked"
+    console.table({"run": found.id, "rule": found.rule} | row | {"clients": clients}, title, columns, cells)
 
 
 @rounds_app.command()

@@ -22,10 +22,13 @@ from cloister_shared.cards import (
 )
 from cloister_shared.encoding import write_durably
 from cloister_shared.errors import InputError, VerificationError
-from cloister_shared.plan import TASK_KINDS, TaskSpec
+from cloister_shared.plan import RULES, TASK_KINDS, Rule, TaskSpec
 from cloister_shared.settings import Table, read_toml
 from cloister_shared.signing import SigningKey, read_secret
 from cloister_shared.tls import make_tls
+
+# What the rule "auto" is, by whether sites add noise: set from measured tables (README), not by taste.
+AUTO: dict[bool, Rule] = {True: "average", False: "average"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Federation:
         address: ``host:port`` of the SuperLink.
         base: ``minilm`` or a folder.
         task: What is learnt.
+        rule: Aggregation rule; never ``auto``.
         rounds: Rounds of a run.
         steps: DP-SGD steps per round and site.
         batch: Expected records per step and site.
@@ -72,6 +76,7 @@ class Federation:
     address: str
     base: str
     task: TaskSpec
+    rule: Rule
     rounds: int
     steps: int
     batch: int
@@ -86,7 +91,12 @@ class Federation:
     held_out: HeldOut | None
 
 
-def _task(table: Table) -> TaskSpec:
+def _rule(table: Table, private: bool) -> Rule:
+    wanted = table.text("rule", "auto", choices=("auto", *RULES))
+    return next((rule for rule in RULES if rule == wanted), AUTO[private])
+
+
+def _task(table: Table, rule: Rule) -> TaskSpec:
     kind = table.text("kind", choices=TASK_KINDS)
     causal = kind == "causal-lm"
     try:
@@ -98,6 +108,7 @@ def _task(table: Table) -> TaskSpec:
             layers=table.integers("layers", 0, 1000, []),
             rank=table.integer("rank", 1, 256, 8),
             alpha=table.number("alpha", 1e-3, 1e4, 16.0),
+            freeze_a=rule == "freeze-a",
         )
     except VerificationError as error:
         raise InputError(error.what, where=table.where, got=error.got) from error
@@ -110,10 +121,11 @@ def read_federation(path: Path) -> Federation:
         InputError: A key is missing, unknown, of another type or out of range.
     """
     table = read_toml(path, "federation")
-    task, training, privacy, waiting, held = (
-        table.table(n) for n in ("task", "training", "privacy", "round", "held_out")
+    task, training, aggregation, privacy, waiting, held = (
+        table.table(n) for n in ("task", "training", "aggregation", "privacy", "round", "held_out")
     )
-    spec = _task(task)
+    rule = _rule(aggregation, private=True)
+    spec = _task(task, rule)
     held_out = None
     if held.written:
         source = Path(held.text("path")).expanduser()
@@ -128,6 +140,7 @@ def read_federation(path: Path) -> Federation:
         address=table.text("address"),
         base=table.text("base", "minilm"),
         task=spec,
+        rule=rule,
         rounds=training.integer("rounds", 1, 100_000),
         steps=training.integer("steps", 1, 100_000),
         batch=training.integer("batch", 1, 1_000_000),
@@ -143,7 +156,7 @@ def read_federation(path: Path) -> Federation:
         min_clients=waiting.integer("min_clients", 1, 1_000_000, 2),
         held_out=held_out,
     )
-    for part in (task, training, privacy, waiting, held, table):
+    for part in (task, training, aggregation, privacy, waiting, held, table):
         part.finish()
     split_address(federation.address, f"{path} address")
     if (federation.epsilon is None) == (federation.noise_multiplier is None):

@@ -16,12 +16,13 @@ from cloister_flower.bundle import build_bundle
 from cloister_flower.control import Control
 from cloister_flower.grid import Link
 from cloister_model.base import find_base
-from cloister_model.build import build, read_vector, schema_of
+from cloister_model.build import Adapted, build, frozen_schema, read_vector, schema_of
 from cloister_model.text import Source, read
 from cloister_model.tokens import encode
 from cloister_shared import __version__
 from cloister_shared.cards import SiteCard
 from cloister_shared.errors import InputError, StateError
+from cloister_shared.frozen_a import frozen_digest
 from cloister_shared.plan import PlanCore, TrainingSpec
 from cloister_shared.privacy import DpSgd, calibrate, epsilon
 from cloister_shared.vectors import Schema, to_safetensors
@@ -115,7 +116,6 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
         control.wait_up(wait)
         run = find_unfinished(store, schema.digest, federation, base.digest) if resume else None
         if run is None:
-            fan = bool(next(iter(model.encoder.peft_config.values())).fan_in_fan_out)
             run = Run(
                 id=secrets.token_hex(16),
                 federation=federation.name,
@@ -123,9 +123,10 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
                 rounds=federation.rounds,
                 base=base.digest,
                 task=json.dumps(asdict(federation.task)),
+                rule=federation.rule,
                 tensors=json.dumps(schema.as_list()),
                 code=f"cloister {__version__}",
-                config=json.dumps({"fan_in_fan_out": fan, "settings": federation.path.read_text()}),
+                config=json.dumps(export_config(model, base.digest) | {"settings": federation.path.read_text()}),
             )
             store.start_run(run, to_safetensors(first, schema, {"run": run.id, "round": "0", "base": base.digest}))
         elif run.flower_run is not None:
@@ -171,6 +172,15 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
     return run
 
 
+def export_config(model: Adapted, base: str) -> dict[str, Any]:
+    """What an export needs to know of the model beyond the task: where PEFT transposes, and the names, shapes and digest of a frozen A."""
+    frozen = frozen_schema(model)
+    return {
+        "fan_in_fan_out": bool(next(iter(model.encoder.peft_config.values())).fan_in_fan_out),
+        "frozen": None if frozen is None else {"tensors": frozen.as_list(), "digest": frozen_digest(base, frozen)},
+    }
+
+
 def find_unfinished(store: Store, schema: str, federation: Federation, base: str) -> Run:
     """The newest run, if it is not finished.
 
@@ -184,6 +194,14 @@ def find_unfinished(store: Store, schema: str, federation: Federation, base: str
             where=str(store.home),
             got=f"run {run.id[:8]} is finished",
             mend="cloister run, without --resume",
+        )
+    if run.rule != federation.rule:
+        raise InputError(
+            "the settings have another aggregation rule than the run",
+            where=f"{federation.path} [aggregation]",
+            expected=run.rule,
+            got=federation.rule,
+            mend=f'rule = "{run.rule}", or start a new run',
         )
     if Schema.from_list(json.loads(run.tensors), "registry").digest != schema:
         raise InputError(

@@ -31,6 +31,7 @@ class Run(SQLModel, table=True):
     rounds: int
     base: str
     task: str
+    rule: str
     tensors: str
     config: str
     code: str
@@ -47,7 +48,7 @@ class Round(SQLModel, table=True):
     attempt: int = 1
     parent: str | None = None
     adapter: str | None = None
-    rule: str = "mean"
+    residual: float | None = None
     opened: float
     committed: float | None = None
     seconds: float = 0.0
@@ -120,6 +121,7 @@ class Commit:
         judging_seconds: Seconds of judging.
         clients: Changes per client id.
         metrics: Scores by name.
+        residual: What the rule ``exact`` could not keep, relative; None for the linear rules.
     """
 
     adapter: str
@@ -127,6 +129,7 @@ class Commit:
     judging_seconds: float
     clients: dict[str, dict[str, Any]]
     metrics: dict[str, float]
+    residual: float | None = None
 
 
 class Store:
@@ -250,7 +253,7 @@ class Store:
                 session.add(Metric(run=run, number=number, name=name, value=value))
             session.flush()  # the triggers let nothing follow the commit
             row.state, row.adapter, row.committed = "committed", commit.adapter, time.time()
-            row.seconds, row.judging_seconds = commit.seconds, commit.judging_seconds
+            row.seconds, row.judging_seconds, row.residual = commit.seconds, commit.judging_seconds, commit.residual
 
     def abort_round(self, run: str, number: int, clients: dict[str, dict[str, Any]]) -> None:
         """Marks an open round as aborted, with what is known of its clients; a resumed run opens it again."""
