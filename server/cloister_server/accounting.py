@@ -1,16 +1,27 @@
-"""What the rounds cost, as the coordinator knows it. A site's own ledger is the authority over its text.
+"""What the rounds cost: two statements that are never added up, since they promise different things to different people.
 
-Per site: epsilon of its whole history of record-level DP-SGD, every attempt that may have been charged counted.
+- Record level, per site: epsilon of its whole history of DP-SGD as the coordinator knows it, against everyone outside the site's
+  agent. The site's own ledger is the authority.
+- Client level, for the federation, where noise is added at the aggregator: one whole client's update in or out of each sum, against
+  whoever sees what rounds publish (adapters, scores, who took part), not against the coordinator, who opens every update. Each sum is a
+  Gaussian event of sensitivity ``clipping_norm``, all composed over all runs; a coordinator that chooses the cohort claims no
+  amplification by sampling. Charged before the noise is drawn: a round that is judged and lost costs what a committed one does, and a
+  second attempt, whose noise is another, is charged again.
 """
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Sequence
 from typing import Any
 
+from cloister_shared.errors import RefusedError
 from cloister_shared.plan import PlanCore
-from cloister_shared.privacy import DpSgd, epsilon
+from cloister_shared.privacy import ACCOUNTANT, DpSgd, epsilon
 
-from cloister_server.store import RoundClient, Store
+from cloister_server.federation import ClientLevel
+from cloister_server.store import NoisedSum, Round, RoundClient, Store
 
 REFUSED = "refused-by-site"
 
@@ -62,3 +73,101 @@ def record_costs(
             "charged": known.charged + (0 if free else 1),
             "epsilon": before if free else after,
         }
+
+
+def events_of(sums: Sequence[NoisedSum]) -> list[DpSgd]:
+    """The charges as events: a Gaussian over every client (sampling rate 1)."""
+    return [DpSgd(s.noise_multiplier, 1.0, 1) for s in sums]
+
+
+def foresee(store: Store, level: ClientLevel, rounds: int) -> tuple[float, float]:
+    """Client-level epsilon of the federation now, and after so many more rounds: asked before any site spends anything on them.
+
+    Raises:
+        RefusedError: It would pass the cap.
+    """
+    history = events_of(store.noised_sums())
+    would = epsilon([*history, *([DpSgd(level.noise_multiplier, 1.0, rounds)] if rounds else [])], level.delta)
+    _within(level, would, f"{rounds} more rounds")
+    return epsilon(history, level.delta), would
+
+
+def _within(level: ClientLevel, would: float, what: str) -> None:
+    if not would <= level.epsilon_cap:  # so that what is no number passes nothing
+        raise RefusedError(
+            "federation.epsilon_cap",
+            "the federation's client-level budget does not allow it",
+            where="[privacy.client_level]",
+            expected=f"epsilon <= {level.epsilon_cap:g} at delta {level.delta:g}",
+            got=f"{would:.4f} with {what}",
+            mend="fewer rounds, a larger noise_multiplier, or a higher epsilon_cap",
+        )
+
+
+def charge(store: Store, level: ClientLevel, row: Round, planned: int, participants: Sequence[str]) -> NoisedSum:
+    """Charges one noised sum, durably, before its noise is drawn.
+
+    Args:
+        store: The registry.
+        level: Noise and cap.
+        row: The open round.
+        planned: Clients that were asked: the constant denominator.
+        participants: Ids of those whose updates are in the sum.
+
+    Raises:
+        RefusedError: It would pass the cap; nothing is charged.
+        StateError: This attempt was charged before: it may not draw twice.
+    """
+
+    def price(sums: list[NoisedSum]) -> float:
+        would = epsilon(events_of(sums), level.delta)
+        _within(level, would, "this round")
+        return would
+
+    entry = NoisedSum(
+        run=row.run,
+        number=row.number,
+        attempt=row.attempt,
+        charged=time.time(),
+        noise_multiplier=level.noise_multiplier,
+        clipping_norm=level.clipping_norm,
+        noise_std=level.noise_multiplier * level.clipping_norm,
+        planned=planned,
+        participants=len(participants),
+        clients=json.dumps(sorted(participants)),
+        delta=level.delta,
+    )
+    return store.charge_noised_sum(entry, price)
+
+
+def client_level_statement(store: Store) -> dict[str, Any] | None:
+    """The federation's client-level statement as a record for reports; None where no noise was ever drawn.
+
+    ``uncovered`` counts committed rounds of this registry that had no such noise: the statement is not about them.
+    """
+    sums = store.noised_sums()
+    if not sums:
+        return None
+    noised = {(s.run, s.number) for s in sums}
+    committed = {(r.run, r.number) for run in store.runs() for r in store.rounds(run.id) if r.number and r.adapter}
+    delta = max(s.delta for s in sums)
+    return {
+        "unit": "one client's whole update in a round",
+        "neighbours": "add/remove one client's updates; who was asked and who took part is public",
+        "against": "whoever sees what rounds publish, not the coordinator",
+        "epsilon": epsilon(events_of(sums), delta),
+        "delta": delta,
+        "accountant": ACCOUNTANT,
+        "charged": "before the noise is drawn",
+        "sums": len(sums),
+        "uncovered": len(committed - noised),
+    }
+
+
+def client_level_line(said: dict[str, Any]) -> str:
+    """The statement in one line."""
+    bare = f"; {said['uncovered']} committed rounds had no such noise and are not covered" if said["uncovered"] else ""
+    return (
+        f"client level: epsilon {said['epsilon']:.3f} at delta {said['delta']:g} over {said['sums']} noised sums of this federation,"
+        f" unit {said['unit']}, {said['neighbours']}, against {said['against']}{bare}"
+    )

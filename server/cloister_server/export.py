@@ -21,6 +21,7 @@ from cloister_shared.plan import TaskSpec
 from cloister_shared.privacy import ACCOUNTANT, NEIGHBOURS
 from cloister_shared.vectors import F32, Schema, from_safetensors, to_safetensors
 
+from cloister_server.accounting import client_level_line, client_level_statement
 from cloister_server.store import RoundClient, Run, Store
 
 _CARD = """---
@@ -42,8 +43,12 @@ Each site's own ledger is the authority over its text.
 
 {privacy}
 
-## Loading it
+{client_level}## Loading it
 {loading}
+"""
+_CLIENT_LEVEL = """## Privacy of a whole client
+A second statement, not to be added to the first: {line}.
+
 """
 _CLASSIFY = """```python
 import json, torch
@@ -149,7 +154,7 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
                 part.join({n.removeprefix(prefix): parts[n] for n, _ in chosen}), part, {"format": "pt"}
             )
             write_durably(temp / name, data, mode=0o644)
-        metrics = store.metrics(run.id, number)
+        metrics, said = store.metrics(run.id, number), client_level_statement(store)
         record = {
             "federation": run.federation,
             "run": run.id,
@@ -165,6 +170,7 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
             "pooling": "mean" if task.labels else None,
             "metrics": metrics,
             "vector": digest(vector.tobytes()),
+            "client_level": said,
             "clients": [
                 {
                     "name": c.name,
@@ -195,6 +201,7 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
             accountant=ACCOUNTANT,
             privacy=_privacy_table(clients),
             loading=loading,
+            client_level="" if said is None else _CLIENT_LEVEL.format(line=client_level_line(said)),
         )
         write_durably(temp / "README.md", card.encode(), mode=0o644)
         temp.chmod(0o755)

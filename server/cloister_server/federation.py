@@ -22,7 +22,7 @@ from cloister_shared.cards import (
 )
 from cloister_shared.encoding import write_durably
 from cloister_shared.errors import InputError, VerificationError
-from cloister_shared.plan import RULES, TASK_KINDS, Rule, TaskSpec
+from cloister_shared.plan import LINEAR_RULES, RULES, TASK_KINDS, Rule, TaskSpec
 from cloister_shared.settings import Table, read_toml
 from cloister_shared.signing import SigningKey, read_secret
 from cloister_shared.tls import make_tls
@@ -47,6 +47,23 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class ClientLevel:
+    """Noise at the aggregator: differential privacy of a whole client against whoever sees rounds only.
+
+    Attributes:
+        noise_multiplier: Standard deviation of the noise on the sum over ``clipping_norm``.
+        clipping_norm: L2 bound on one client's whole update; a constant, never a cohort's median.
+        delta: Delta of the statement.
+        epsilon_cap: Cap over all runs of this federation, for good.
+    """
+
+    noise_multiplier: float
+    clipping_norm: float
+    delta: float
+    epsilon_cap: float
+
+
+@dataclass(frozen=True)
 class Federation:
     """FEDERATION.toml.
 
@@ -65,7 +82,8 @@ class Federation:
         head_rate: Learning rate of the head.
         epsilon: Target for a whole run, or None where ``noise_multiplier`` is given.
         noise_multiplier: Noise multiplier, or None where ``epsilon`` is given.
-        delta: Delta of every statement.
+        delta: Delta of every record-level statement.
+        client_level: Noise at the aggregator, or None.
         deadline: Seconds that a round waits.
         min_clients: Fewest accepted updates for a commit.
         held_out: Text to judge on, or None.
@@ -86,6 +104,7 @@ class Federation:
     epsilon: float | None
     noise_multiplier: float | None
     delta: float
+    client_level: ClientLevel | None
     deadline: float
     min_clients: int
     held_out: HeldOut | None
@@ -114,6 +133,24 @@ def _task(table: Table, rule: Rule) -> TaskSpec:
         raise InputError(error.what, where=table.where, got=error.got) from error
 
 
+def _client_level(table: Table, rule: Rule) -> ClientLevel | None:
+    if not table.written:
+        return None
+    if rule not in LINEAR_RULES:
+        raise InputError(
+            "this aggregation rule has no sensitivity that noise could be made for",
+            where=table.where,
+            expected=f"[aggregation] rule {' or '.join(LINEAR_RULES)}",
+            got=rule,
+        )
+    return ClientLevel(
+        noise_multiplier=table.number("noise_multiplier", 0.1, 1000),
+        clipping_norm=table.number("clipping_norm", 1e-6, 1e6),
+        delta=table.number("delta", 1e-15, 0.5, 1e-5),
+        epsilon_cap=table.number("epsilon_cap", 1e-6, 1000),
+    )
+
+
 def read_federation(path: Path) -> Federation:
     """Reads FEDERATION.toml.
 
@@ -125,6 +162,7 @@ def read_federation(path: Path) -> Federation:
         table.table(n) for n in ("task", "training", "aggregation", "privacy", "round", "held_out")
     )
     rule = _rule(aggregation, private=True)
+    client_level = privacy.table("client_level")
     spec = _task(task, rule)
     held_out = None
     if held.written:
@@ -152,11 +190,12 @@ def read_federation(path: Path) -> Federation:
         if "noise_multiplier" in privacy.written
         else None,
         delta=privacy.number("delta", 1e-15, 0.5, 1e-5),
+        client_level=_client_level(client_level, rule),
         deadline=waiting.number("deadline_seconds", 1, 7 * 86400, 1800),
         min_clients=waiting.integer("min_clients", 1, 1_000_000, 2),
         held_out=held_out,
     )
-    for part in (task, training, aggregation, privacy, waiting, held, table):
+    for part in (task, training, aggregation, client_level, privacy, waiting, held, table):
         part.finish()
     split_address(federation.address, f"{path} address")
     if (federation.epsilon is None) == (federation.noise_multiplier is None):

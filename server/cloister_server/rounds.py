@@ -27,12 +27,12 @@ from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, open_e
 from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import F32, Schema, from_safetensors, to_safetensors, vector_from_bytes, vector_to_bytes
 
-from cloister_server.accounting import REFUSED, record_costs, spending
+from cloister_server.accounting import REFUSED, charge, foresee, record_costs, spending
 from cloister_server.admission import admit_update
-from cloister_server.aggregation import aggregate
+from cloister_server.aggregation import Aggregate, aggregate, noised_mean
 from cloister_server.federation import Federation
 from cloister_server.judge import Judge
-from cloister_server.store import Commit, Round, RoundClient, Run, Store
+from cloister_server.store import Commit, NoisedSum, Round, RoundClient, Run, Store
 
 Tell = Callable[..., None]
 CLOSING_SECONDS = 15.0
@@ -128,6 +128,8 @@ def one_round(context: Context, link: Exchange, number: int) -> None:
     """Plans, exchanges, aggregates and commits one round."""
     started = time.monotonic()
     store, federation = context.store, context.federation
+    if federation.client_level is not None:
+        foresee(store, federation.client_level, 1)
     before = store.last_committed(context.run.id)
     parent = from_safetensors(store.adapter(before.adapter or ""), context.schema, "parent adapter")
     row, clients = open_round(context, number, parent)
@@ -170,10 +172,7 @@ def one_round(context: Context, link: Exchange, number: int) -> None:
             got=f"{len(intake.updates)} ({why})"[:600],
             mend="see to the sites, then cloister run --resume",
         )
-    order = sorted(intake.updates)
-    weights = np.array([cores[c].weight for c in order], dtype=np.float64)
-    rows = np.stack([intake.updates[c] for c in order])
-    candidate = aggregate(federation.rule, parent, rows, weights, context.schema)
+    candidate, charged = make_candidate(context, row, cores, parent, intake.updates)
     residual = candidate.residual if federation.rule == "exact" else None
     metrics, judging = context.judge.judge(candidate.vector)
     blob = to_safetensors(
@@ -186,7 +185,7 @@ def one_round(context: Context, link: Exchange, number: int) -> None:
         "committed",
         number=number,
         rounds=context.run.rounds,
-        accepted=len(order),
+        accepted=len(intake.updates),
         cohort=len(frames),
         adapter=adapter,
         seconds=seconds,
@@ -194,13 +193,31 @@ def one_round(context: Context, link: Exchange, number: int) -> None:
         metrics=metrics,
         rule=federation.rule,
         residual=residual,
+        client_level=None if charged is None else charged.model_dump(exclude={"clients"}),
     )
+
+
+def make_candidate(
+    context: Context, row: Round, cores: dict[str, PlanCore], parent: F32, updates: dict[str, F32]
+) -> tuple[Aggregate, NoisedSum | None]:
+    """The accepted updates made into a candidate by the federation's rule.
+
+    With client-level noise it is charged first and noised here, so that nothing that is judged, told or stored was made without.
+    """
+    order, level = sorted(updates), context.federation.client_level
+    rows = np.stack([updates[c] for c in order])
+    if level is None:
+        weights = np.array([cores[c].weight for c in order], dtype=np.float64)
+        return aggregate(context.federation.rule, parent, rows, weights, context.schema), None
+    charged = charge(context.store, level, row, len(cores), order)
+    mean = noised_mean(rows, level.clipping_norm, level.noise_multiplier, len(cores))
+    return Aggregate(np.asarray(parent + mean, dtype=np.float32), 0.0), charged
 
 
 def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[RoundClient]]:
     """Writes down what will be asked, before it is asked; a round that was open keeps its work."""
     cohort = tuple(sorted(m.id for m in context.members))
-    parent_digest = digest(vector_to_bytes(parent))
+    parent_digest, level = digest(vector_to_bytes(parent)), context.federation.client_level
     entries = []
     for member in context.members:
         core = PlanCore(
@@ -210,13 +227,15 @@ def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
             rounds=context.run.rounds,
             client=member.id,
             cohort=cohort,
-            weight=float(member.card.records),
+            # With client-level noise all count the same: a sum's sensitivity is one client's clip.
+            weight=float(member.card.records) if level is None else 1.0,
             rule=context.federation.rule,
             base=context.run.base,
             schema=context.schema.digest,
             parent=parent_digest,
             task=context.federation.task,
             training=member.training,
+            update_norm=None if level is None else level.clipping_norm,
         )
         spec = core.training
         entries.append(

@@ -22,7 +22,7 @@ from cloister_model.text import Record
 from cloister_server.federation import Coordinator, Federation, admit_site, init, open_coordinator, read_federation
 from cloister_server.judge import Judge, NoJudge
 from cloister_server.rounds import Context, Member
-from cloister_server.run import export_config
+from cloister_server.run import run_config
 from cloister_server.store import Run, Store
 from cloister_shared.cards import SiteCard
 from cloister_shared.plan import Plan, TrainingSpec
@@ -245,7 +245,7 @@ def start_store(home: Path, federation: Federation, base: BaseModel, rounds: int
         rule=federation.rule,
         tensors=json.dumps(schema.as_list()),
         code="cloister test",
-        config=json.dumps(export_config(model, base.digest) | {"settings": ""}),
+        config=json.dumps(run_config(federation, model, base.digest)),
     )
     store = Store(home)
     store.start_run(run, to_safetensors(first, schema, {"round": "0"}))
