@@ -19,12 +19,12 @@ import torch
 from cloister_model.base import BaseModel
 from cloister_model.build import build, read_vector
 from cloister_model.tokens import Encoded
+from cloister_shared import noise
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.plan import TaskSpec, TrainingSpec
 from opacus.optimizers import DPOptimizer
 from torch import Tensor
 
-from cloister_client import noise
 from cloister_client.audit import F64, Bits
 from cloister_client.train import Trainer, choose_device
 

@@ -9,12 +9,12 @@ times the step without DP), so there is none.
 from __future__ import annotations
 
 import torch
+from cloister_shared import noise
 from opacus.grad_sample import register_grad_sampler
 from opacus.optimizers import DPOptimizer
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 from torch import Tensor, nn
 
-from cloister_client import noise
 from cloister_client.batches import Part
 
 

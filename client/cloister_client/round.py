@@ -25,7 +25,7 @@ from cloister_shared.errors import CloisterError, RefusedError, VerificationErro
 from cloister_shared.plan import Plan, PlanCore, Receipt, TaskSpec, read_closing, read_parent
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, SealingKey, open_envelope, seal
 from cloister_shared.signing import SigningKey
-from cloister_shared.vectors import F32, vector_to_bytes
+from cloister_shared.vectors import F32, clipped, vector_to_bytes
 
 from cloister_client.budget import Ledger
 from cloister_client.policy import Policy, check
@@ -265,7 +265,8 @@ def _train(desk: Desk, trainer: Trainer, core: PlanCore, parent: F32, data: Enco
     def progress(step: int, steps: int, loss: float) -> None:
         desk.tell.update(step=step, steps=steps, loss=None if math.isnan(loss) else loss)
 
-    return trainer.run(core.training, parent, data, progress)
+    update = trainer.run(core.training, parent, data, progress)
+    return update if core.update_norm is None else clipped(update, core.update_norm)
 
 
 def _seal(desk: Desk, plan: Plan, header: Header, codec: Codec, plaintext: bytes) -> bytes:

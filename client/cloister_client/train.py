@@ -20,13 +20,13 @@ import torch
 from cloister_model.build import Adapted, load_vector, losses, read_vector, trained
 from cloister_model.prefix import frozen_prefix
 from cloister_model.tokens import Encoded
+from cloister_shared import noise
 from cloister_shared.errors import RefusedError, StateError
 from cloister_shared.plan import TaskSpec, TrainingSpec
 from cloister_shared.vectors import F32
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor
 
-from cloister_client import noise
 from cloister_client.activations import Activations
 from cloister_client.batches import physical_batches
 from cloister_client.clipping import SecureDPOptimizer

@@ -4,6 +4,9 @@ Here: structure, finiteness, and a bound per parameter that follows from the pla
 is ``rate * m / sqrt(v)`` with bias corrections, and by Cauchy and Schwarz, with ``c = b1^2 / b2``, no gradients make it larger than
 ``rate * (1 - b1) sqrt((1 - c^t) / ((1 - b2)(1 - c))) * sqrt(1 - b2^t) / (1 - b1^t)``: an honest update stays within the sum over its steps,
 1.006 rates a step at 6 steps, 7.27 at most. Peer statistics, canaries and reputation are not here yet.
+
+Every bound comes from the plan and an update is judged alone: so this may stay on under client-level noise, where a check that compares
+clients would let one of them move more of the sum than its own clip.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from cloister_shared.cards import split_address
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.processes import Group, check_port
 
+from cloister_server.accounting import client_level_line, client_level_statement
 from cloister_server.federation import admit_site, open_coordinator, read_federation
 from cloister_server.federation import init as make_coordinator
 from cloister_server.store import Store
@@ -132,6 +133,13 @@ def _scores(metrics: dict[str, float]) -> str:
     return ", ".join(f"{named[k]} {metrics[k]:.4f}" for k in named if k in metrics)
 
 
+def _noised(s: dict[str, Any]) -> str:
+    return (
+        f"client level: attempt {s['attempt']}, {s['participants']} of {s['planned']} clients in the sum, noise {s['noise_std']:g} on it,"
+        f" epsilon {s['epsilon']:.3f} so far at delta {s['delta']:g}"
+    )
+
+
 def event_line(kind: str, e: dict[str, Any]) -> str | None:
     """An event of a run as a line for a person, or None."""
     if kind == "run":
@@ -141,6 +149,12 @@ def event_line(kind: str, e: dict[str, Any]) -> str | None:
     if kind == "member":
         how = f"noise multiplier {e['noise_multiplier']:g}, sample rate {e['sample_rate']:.4g}"
         return f"  {e['site']}: {how}, whole run epsilon {e['epsilon']:.3f} at delta {e['delta']:g}"
+    if kind == "client_level":
+        how = f"noise multiplier {e['noise_multiplier']:g} on updates clipped to {e['clipping_norm']:g}"
+        return (
+            f"client level (one client's whole update, against whoever sees rounds): {how}, epsilon now {e['epsilon']:.3f},"
+            f" after {e['rounds']} more rounds {e['epsilon_end']:.3f} of {e['epsilon_cap']:g} at delta {e['delta']:g}"
+        )
     if kind == "round":
         attempt = f", attempt {e['attempt']}" if e["attempt"] > 1 else ""
         return f"round {e['number']}/{e['rounds']}: sent to {e['cohort']} sites{attempt}"
@@ -150,7 +164,9 @@ def event_line(kind: str, e: dict[str, Any]) -> str | None:
         scores = _scores(e["metrics"])
         took = f"{e['seconds']:.1f} s + {e['judging_seconds']:.1f} s judging"
         who = f"{e['accepted']} of {e['cohort']} accepted"
-        return f"round {e['number']}/{e['rounds']}: committed, {', '.join(filter(None, (who, scores, took)))}"
+        lost = "" if e["residual"] is None else f"residual {e['residual']:.2%}"
+        line = f"round {e['number']}/{e['rounds']}: committed, {', '.join(filter(None, (who, scores, lost, took)))}"
+        return line if e["client_level"] is None else f"{line}\n  {_noised(e['client_level'])}"
     return f"run {e['run'][:8]}: finished" if kind == "finished" else None
 
 
@@ -181,7 +197,7 @@ def run(
 
 def round_rows(store: Store, run_id: str) -> list[dict[str, Any]]:
     """The rounds of a run as records, for tables and JSON."""
-    rows = []
+    rows, sums = [], [s for s in store.noised_sums() if s.run == run_id]
     for row in store.rounds(run_id):
         clients = store.clients(run_id, row.number)
         rows.append(
@@ -190,6 +206,7 @@ def round_rows(store: Store, run_id: str) -> list[dict[str, Any]]:
                 "state": row.state,
                 "attempts": row.attempt,
                 "adapter": row.adapter,
+                "residual": row.residual,
                 "metrics": store.metrics(run_id, row.number),
                 "participants": sum(c.verdict == "accepted" for c in clients),
                 "refused": sum(c.verdict not in ("accepted", "missing", "open") for c in clients),
@@ -197,6 +214,7 @@ def round_rows(store: Store, run_id: str) -> list[dict[str, Any]]:
                 "epsilon": {c.name: c.epsilon for c in clients},
                 "sent_bytes": row.sent_bytes,
                 "received_bytes": row.received_bytes,
+                "client_level": [s.model_dump(exclude={"run", "number"}) for s in sums if s.number == row.number],
                 "seconds": row.seconds,
                 "judging_seconds": row.judging_seconds,
             }
@@ -207,11 +225,13 @@ def round_rows(store: Store, run_id: str) -> list[dict[str, Any]]:
 def rounds_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Columns and cells of the table of rounds."""
     names = [n for n in ("accuracy", "macro_f1", "perplexity") if any(n in r["metrics"] for r in rows)]
+    lossy = any(r["residual"] is not None for r in rows)
     sites = sorted({s for r in rows for s in r["epsilon"]})
     columns = [
         "round",
         "state",
         *(n.replace("_", "-") for n in names),
+        *(["residual"] if lossy else []),
         "sites",
         "refused",
         *(f"eps {s}" for s in sites[:8]),
@@ -224,6 +244,7 @@ def rounds_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]
             str(r["round"]),
             r["state"],
             *(f"{r['metrics'][n]:.4f}" if n in r["metrics"] else "" for n in names),
+            *(["" if r["residual"] is None else f"{r['residual']:.2%}"] if lossy else []),
             str(r["participants"]),
             str(r["refused"]),
             *(f"{r['epsilon'][s]:.3f}" if s in r["epsilon"] else "" for s in sites[:8]),
@@ -245,14 +266,32 @@ def list_rounds(run_name: RunName = None, json: Json = False, home: Home = None)
     rows = round_rows(store, found.id)
     columns, cells = rounds_table(rows)
     others = [r.id for r in store.runs() if r.id != found.id]
+    said = client_level_statement(store)
     console.table(
-        {"run": found.id, "finished": found.finished is not None, "rounds": rows, "other_runs": others},
-        f"run {found.id[:8]} of {found.federation}",
+        {
+            "run": found.id,
+            "rule": found.rule,
+            "finished": found.finished is not None,
+            "rounds": rows,
+            "client_level": said,
+            "other_runs": others,
+        },
+        f"run {found.id[:8]} of {found.federation}, rule {found.rule}",
         columns,
         cells,
     )
+    _second_statement(said)
     if others and not console.OUTPUT.json:
         console.emit({}, f"other runs: {', '.join(o[:8] for o in others)}")
+
+
+def _second_statement(said: dict[str, Any] | None) -> None:
+    """Prints the client-level statement under a table of record-level ones, apart from it."""
+    if said is not None and not console.OUTPUT.json:
+        above = (
+            "record level: the table's epsilons, unit one record of a site, against everyone outside that site's agent"
+        )
+        console.emit({}, [above, client_level_line(said)])
 
 
 @rounds_app.command()
@@ -294,8 +333,14 @@ def show(
         for c in clients
     ]
     scores = _scores(row["metrics"])
-    title = f"run {found.id[:8]} round {number}: {row['state']}{', ' + scores if scores else ''}\nadapter {row['adapter']}, digest checked"
-    console.table({"run": found.id} | row | {"clients": clients}, title, columns, cells)
+    lost = "" if row["residual"] is None else f"residual {row['residual']:.2%}"
+    facts = ", ".join(filter(None, (row["state"], scores, f"rule {found.rule}", lost)))
+    title = f"run {found.id[:8]} round {number}: {facts}\nadapter {row['adapter']}, digest checked"
+    title += "".join(f"\n{_noised(s)}" for s in row["client_level"])
+    said = client_level_statement(store)
+    record = {"run": found.id, "rule": found.rule, "client_level_statement": said} | row | {"clients": clients}
+    console.table(record, title, columns, cells)
+    _second_statement(said)
 
 
 @rounds_app.command()

@@ -14,11 +14,14 @@ from pathlib import Path
 
 from cloister_model.build import lora_config
 from cloister_shared.encoding import digest, write_durably
-from cloister_shared.errors import InputError
+from cloister_shared.errors import InputError, VerificationError
+from cloister_shared.frozen_a import FORMAT as FROZEN_FORMAT
+from cloister_shared.frozen_a import frozen_digest, frozen_tensors
 from cloister_shared.plan import TaskSpec
 from cloister_shared.privacy import ACCOUNTANT, NEIGHBOURS
-from cloister_shared.vectors import Schema, from_safetensors, to_safetensors
+from cloister_shared.vectors import F32, Schema, from_safetensors, to_safetensors
 
+from cloister_server.accounting import client_level_line, client_level_statement
 from cloister_server.store import RoundClient, Run, Store
 
 _CARD = """---
@@ -31,6 +34,7 @@ A LoRA adapter that Cloister trained on text of {sites} site(s), none of which l
 
 - Base model: digest `{base}` (all pinned files); the digest covers weights, configuration and tokeniser
 - Registered adapter: SHA-256 `{adapter}`
+- Aggregation: `{rule}`{frozen}
 - Scores on the coordinator's held-out text: {metrics}
 
 ## Privacy, as the coordinator accounts it
@@ -39,8 +43,12 @@ Each site's own ledger is the authority over its text.
 
 {privacy}
 
-## Loading it
+{client_level}## Loading it
 {loading}
+"""
+_CLIENT_LEVEL = """## Privacy of a whole client
+A second statement, not to be added to the first: {line}.
+
 """
 _CLASSIFY = """```python
 import json, torch
@@ -80,6 +88,27 @@ def _privacy_table(clients: list[RoundClient]) -> str:
     return "\n".join(lines)
 
 
+def frozen_parts(run: Run) -> dict[str, F32]:
+    """LoRA's A where the run froze it, by name: recomputed, since no round holds it; nothing where A is trained.
+
+    Raises:
+        VerificationError: What is recomputed is not what the run trained with.
+    """
+    frozen = json.loads(run.config)["frozen"]
+    if frozen is None:
+        return {}
+    schema = Schema.from_list(frozen["tensors"], "registry")
+    if (got := frozen_digest(run.base, schema)) != frozen["digest"]:
+        raise VerificationError(
+            "the frozen A is not the one that the run trained with",
+            where=f"run {run.id[:8]}",
+            expected=frozen["digest"][:16],
+            got=got[:16],
+            mend=f"export with the version that made the run: {run.code}",
+        )
+    return frozen_tensors(run.base, schema)
+
+
 def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
     """Writes the folder ``out``, which must not exist.
 
@@ -88,7 +117,7 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
 
     Raises:
         InputError: No such committed round, or the folder is there.
-        VerificationError: The blob is missing or changed.
+        VerificationError: The blob is missing or changed, or a frozen A cannot be recomputed.
     """
     row = next((r for r in store.rounds(run.id) if r.number == number and r.state == "committed"), None)
     if row is None or row.adapter is None:
@@ -105,7 +134,9 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
     clients = store.clients(run.id, number)
     raw = json.loads(run.task)
     task = TaskSpec(**(raw | {n: tuple(raw[n]) for n in ("labels", "target_modules", "layers")}))
-    parts = schema.split(vector)
+    frozen = frozen_parts(run)
+    parts = schema.split(vector) | frozen
+    tensors = (*((n, a.shape) for n, a in frozen.items()), *schema.tensors)
     out.parent.mkdir(parents=True, exist_ok=True)
     temp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -115,7 +146,7 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
         config.base_model_name_or_path = None
         config.save_pretrained(str(temp))
         for name, prefix in (("adapter_model.safetensors", ""), ("head.safetensors", "head.")):
-            chosen = [(n, s) for n, s in schema.tensors if n.startswith("head.") == bool(prefix)]
+            chosen = [(n, s) for n, s in tensors if n.startswith("head.") == bool(prefix)]
             if not chosen:
                 continue
             part = Schema(tuple((n.removeprefix(prefix), s) for n, s in chosen))
@@ -123,7 +154,7 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
                 part.join({n.removeprefix(prefix): parts[n] for n, _ in chosen}), part, {"format": "pt"}
             )
             write_durably(temp / name, data, mode=0o644)
-        metrics = store.metrics(run.id, number)
+        metrics, said = store.metrics(run.id, number), client_level_statement(store)
         record = {
             "federation": run.federation,
             "run": run.id,
@@ -131,11 +162,15 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
             "adapter": row.adapter,
             "base": run.base,
             "task": task.kind,
+            "rule": run.rule,
+            "residual": row.residual,
+            "frozen_a": FROZEN_FORMAT if frozen else None,
             "labels": list(task.labels),
             "max_tokens": task.max_tokens,
             "pooling": "mean" if task.labels else None,
             "metrics": metrics,
             "vector": digest(vector.tobytes()),
+            "client_level": said,
             "clients": [
                 {
                     "name": c.name,
@@ -157,11 +192,16 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
             sites=sum(c.verdict == "accepted" for c in clients),
             base=run.base,
             adapter=row.adapter,
+            rule=run.rule,
+            frozen=f"; A was not trained and is recomputed from the base's digest (`{FROZEN_FORMAT}`)"
+            if frozen
+            else "",
             metrics=", ".join(f"{k} {v:.4f}" for k, v in metrics.items()) or "none",
             neighbours=NEIGHBOURS,
             accountant=ACCOUNTANT,
             privacy=_privacy_table(clients),
             loading=loading,
+            client_level="" if said is None else _CLIENT_LEVEL.format(line=client_level_line(said)),
         )
         write_durably(temp / "README.md", card.encode(), mode=0o644)
         temp.chmod(0o755)

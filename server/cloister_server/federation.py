@@ -22,10 +22,13 @@ from cloister_shared.cards import (
 )
 from cloister_shared.encoding import write_durably
 from cloister_shared.errors import InputError, VerificationError
-from cloister_shared.plan import TASK_KINDS, TaskSpec
+from cloister_shared.plan import LINEAR_RULES, RULES, TASK_KINDS, Rule, TaskSpec
 from cloister_shared.settings import Table, read_toml
 from cloister_shared.signing import SigningKey, read_secret
 from cloister_shared.tls import make_tls
+
+# What the rule "auto" is, by whether sites add noise: set from measured tables (README), not by taste.
+AUTO: dict[bool, Rule] = {True: "average", False: "average"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,23 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class ClientLevel:
+    """Noise at the aggregator: differential privacy of a whole client against whoever sees rounds only.
+
+    Attributes:
+        noise_multiplier: Standard deviation of the noise on the sum over ``clipping_norm``.
+        clipping_norm: L2 bound on one client's whole update; a constant, never a cohort's median.
+        delta: Delta of the statement.
+        epsilon_cap: Cap over all runs of this federation, for good.
+    """
+
+    noise_multiplier: float
+    clipping_norm: float
+    delta: float
+    epsilon_cap: float
+
+
+@dataclass(frozen=True)
 class Federation:
     """FEDERATION.toml.
 
@@ -53,6 +73,7 @@ class Federation:
         address: ``host:port`` of the SuperLink.
         base: ``minilm`` or a folder.
         task: What is learnt.
+        rule: Aggregation rule; never ``auto``.
         rounds: Rounds of a run.
         steps: DP-SGD steps per round and site.
         batch: Expected records per step and site.
@@ -61,7 +82,8 @@ class Federation:
         head_rate: Learning rate of the head.
         epsilon: Target for a whole run, or None where ``noise_multiplier`` is given.
         noise_multiplier: Noise multiplier, or None where ``epsilon`` is given.
-        delta: Delta of every statement.
+        delta: Delta of every record-level statement.
+        client_level: Noise at the aggregator, or None.
         deadline: Seconds that a round waits.
         min_clients: Fewest accepted updates for a commit.
         held_out: Text to judge on, or None.
@@ -72,6 +94,7 @@ class Federation:
     address: str
     base: str
     task: TaskSpec
+    rule: Rule
     rounds: int
     steps: int
     batch: int
@@ -81,12 +104,18 @@ class Federation:
     epsilon: float | None
     noise_multiplier: float | None
     delta: float
+    client_level: ClientLevel | None
     deadline: float
     min_clients: int
     held_out: HeldOut | None
 
 
-def _task(table: Table) -> TaskSpec:
+def _rule(table: Table, private: bool) -> Rule:
+    wanted = table.text("rule", "auto", choices=("auto", *RULES))
+    return next((rule for rule in RULES if rule == wanted), AUTO[private])
+
+
+def _task(table: Table, rule: Rule) -> TaskSpec:
     kind = table.text("kind", choices=TASK_KINDS)
     causal = kind == "causal-lm"
     try:
@@ -98,9 +127,28 @@ def _task(table: Table) -> TaskSpec:
             layers=table.integers("layers", 0, 1000, []),
             rank=table.integer("rank", 1, 256, 8),
             alpha=table.number("alpha", 1e-3, 1e4, 16.0),
+            freeze_a=rule == "freeze-a",
         )
     except VerificationError as error:
         raise InputError(error.what, where=table.where, got=error.got) from error
+
+
+def _client_level(table: Table, rule: Rule) -> ClientLevel | None:
+    if not table.written:
+        return None
+    if rule not in LINEAR_RULES:
+        raise InputError(
+            "this aggregation rule has no sensitivity that noise could be made for",
+            where=table.where,
+            expected=f"[aggregation] rule {' or '.join(LINEAR_RULES)}",
+            got=rule,
+        )
+    return ClientLevel(
+        noise_multiplier=table.number("noise_multiplier", 0.1, 1000),
+        clipping_norm=table.number("clipping_norm", 1e-6, 1e6),
+        delta=table.number("delta", 1e-10, 0.5, 1e-5),
+        epsilon_cap=table.number("epsilon_cap", 1e-6, 1000),
+    )
 
 
 def read_federation(path: Path) -> Federation:
@@ -110,10 +158,12 @@ def read_federation(path: Path) -> Federation:
         InputError: A key is missing, unknown, of another type or out of range.
     """
     table = read_toml(path, "federation")
-    task, training, privacy, waiting, held = (
-        table.table(n) for n in ("task", "training", "privacy", "round", "held_out")
+    task, training, aggregation, privacy, waiting, held = (
+        table.table(n) for n in ("task", "training", "aggregation", "privacy", "round", "held_out")
     )
-    spec = _task(task)
+    rule = _rule(aggregation, private=True)
+    client_level = privacy.table("client_level")
+    spec = _task(task, rule)
     held_out = None
     if held.written:
         source = Path(held.text("path")).expanduser()
@@ -128,6 +178,7 @@ def read_federation(path: Path) -> Federation:
         address=table.text("address"),
         base=table.text("base", "minilm"),
         task=spec,
+        rule=rule,
         rounds=training.integer("rounds", 1, 100_000),
         steps=training.integer("steps", 1, 100_000),
         batch=training.integer("batch", 1, 1_000_000),
@@ -139,11 +190,12 @@ def read_federation(path: Path) -> Federation:
         if "noise_multiplier" in privacy.written
         else None,
         delta=privacy.number("delta", 1e-10, 0.5, 1e-5),
+        client_level=_client_level(client_level, rule),
         deadline=waiting.number("deadline_seconds", 1, 7 * 86400, 1800),
         min_clients=waiting.integer("min_clients", 1, 1_000_000, 2),
         held_out=held_out,
     )
-    for part in (task, training, privacy, waiting, held, table):
+    for part in (task, training, aggregation, client_level, privacy, waiting, held, table):
         part.finish()
     split_address(federation.address, f"{path} address")
     if (federation.epsilon is None) == (federation.noise_multiplier is None):

@@ -23,20 +23,20 @@ from cloister_shared.cards import SiteCard
 from cloister_shared.encoding import digest, parse_record
 from cloister_shared.errors import CloisterError, RefusedError, VerificationError
 from cloister_shared.plan import Plan, PlanCore, Receipt, TrainingSpec, closing_bytes
-from cloister_shared.privacy import DpSgd, epsilon
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, open_envelope, seal
 from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import F32, Schema, from_safetensors, to_safetensors, vector_from_bytes, vector_to_bytes
 
+from cloister_server.accounting import REFUSED, charge, foresee, record_costs, spending
 from cloister_server.admission import admit_update
-from cloister_server.aggregation import weighted_mean
+from cloister_server.aggregation import Aggregate, aggregate, noised_mean
 from cloister_server.federation import Federation
 from cloister_server.judge import Judge
-from cloister_server.store import Commit, Round, RoundClient, Run, Store
+from cloister_server.store import Commit, NoisedSum, Round, RoundClient, Run, Store
 
 Tell = Callable[..., None]
 CLOSING_SECONDS = 15.0
-REFUSED, FAILED = "refused-by-site", "failed-at-site"
+FAILED = "failed-at-site"
 
 
 class Exchange(Protocol):
@@ -128,6 +128,8 @@ def one_round(context: Context, link: Exchange, number: int) -> None:
     """Plans, exchanges, aggregates and commits one round."""
     started = time.monotonic()
     store, federation = context.store, context.federation
+    if federation.client_level is not None:
+        foresee(store, federation.client_level, 1)
     before = store.last_committed(context.run.id)
     parent = from_safetensors(store.adapter(before.adapter or ""), context.schema, "parent adapter")
     row, clients = open_round(context, number, parent)
@@ -149,9 +151,10 @@ def one_round(context: Context, link: Exchange, number: int) -> None:
                 frames, f"{number}.{row.attempt}", federation.deadline, lambda replies: len(replies) == len(frames)
             ):
                 take(context, intake, by_node[node], cores[by_node[node].id], row.attempt, key, message)
-                spent = spent or pool.submit(spending, context, cores)
-            costs = (spent or pool.submit(spending, context, cores)).result()
-            record_costs(intake, cores, by_node, frames, costs, {c.client: c for c in clients})
+                spent = spent or pool.submit(spending, store, cores)
+            costs = (spent or pool.submit(spending, store, cores)).result()
+            sizes = {by_node[node].id: len(frame) for node, frame in frames.items()}
+            record_costs(intake.changes, sizes, costs, {c.client: c for c in clients})
     finally:
         key.erase()
     if len(intake.updates) < federation.min_clients:
@@ -169,35 +172,52 @@ def one_round(context: Context, link: Exchange, number: int) -> None:
             got=f"{len(intake.updates)} ({why})"[:600],
             mend="see to the sites, then cloister run --resume",
         )
-    order = sorted(intake.updates)
-    weights = np.array([cores[c].weight for c in order], dtype=np.float64)
-    candidate = np.asarray(
-        parent + weighted_mean(np.stack([intake.updates[c] for c in order]), weights), dtype=np.float32
-    )
-    metrics, judging = context.judge.judge(candidate)
+    candidate, charged = make_candidate(context, row, cores, parent, intake.updates)
+    residual = candidate.residual if federation.rule == "exact" else None
+    metrics, judging = context.judge.judge(candidate.vector)
     blob = to_safetensors(
-        candidate, context.schema, {"run": context.run.id, "round": str(number), "base": context.run.base}
+        candidate.vector, context.schema, {"run": context.run.id, "round": str(number), "base": context.run.base}
     )
     adapter = store.blobs.put(blob)
     seconds = time.monotonic() - started - judging
-    store.commit_round(context.run.id, number, Commit(adapter, seconds, judging, intake.changes, metrics))
+    store.commit_round(context.run.id, number, Commit(adapter, seconds, judging, intake.changes, metrics, residual))
     context.tell(
         "committed",
         number=number,
         rounds=context.run.rounds,
-        accepted=len(order),
+        accepted=len(intake.updates),
         cohort=len(frames),
         adapter=adapter,
         seconds=seconds,
         judging_seconds=judging,
         metrics=metrics,
+        rule=federation.rule,
+        residual=residual,
+        client_level=None if charged is None else charged.model_dump(exclude={"clients"}),
     )
+
+
+def make_candidate(
+    context: Context, row: Round, cores: dict[str, PlanCore], parent: F32, updates: dict[str, F32]
+) -> tuple[Aggregate, NoisedSum | None]:
+    """The accepted updates made into a candidate by the federation's rule.
+
+    With client-level noise it is charged first and noised here, so that nothing that is judged, told or stored was made without.
+    """
+    order, level = sorted(updates), context.federation.client_level
+    rows = np.stack([updates[c] for c in order])
+    if level is None:
+        weights = np.array([cores[c].weight for c in order], dtype=np.float64)
+        return aggregate(context.federation.rule, parent, rows, weights, context.schema), None
+    charged = charge(context.store, level, row, len(cores), order)
+    mean = noised_mean(rows, level.clipping_norm, level.noise_multiplier, len(cores))
+    return Aggregate(np.asarray(parent + mean, dtype=np.float32), 0.0), charged
 
 
 def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[RoundClient]]:
     """Writes down what will be asked, before it is asked; a round that was open keeps its work."""
     cohort = tuple(sorted(m.id for m in context.members))
-    parent_digest = digest(vector_to_bytes(parent))
+    parent_digest, level = digest(vector_to_bytes(parent)), context.federation.client_level
     entries = []
     for member in context.members:
         core = PlanCore(
@@ -207,13 +227,15 @@ def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
             rounds=context.run.rounds,
             client=member.id,
             cohort=cohort,
-            weight=float(member.card.records),
-            rule="mean",
+            # With client-level noise all count the same: a sum's sensitivity is one client's clip.
+            weight=float(member.card.records) if level is None else 1.0,
+            rule=context.federation.rule,
             base=context.run.base,
             schema=context.schema.digest,
             parent=parent_digest,
             task=context.federation.task,
             training=member.training,
+            update_norm=None if level is None else level.clipping_norm,
         )
         spec = core.training
         entries.append(
@@ -335,52 +357,6 @@ def take(
         reason="" if accepted else reason,
         bytes=size,
     )
-
-
-def spending(context: Context, cores: dict[str, PlanCore]) -> dict[str, tuple[float, float]]:
-    """Epsilon of each client's whole history as the coordinator knows it, without this round and with it.
-
-    Every attempt that may have been charged counts; a site's own ledger is the authority.
-    """
-    out = {}
-    for client, core in cores.items():
-        history = []
-        for c in context.store.asked(client):
-            here = (c.run, c.number) == (core.run, core.round)
-            # A row still open is of a coordinator that died: its attempt may have been charged.
-            times = c.charged if here or c.verdict != "open" else max(1, c.charged)
-            if times:
-                history.append(DpSgd(c.noise_multiplier, c.sample_rate, c.steps * times))
-        delta = core.training.delta
-        out[client] = epsilon(history, delta), epsilon([*history, core.training.event], delta)
-    return out
-
-
-def record_costs(
-    intake: Intake,
-    cores: dict[str, PlanCore],
-    by_node: dict[int, Member],
-    frames: dict[int, bytes],
-    costs: dict[str, tuple[float, float]],
-    earlier: dict[str, RoundClient],
-) -> None:
-    """Adds to each client's record what it cost: bytes sent, epsilon so far.
-
-    A client that did not answer may have been charged; one that is away now loses what an earlier attempt had of it.
-    """
-    sizes = {member.id: len(frames[node]) for node, member in by_node.items()}
-    for client in cores:
-        why = "no reply before the deadline" if client in sizes else "not online"
-        missing = {"verdict": "missing", "reason": why, "received_bytes": 0, "update": ""}
-        change = intake.changes.setdefault(client, missing)
-        known = earlier[client]
-        again = change["verdict"] == "accepted" and known.charged and change["update"] == known.update
-        free = client not in sizes or change["verdict"] == REFUSED or again
-        change |= {
-            "sent_bytes": sizes.get(client, 0),
-            "charged": known.charged + (0 if free else 1),
-            "epsilon": costs[client][0 if free else 1],
-        }
 
 
 def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]:

@@ -16,16 +16,18 @@ from cloister_flower.bundle import build_bundle
 from cloister_flower.control import Control
 from cloister_flower.grid import Link
 from cloister_model.base import find_base
-from cloister_model.build import build, read_vector, schema_of
+from cloister_model.build import Adapted, build, frozen_schema, read_vector, schema_of
 from cloister_model.text import Source, read
 from cloister_model.tokens import encode
 from cloister_shared import __version__
 from cloister_shared.cards import SiteCard
 from cloister_shared.errors import InputError, StateError
+from cloister_shared.frozen_a import frozen_digest
 from cloister_shared.plan import PlanCore, TrainingSpec
 from cloister_shared.privacy import DpSgd, calibrate, epsilon
 from cloister_shared.vectors import Schema, to_safetensors
 
+from cloister_server.accounting import foresee
 from cloister_server.federation import Coordinator, Federation
 from cloister_server.judge import HeldOutJudge, Judge, NoJudge
 from cloister_server.rounds import Context, Member, Tell, run_rounds
@@ -114,8 +116,11 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
     with Control(coordinator.card.address, coordinator.ca, coordinator.token) as control:
         control.wait_up(wait)
         run = find_unfinished(store, schema.digest, federation, base.digest) if resume else None
+        if (level := federation.client_level) is not None:
+            left = federation.rounds if run is None else run.rounds - store.last_committed(run.id).number
+            now, end = foresee(store, level, left)
+            tell("client_level", epsilon=now, epsilon_end=end, rounds=left, **asdict(level))
         if run is None:
-            fan = bool(next(iter(model.encoder.peft_config.values())).fan_in_fan_out)
             run = Run(
                 id=secrets.token_hex(16),
                 federation=federation.name,
@@ -123,9 +128,10 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
                 rounds=federation.rounds,
                 base=base.digest,
                 task=json.dumps(asdict(federation.task)),
+                rule=federation.rule,
                 tensors=json.dumps(schema.as_list()),
                 code=f"cloister {__version__}",
-                config=json.dumps({"fan_in_fan_out": fan, "settings": federation.path.read_text()}),
+                config=json.dumps(run_config(federation, model, base.digest)),
             )
             store.start_run(run, to_safetensors(first, schema, {"run": run.id, "round": "0", "base": base.digest}))
         elif run.flower_run is not None:
@@ -171,6 +177,23 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
     return run
 
 
+def _noise_of(federation: Federation) -> dict[str, float] | None:
+    """The client-level noise that a run keeps to its end; the cap may change."""
+    level = federation.client_level
+    return None if level is None else {k: v for k, v in asdict(level).items() if k != "epsilon_cap"}
+
+
+def run_config(federation: Federation, model: Adapted, base: str) -> dict[str, Any]:
+    """What a run keeps beyond the task: its settings and client-level noise; for exports, where PEFT transposes and what a frozen A is."""
+    frozen = frozen_schema(model)
+    return {
+        "settings": federation.path.read_text(),
+        "client_level": _noise_of(federation),
+        "fan_in_fan_out": bool(next(iter(model.encoder.peft_config.values())).fan_in_fan_out),
+        "frozen": None if frozen is None else {"tensors": frozen.as_list(), "digest": frozen_digest(base, frozen)},
+    }
+
+
 def find_unfinished(store: Store, schema: str, federation: Federation, base: str) -> Run:
     """The newest run, if it is not finished.
 
@@ -184,6 +207,23 @@ def find_unfinished(store: Store, schema: str, federation: Federation, base: str
             where=str(store.home),
             got=f"run {run.id[:8]} is finished",
             mend="cloister run, without --resume",
+        )
+    if run.rule != federation.rule:
+        raise InputError(
+            "the settings have another aggregation rule than the run",
+            where=f"{federation.path} [aggregation]",
+            expected=run.rule,
+            got=federation.rule,
+            mend=f'rule = "{run.rule}", or start a new run',
+        )
+    if (noise := json.loads(run.config)["client_level"]) != _noise_of(federation):
+        # A round without it, or with less, would make the statement about the others worthless.
+        raise InputError(
+            "the settings have other client-level noise than the run",
+            where=f"{federation.path} [privacy.client_level]",
+            expected=str(noise),
+            got=str(_noise_of(federation)),
+            mend="restore it, or start a new run",
         )
     if Schema.from_list(json.loads(run.tensors), "registry").digest != schema:
         raise InputError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ class Run(SQLModel, table=True):
     rounds: int
     base: str
     task: str
+    rule: str
     tensors: str
     config: str
     code: str
@@ -47,7 +48,7 @@ class Round(SQLModel, table=True):
     attempt: int = 1
     parent: str | None = None
     adapter: str | None = None
-    rule: str = "mean"
+    residual: float | None = None
     opened: float
     committed: float | None = None
     seconds: float = 0.0
@@ -89,8 +90,29 @@ class Metric(SQLModel, table=True):
     value: float
 
 
+class NoisedSum(SQLModel, table=True):
+    """A sum of client updates that noise was drawn for: the federation's ledger, whatever became of the round.
+
+    Written before the noise is drawn; never changed. An attempt draws once. Nothing here is about a site's own ledger.
+    """
+
+    __tablename__ = "noised_sum"
+    run: str = Field(primary_key=True, foreign_key="run.id")
+    number: int = Field(primary_key=True)
+    attempt: int = Field(primary_key=True)
+    charged: float
+    noise_multiplier: float
+    clipping_norm: float
+    noise_std: float  # of every element of the sum, whoever took part
+    planned: int  # the denominator
+    participants: int
+    clients: str  # their ids, JSON
+    delta: float
+    epsilon: float = 0.0  # of all sums of this federation up to this one, at delta
+
+
 def _triggers() -> Iterator[str]:
-    """Nothing of a committed round changes, goes, comes or is replaced (REPLACE deletes without a DELETE trigger)."""
+    """Nothing of a committed round, and no charge, changes, goes, comes or is replaced (REPLACE deletes without a DELETE trigger)."""
     yield (
         "CREATE TRIGGER IF NOT EXISTS round_replaced BEFORE INSERT ON round"
         " WHEN EXISTS (SELECT 1 FROM round WHERE run = NEW.run AND number = NEW.number AND state = 'committed')"
@@ -100,6 +122,13 @@ def _triggers() -> Iterator[str]:
         yield (
             f"CREATE TRIGGER IF NOT EXISTS round_{deed.lower()} BEFORE {deed} ON round WHEN OLD.state = 'committed'"
             " BEGIN SELECT RAISE(ABORT, 'a committed round never changes'); END"
+        )
+    same = "run = NEW.run AND number = NEW.number AND attempt = NEW.attempt"
+    again = f"WHEN EXISTS (SELECT 1 FROM noised_sum WHERE {same})"  # noqa: S608
+    for deed, when in (("UPDATE", ""), ("DELETE", ""), ("INSERT", again)):
+        yield (
+            f"CREATE TRIGGER IF NOT EXISTS noised_sum_{deed.lower()} BEFORE {deed} ON noised_sum {when}"
+            " BEGIN SELECT RAISE(ABORT, 'UNIQUE: what was charged stays'); END"
         )
     for table in ("round_client", "metric"):
         for deed, row in (("UPDATE", "OLD"), ("DELETE", "OLD"), ("INSERT", "NEW")):
@@ -120,6 +149,7 @@ class Commit:
         judging_seconds: Seconds of judging.
         clients: Changes per client id.
         metrics: Scores by name.
+        residual: What the rule ``exact`` could not keep, relative; None for the linear rules.
     """
 
     adapter: str
@@ -127,6 +157,7 @@ class Commit:
     judging_seconds: float
     clients: dict[str, dict[str, Any]]
     metrics: dict[str, float]
+    residual: float | None = None
 
 
 class Store:
@@ -250,7 +281,7 @@ class Store:
                 session.add(Metric(run=run, number=number, name=name, value=value))
             session.flush()  # the triggers let nothing follow the commit
             row.state, row.adapter, row.committed = "committed", commit.adapter, time.time()
-            row.seconds, row.judging_seconds = commit.seconds, commit.judging_seconds
+            row.seconds, row.judging_seconds, row.residual = commit.seconds, commit.judging_seconds, commit.residual
 
     def abort_round(self, run: str, number: int, clients: dict[str, dict[str, Any]]) -> None:
         """Marks an open round as aborted, with what is known of its clients; a resumed run opens it again."""
@@ -261,6 +292,32 @@ class Store:
                 entry = session.get_one(RoundClient, (run, number, client))
                 for key, value in changes.items():
                     setattr(entry, key, value)
+
+    def charge_noised_sum(self, row: NoisedSum, price: Callable[[list[NoisedSum]], float]) -> NoisedSum:
+        """Charges the federation's ledger durably; only then may the noise be drawn.
+
+        Args:
+            row: The charge.
+            price: Epsilon of all charges, this one last; raises where it is too much.
+
+        Raises:
+            RefusedError: ``price`` says no; nothing is written.
+            StateError: This attempt was charged before.
+        """
+        with self._session() as session:
+            # In one transaction with the reading: two coordinators cannot both take the last of a budget.
+            if session.get(NoisedSum, (row.run, row.number, row.attempt)) is not None:
+                where = f"run {row.run[:8]} round {row.number} attempt {row.attempt}"
+                raise StateError("noise was drawn for this attempt before", where=where, mend="cloister run --resume")
+            earlier = list(session.exec(select(NoisedSum).order_by(NoisedSum.charged)))  # type: ignore[arg-type]
+            row.epsilon = price([*earlier, row])
+            session.add(row)
+        return row
+
+    def noised_sums(self) -> list[NoisedSum]:
+        """Every charge of the federation, over all runs, oldest first."""
+        with Session(self._engine) as session:
+            return list(session.exec(select(NoisedSum).order_by(NoisedSum.charged)))  # type: ignore[arg-type]
 
     def runs(self) -> list[Run]:
         """All runs, oldest first."""

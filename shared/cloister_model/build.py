@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from cloister_shared.errors import InputError
+from cloister_shared.frozen_a import frozen_a
 from cloister_shared.plan import TaskSpec
 from cloister_shared.vectors import F32, Schema
 from peft import LoraConfig, TaskType, get_peft_model
@@ -77,7 +78,7 @@ def lora_config(task: TaskSpec) -> LoraConfig:
 
 
 def build(base: BaseModel, task: TaskSpec, where: str) -> Adapted:
-    """Builds the model on the CPU in float32, LoRA's B and the head at zero.
+    """Builds the model on the CPU in float32, LoRA's B and the head at zero; A is random, or ``frozen_a``'s and not trained.
 
     Raises:
         InputError: The base has no such modules or layers.
@@ -132,6 +133,10 @@ def build(base: BaseModel, task: TaskSpec, where: str) -> Adapted:
     lora = lora_config(task)
     lora.fan_in_fan_out = any(isinstance(m, Conv1D) for _, m in linear)
     encoder = get_peft_model(model, lora)
+    if task.freeze_a:
+        for name, parameter in _a_of(encoder).items():
+            parameter.requires_grad_(False)
+            parameter.data.copy_(torch.from_numpy(frozen_a(base.digest, name, tuple(parameter.shape))))
     head = None
     if task.kind == "text-classification":
         head = nn.Linear(int(config.hidden_size), len(task.labels))
@@ -142,6 +147,16 @@ def build(base: BaseModel, task: TaskSpec, where: str) -> Adapted:
 
 def _name(parameter: str) -> str:
     return parameter.removeprefix("encoder.").replace(".default.", ".")
+
+
+def _a_of(encoder: Any) -> dict[str, nn.Parameter]:
+    return {_name(n): p for n, p in encoder.named_parameters() if ".lora_A." in n}
+
+
+def frozen_schema(model: Adapted) -> Schema | None:
+    """The schema of LoRA's frozen A; None where A is trained."""
+    found = tuple((n, tuple(p.shape)) for n, p in _a_of(model.encoder).items() if not p.requires_grad)
+    return Schema(found) if found else None
 
 
 def trained(model: Adapted) -> dict[str, nn.Parameter]:

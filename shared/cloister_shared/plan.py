@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from cloister_shared.encoding import canonical, digest, parse_record
@@ -27,6 +27,9 @@ FORMAT = "cloister-plan/1"
 TaskKind = Literal["text-classification", "causal-lm"]
 TASK_KINDS = ("text-classification", "causal-lm")
 UNITS = ("record", "field")
+Rule = Literal["average", "freeze-a", "exact"]
+RULES: tuple[Rule, ...] = ("average", "freeze-a", "exact")
+LINEAR_RULES: tuple[Rule, ...] = ("average", "freeze-a")
 MAX_LABELS = 1000
 
 
@@ -69,6 +72,7 @@ class TaskSpec:
         layers: Indices of the transformer layers that get LoRA; empty for all.
         rank: LoRA rank; 1 to 256.
         alpha: LoRA scale numerator; the update is ``alpha / rank * B A``.
+        freeze_a: Whether A is not trained (FFA-LoRA, Sun et al. 2024): then it is ``frozen_a``'s everywhere and never sent.
     """
 
     kind: TaskKind
@@ -78,6 +82,7 @@ class TaskSpec:
     layers: tuple[int, ...]
     rank: int
     alpha: float
+    freeze_a: bool = False
 
     def __post_init__(self) -> None:
         _must(self.kind in TASK_KINDS, "unknown task", self.kind)
@@ -97,6 +102,7 @@ class TaskSpec:
         _integer(self.max_tokens, 4, 4096, "max_tokens")
         _integer(self.rank, 1, 256, "rank")
         _number(self.alpha, 1e-3, 1e4, "alpha")
+        _must(isinstance(self.freeze_a, bool), "freeze_a is neither true nor false", self.freeze_a)
         for layer in self.layers:
             _integer(layer, 0, 1000, "layer")
 
@@ -159,12 +165,13 @@ class PlanCore:
         client: Key id of the client, hex.
         cohort: Key ids of all clients asked in this round, hex, sorted.
         weight: Weight of this client in the aggregate, set by the coordinator; > 0.
-        rule: Aggregation rule.
+        rule: Aggregation rule; ``freeze-a`` exactly where the task freezes A.
         base: Digest of the base model.
         schema: Digest of the adapter's schema.
         parent: SHA-256 of the parent adapter's float32 bytes.
         task: What is learnt.
         training: How, and under which privacy parameters.
+        update_norm: L2 bound that the whole update is clipped to, at the client and again at the aggregator; None for none.
     """
 
     federation: str
@@ -174,12 +181,13 @@ class PlanCore:
     client: str
     cohort: tuple[str, ...]
     weight: float
-    rule: str
+    rule: Rule
     base: str
     schema: str
     parent: str
     task: TaskSpec
     training: TrainingSpec
+    update_norm: float | None = None
 
     def __post_init__(self) -> None:
         _must(
@@ -198,7 +206,12 @@ class PlanCore:
             self.cohort,
         )
         _number(self.weight, 1e-9, 1e9, "weight")
-        _must(self.rule == "mean", "unknown aggregation rule", self.rule)
+        _must(self.rule in RULES, "unknown aggregation rule", self.rule)
+        _must(
+            (self.rule == "freeze-a") == self.task.freeze_a, "rule and task disagree on whether A is frozen", self.rule
+        )
+        if self.update_norm is not None:
+            _number(self.update_norm, 1e-6, 1e6, "update_norm")
         for name in ("base", "schema", "parent"):
             _hex(getattr(self, name), 32, name)
 
@@ -223,6 +236,13 @@ class PlanCore:
             if record.pop("format") != FORMAT:
                 raise VerificationError("plan of another format", expected=FORMAT)
             task, training = dict(record.pop("task")), dict(record.pop("training"))
+            for owner, kind in ((record | {"task": 0, "training": 0}, cls), (task, TaskSpec)):
+                # Defaults are for code that makes plans; one that is read says everything.
+                _must(
+                    set(owner) == {f.name for f in fields(kind)},
+                    f"other fields than a {kind.__name__}'s",
+                    sorted(owner),
+                )
             for owner, name in ((task, "labels"), (task, "target_modules"), (task, "layers"), (record, "cohort")):
                 _must(isinstance(owner[name], list), f"{name} is not a list", owner[name])
                 owner[name] = tuple(owner[name])
@@ -324,9 +344,9 @@ class Plan:
         record_bytes, rest = data[4 : 4 + size], data[4 + size :]
         by.verify(PURPOSE, record_bytes, rest[:SIGNATURE_BYTES], where)
         record = parse_record(record_bytes, where)
-        fields = {"core", "attempt", "round_key", "issued", "receipts"}
+        names = {"core", "attempt", "round_key", "issued", "receipts"}
         _must(
-            set(record) == fields and isinstance(record["receipts"], list), "other fields than a plan's", sorted(record)
+            set(record) == names and isinstance(record["receipts"], list), "other fields than a plan's", sorted(record)
         )
         try:
             plan = cls(

@@ -126,6 +126,18 @@ def check_vector(vector: F32, schema: Schema, where: str) -> None:
         )
 
 
+def clipped(vector: npt.NDArray[Any], bound: float) -> npt.NDArray[Any]:
+    """``vector`` scaled down to L2 norm ``bound`` where it is longer; norm and scaling in float64, the dtype stays.
+
+    In float64 the result's norm is never above ``bound``; a float32 result is rounded, 1e-7 of it at most.
+    """
+    norm = float(np.sqrt(np.square(vector, dtype=np.float64).sum()))
+    if norm <= bound:
+        return vector
+    # A hair less, so that rounding cannot leave it above.
+    return np.asarray(vector.astype(np.float64) * (bound / norm * (1 - 1e-12)), dtype=vector.dtype)
+
+
 def vector_to_bytes(vector: F32) -> bytes:
     """Little-endian float32 bytes."""
     return vector.astype("<f4", copy=False).tobytes()

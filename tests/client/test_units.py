@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cloister_client import noise, train
+from cloister_client import train
 from cloister_client.batches import physical_batches
 from cloister_client.train import Trainer
 from cloister_model.build import read_vector, trained
 from cloister_model.tokens import Encoded
+from cloister_shared import noise
 from cloister_shared.errors import RefusedError, StateError, VerificationError
 
 from support.client_oracle import accumulated, apart, clipped_sum, flat, grouped, make_trainer, norm, summed

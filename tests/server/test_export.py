@@ -21,11 +21,14 @@ from cloister_server.federation import read_federation
 from cloister_server.store import Commit, Round, RoundClient, Run, Store
 from cloister_shared.encoding import digest, write_durably
 from cloister_shared.errors import InputError, VerificationError
+from cloister_shared.frozen_a import frozen_a
 from cloister_shared.vectors import F32, Schema, to_safetensors
+from safetensors.torch import load_file
 
 from support.server_world import start_store, write_federation
 
 TEXTS = ["my card was charged twice", "the parcel has not arrived please help", "x"]
+FROZEN = {"[aggregation]": '[aggregation]\nrule = "freeze-a"'}
 CAUSAL = {"kind": 'kind = "causal-lm"', "labels": "", "target_modules": 'target_modules = ["c_attn"]'}
 
 
@@ -160,6 +163,46 @@ def test_the_readme_code_gives_the_registered_language_model(
     (logits,) = run_here(code, folder, monkeypatch, ids=ids, mask=mask)
     shown = mask.bool().numpy()
     np.testing.assert_allclose(np.array(logits)[shown], wanted.numpy()[shown], atol=1e-5)
+
+
+def test_a_frozen_a_is_exported_and_peft_gives_the_same_logits(
+    tmp_path: Path, tiny_bert: Path, tiny_gpt2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make(tmp_path / "c", tiny_bert, **FROZEN)
+    assert not [n for n, _ in made.schema.tensors if "lora_A" in n]
+    folder = export_round(made.store, made.run, 1, tmp_path / "out")
+    found = load_file(folder / "adapter_model.safetensors")
+    for name, part in found.items():
+        if "lora_A" in name:
+            wanted = frozen_a(made.run.base, name, tuple(part.shape))
+            assert part.numpy().tobytes() == wanted.tobytes()
+    assert sum("lora_A" in n for n in found) == sum("lora_B" in n for n in found) == 4
+    _, logits = run_here(readme_code(made, folder), folder, monkeypatch)
+    np.testing.assert_allclose(np.array(logits), expected_logits(made)[2].numpy(), atol=1e-5)
+    assert "`freeze-a`; A was not trained" in (folder / "README.md").read_text()
+    assert json.loads((folder / "cloister.json").read_text())["frozen_a"] == "cloister-frozen-a/1"
+
+    made = make(tmp_path / "g", tiny_gpt2, **(CAUSAL | FROZEN))
+    folder = export_round(made.store, made.run, 1, tmp_path / "out-g")
+    ids, mask, wanted_logits = expected_logits(made)
+    code = readme_code(made, folder) + (
+        "\nimport json, torch\nwith torch.no_grad():\n    logits = model(input_ids=ids, attention_mask=mask).logits\n"
+        "found = json.dumps([logits.tolist()])\n"
+    )
+    (logits,) = run_here(code, folder, monkeypatch, ids=ids, mask=mask)
+    shown = mask.bool().numpy()
+    np.testing.assert_allclose(np.array(logits)[shown], wanted_logits.numpy()[shown], atol=1e-5)
+
+
+def test_a_frozen_a_of_another_derivation_refuses_the_export(
+    tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later version that derives it otherwise must not export another model under the round's name."""
+    made = make(tmp_path / "c", tiny_bert, **FROZEN)
+    monkeypatch.setattr("cloister_shared.frozen_a.FORMAT", "cloister-frozen-a/2")
+    with pytest.raises(VerificationError, match="frozen A is not the one"):
+        export_round(made.store, made.run, 1, tmp_path / "out" / "x")
+    assert left(tmp_path / "out") == []
 
 
 def test_only_the_chosen_layers_are_exported(tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,11 @@ import stat
 from pathlib import Path
 
 import pytest
-from cloister_server.federation import Coordinator, admit_site, init, open_coordinator, read_federation
+from cloister_server.federation import AUTO, Coordinator, admit_site, init, open_coordinator, read_federation
 from cloister_server.run import training_for
 from cloister_shared.cards import CoordinatorCard, SiteCard, read_coordinator_card
 from cloister_shared.errors import InputError, StateError
+from cloister_shared.plan import RULES
 from cloister_shared.privacy import DpSgd, epsilon
 from cloister_shared.sealing import OpeningKey
 from cloister_shared.signing import SigningKey
@@ -80,6 +81,17 @@ def test_a_language_model_has_no_labels(tmp_path: Path) -> None:
     assert (held.path, held.label) == (tmp_path / "h.jsonl", "")
 
 
+@pytest.mark.parametrize(
+    ("written", "rule"),
+    [("", AUTO[True]), ('rule = "auto"', AUTO[True]), *((f'rule = "{r}"', r) for r in RULES)],
+)
+def test_the_rule_is_read_and_goes_with_the_task(tmp_path: Path, written: str, rule: str) -> None:
+    table = f"[aggregation]\n{written}"
+    federation = read_federation(write_federation(tmp_path / "F.toml", tmp_path, **{"[aggregation]": table}))
+    assert federation.rule == rule
+    assert federation.task.freeze_a == (rule == "freeze-a")
+
+
 BAD: dict[str, tuple[dict[str, str], str]] = {
     "nan rate": ({"adapter_rate": "adapter_rate = nan"}, "adapter_rate"),
     "inf rate": ({"adapter_rate": "adapter_rate = inf"}, "adapter_rate"),
@@ -124,6 +136,8 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
     "address with a big port": ({"address": 'address = "127.0.0.1:99999"'}, "address"),
     "address with port zero": ({"address": 'address = "127.0.0.1:0"'}, "address"),
     "address with words": ({"address": 'address = "127.0.0.1:http"'}, "address"),
+    "unknown rule": ({"[aggregation]": '[aggregation]\nrule = "mean"'}, "rule"),
+    "unknown key of the aggregation": ({"[aggregation]": "[aggregation]\ntrim = 1"}, "trim"),
     "name": ({"name": 'name = "Not A Name"'}, "name"),
     "name with a path": ({"name": 'name = "../up"'}, "name"),
     "task is text": ({"[task]": "", "kind": "", "labels": "", "max_tokens": "task = 3"}, "task"),

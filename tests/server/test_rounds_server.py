@@ -15,7 +15,8 @@ import pytest
 from cloister_client.budget import Limits
 from cloister_flower.frames import frame_of, refusal, reply
 from cloister_model.text import Record
-from cloister_server.rounds import one_round, run_rounds, spending
+from cloister_server.accounting import spending
+from cloister_server.rounds import one_round, run_rounds
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import RefusedError
 from cloister_shared.plan import PlanCore, read_closing
@@ -536,7 +537,7 @@ def test_spending_counts_other_runs_of_the_same_site(world: World) -> None:
     one_round(world.context(), world.link, 1)
     client = world.store.clients(world.run.id, 1)[0]
     core = replace(PlanCore.from_dict(json.loads(client.core)), run="ff" * 16)
-    found = spending(world.context(), {client.client: core})
+    found = spending(world.store, {client.client: core})
     once, twice = (
         epsilon([DpSgd(TRAINING.noise_multiplier, TRAINING.sample_rate, n * TRAINING.steps)], TRAINING.delta)
         for n in (1, 2)

@@ -27,6 +27,7 @@ def a_run(run: str = RUN, created: float = 1.0) -> Run:
         rounds=3,
         base="00" * 32,
         task='{"labels": ["a", "b"]}',
+        rule="average",
         tensors="[]",
         config="{}",
         code="test",
@@ -173,15 +174,15 @@ def test_clients_and_scores_of_a_committed_round_cannot_be_changed_with_sql(stor
 
 def test_a_committed_round_cannot_be_replaced_with_sql(store: Store) -> None:
     store.commit_round(RUN, 1, a_commit("33" * 32, "a", "b"))
-    columns = "run, number, state, attempt, rule, opened, seconds, judging_seconds, sent_bytes, received_bytes"
+    columns = "run, number, state, attempt, opened, seconds, judging_seconds, sent_bytes, received_bytes"
     with pytest.raises(sqlite3.IntegrityError):
-        raw(store, f"INSERT OR REPLACE INTO round ({columns}) VALUES ('{RUN}', 1, 'open', 1, 'mean', 0, 0, 0, 0, 0)")
+        raw(store, f"INSERT OR REPLACE INTO round ({columns}) VALUES ('{RUN}', 1, 'open', 1, 0, 0, 0, 0, 0)")
 
 
 def test_run_and_number_are_unique(store: Store) -> None:
-    columns = "run, number, state, attempt, rule, opened, seconds, judging_seconds, sent_bytes, received_bytes"
+    columns = "run, number, state, attempt, opened, seconds, judging_seconds, sent_bytes, received_bytes"
     with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
-        raw(store, f"INSERT INTO round ({columns}) VALUES ('{RUN}', 1, 'open', 1, 'mean', 0, 0, 0, 0, 0)")
+        raw(store, f"INSERT INTO round ({columns}) VALUES ('{RUN}', 1, 'open', 1, 0, 0, 0, 0, 0)")
     with pytest.raises(StateError, match="refused"):
         store.start_run(a_run(), ADAPTER)
     assert [r.number for r in store.rounds(RUN)] == [0, 1]

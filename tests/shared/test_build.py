@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from cloister_model.base import find_base
-from cloister_model.build import Adapted, build, load_vector, losses, read_vector, schema_of, trained
+from cloister_model.build import Adapted, build, frozen_schema, load_vector, losses, read_vector, schema_of, trained
 from cloister_model.tokens import Encoded, encode
 from cloister_shared.errors import InputError, VerificationError
+from cloister_shared.frozen_a import frozen_tensors
 from cloister_shared.plan import TaskSpec
 from cloister_shared.vectors import F32
 from torch import nn
@@ -97,6 +98,32 @@ def test_new_adapter_and_head_do_nothing(tiny_bert: Path) -> None:
     assert torch.equal(made(ids, mask), torch.zeros(1, 3))
     assert all(not p.any() for n, p in trained(made).items() if "lora_B" in n)
     assert all(p.any() for n, p in trained(made).items() if "lora_A" in n)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_frozen_a_is_public_and_neither_trained_nor_sent(kind: str, request: pytest.FixtureRequest) -> None:
+    base = find_base(str(request.getfixturevalue(f"tiny_{kind}")), "w")
+    task = CLASSES if kind == "bert" else LANGUAGE
+    whole: Adapted = request.getfixturevalue(kind)
+    assert frozen_schema(whole) is None
+    torch.manual_seed(1)
+    one = build(base, replace(task, freeze_a=True), "w")
+    torch.manual_seed(2)
+    two = build(base, replace(task, freeze_a=True), "w")
+    frozen = frozen_schema(one)
+    assert frozen is not None
+    assert dict(frozen.tensors) == {n: tuple(p.shape) for n, p in trained(whole).items() if "lora_A" in n}
+    assert dict(schema_of(one).tensors) == {n: tuple(p.shape) for n, p in trained(whole).items() if "lora_A" not in n}
+    wanted = frozen_tensors(base.digest, frozen)
+    for made in (one, two):
+        held = {
+            n.removeprefix("encoder.").replace(".default.", "."): p for n, p in made.named_parameters() if "lora_A" in n
+        }
+        assert {n: p.detach().numpy().tobytes() for n, p in held.items()} == {n: a.tobytes() for n, a in wanted.items()}
+    # The bounds are PEFT's own.
+    for name, start in trained(build(base, task, "w")).items():
+        if "lora_A" in name:
+            assert float(start.detach().abs().max()) <= 1 / np.sqrt(32) >= np.abs(wanted[name]).max()
 
 
 def test_layers_restrict_lora(tiny_bert: Path) -> None:

@@ -43,12 +43,13 @@ CORE = PlanCore(
     client="a" * 32,
     cohort=("a" * 32, "b" * 32),
     weight=100.0,
-    rule="mean",
+    rule="average",
     base="1" * 64,
     schema=SCHEMA.digest,
     parent=digest(PARENT.astype("<f4").tobytes()),
     task=TASK,
     training=TRAINING,
+    update_norm=2.5,
 )
 RECEIPT = Receipt("0" * 31 + "1", 1, "2" * 64, "3" * 64, "accepted", "4" * 64)
 PLAN = Plan(CORE, 1, ROUND_KEY, 1_700_000_000, (RECEIPT,))
@@ -97,6 +98,20 @@ def test_round_trip() -> None:
     assert np.array_equal(read_parent(plan.core, rest, SCHEMA, "w"), PARENT)
     assert PlanCore.from_dict(json.loads(CORE.to_bytes())) == CORE
     assert CORE.training.event == DpSgd(1.1, 0.05, 10)
+
+
+@pytest.mark.parametrize("rule", ["average", "exact", "freeze-a"])
+def test_rules_round_trip(rule: Any) -> None:
+    core = replace(CORE, rule=rule, task=replace(TASK, freeze_a=rule == "freeze-a"), update_norm=None)
+    read = PlanCore.from_dict(json.loads(core.to_bytes()))
+    assert read == core
+    assert read.digest != CORE.digest
+
+
+@pytest.mark.parametrize(("rule", "freeze_a"), [("average", True), ("exact", True), ("freeze-a", False)])
+def test_rule_and_task_agree_on_the_frozen_a(rule: Any, freeze_a: bool) -> None:
+    with pytest.raises(VerificationError, match="frozen"):
+        replace(CORE, rule=rule, task=replace(TASK, freeze_a=freeze_a))
 
 
 def test_causal_lm_round_trip() -> None:
@@ -157,7 +172,8 @@ BAD: dict[str, tuple[Any, ...]] = {
     "core.client": (*NOT_HEX, "c" * 32),
     "core.cohort": (None, 5, [], ["b" * 32, "a" * 32], ["a" * 32, "a" * 32], ["b" * 32], ["a" * 31], [5]),
     "core.weight": (*NOT_NUMBERS, 0, 1e10),
-    "core.rule": (None, "median", 1),
+    "core.rule": (None, "median", 1, "mean", "freeze-a", ["average"]),
+    "core.update_norm": (*(v for v in NOT_NUMBERS if v is not None), 0, 1e7),
     "core.base": NOT_HEX,
     "core.schema": NOT_HEX,
     "core.parent": NOT_HEX,
@@ -168,6 +184,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "core.task.target_modules": (None, 5, [], [""], [5], ["x" * 201]),
     "core.task.layers": (None, 5, [-1], [True], [1.0], ["0"], [1001]),
     "core.task.rank": (*NOT_INTEGERS, 0, 257),
+    "core.task.freeze_a": (None, 0, 1, "", "true", [], True),
     "core.task.alpha": (*NOT_NUMBERS, 0, 1e5),
     "core.training": (None, 5, "a", [], {}),
     "core.training.steps": (*NOT_INTEGERS, 0, 100_001),

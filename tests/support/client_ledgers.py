@@ -29,7 +29,7 @@ def core(number: int, *, steps: int = 1, sigma: float = SIGMA, run: str = "ab") 
         client="11" * 16,
         cohort=("11" * 16,),
         weight=1.0,
-        rule="mean",
+        rule="average",
         base="00" * 32,
         schema="00" * 32,
         parent="00" * 32,

@@ -107,7 +107,7 @@ class World:
             client=mine,
             cohort=tuple(sorted({mine, "0" * 32})),
             weight=1.0,
-            rule="mean",
+            rule="average",
             base=self.base.digest,
             schema=self.schema.digest,
             parent=digest(vector_to_bytes(self.parent)),

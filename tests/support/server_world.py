@@ -23,6 +23,7 @@ from cloister_model.text import Record, Source
 from cloister_server.federation import Coordinator, Federation, admit_site, init, open_coordinator, read_federation
 from cloister_server.judge import Judge, NoJudge
 from cloister_server.rounds import Context, Member
+from cloister_server.run import run_config
 from cloister_server.store import Run, Store
 from cloister_shared.cards import SiteCard
 from cloister_shared.plan import Plan, TrainingSpec
@@ -76,6 +77,7 @@ def federation_text(folder: Path, **changes: str) -> str:
         "noise_multiplier": "noise_multiplier = 4.0",
         "epsilon": "",
         "delta": "delta = 1e-5",
+        "[aggregation]": "",
         "[round]": "[round]",
         "deadline_seconds": "deadline_seconds = 30",
         "min_clients": "min_clients = 2",
@@ -249,19 +251,32 @@ def start_store(home: Path, federation: Federation, base: BaseModel, rounds: int
         rounds=rounds,
         base=base.digest,
         task=json.dumps(asdict(federation.task)),
+        rule=federation.rule,
         tensors=json.dumps(schema.as_list()),
         code="cloister test",
-        config=json.dumps({"fan_in_fan_out": federation.task.kind == "causal-lm", "settings": ""}),
+        config=json.dumps(run_config(federation, model, base.digest)),
     )
     store = Store(home)
     store.start_run(run, to_safetensors(first, schema, {"round": "0"}))
     return store, run, schema
 
 
-def make_world(home: Path, folder: Path, *, sites: int = 3, rounds: int = 3, judge: Judge | None = None) -> World:
-    """Makes the whole federation in ``home`` over the base model in ``folder``; one torch thread, as the model is tiny."""
+def make_world(
+    home: Path,
+    folder: Path,
+    *,
+    sites: int = 3,
+    rounds: int = 3,
+    judge: Judge | None = None,
+    settings: dict[str, str] | None = None,
+) -> World:
+    """Makes the whole federation in ``home`` over the base model in ``folder``; one torch thread, as the model is tiny.
+
+    ``settings`` are ``federation_text``'s changes.
+    """
     torch.set_num_threads(1)
-    federation = read_federation(write_federation(home / "FEDERATION.toml", folder, rounds=f"rounds = {rounds}"))
+    changes = {"rounds": f"rounds = {rounds}"} | (settings or {})
+    federation = read_federation(write_federation(home / "FEDERATION.toml", folder, **changes))
     base = find_base(federation.base, "test")
     init(home / "coordinator", federation, base.digest, "ab" * 32)
     coordinator = open_coordinator(home / "coordinator")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cloister_client import noise
+from cloister_shared import noise
 
 stats: Any = importlib.import_module("scipy.stats")  # it has no types
 DRAWS = 1_000_000

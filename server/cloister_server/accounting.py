@@ -1,0 +1,173 @@
+"""What the rounds cost: two statements that are never added up, since they promise different things to different people.
+
+- Record level, per site: epsilon of its whole history of DP-SGD as the coordinator knows it, against everyone outside the site's
+  agent. The site's own ledger is the authority.
+- Client level, for the federation, where noise is added at the aggregator: one whole client's update in or out of each sum, against
+  whoever sees what rounds publish (adapters, scores, who took part), not against the coordinator, who opens every update. Each sum is a
+  Gaussian event of sensitivity ``clipping_norm``, all composed over all runs; a coordinator that chooses the cohort claims no
+  amplification by sampling. Charged before the noise is drawn: a round that is judged and lost costs what a committed one does, and a
+  second attempt, whose noise is another, is charged again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from cloister_shared.errors import RefusedError
+from cloister_shared.plan import PlanCore
+from cloister_shared.privacy import ACCOUNTANT, DpSgd, epsilon
+
+from cloister_server.federation import ClientLevel
+from cloister_server.store import NoisedSum, Round, RoundClient, Store
+
+REFUSED = "refused-by-site"
+
+
+def spending(store: Store, cores: dict[str, PlanCore]) -> dict[str, tuple[float, float]]:
+    """Epsilon of each client's whole history as the coordinator knows it, without this round and with it.
+
+    Every attempt that may have been charged counts; a site's own ledger is the authority.
+    """
+    out = {}
+    for client, core in cores.items():
+        history = []
+        for c in store.asked(client):
+            here = (c.run, c.number) == (core.run, core.round)
+            # A row still open is of a coordinator that died: its attempt may have been charged.
+            times = c.charged if here or c.verdict != "open" else max(1, c.charged)
+            if times:
+                history.append(DpSgd(c.noise_multiplier, c.sample_rate, c.steps * times))
+        delta = core.training.delta
+        out[client] = epsilon(history, delta), epsilon([*history, core.training.event], delta)
+    return out
+
+
+def record_costs(
+    changes: dict[str, dict[str, Any]],
+    sizes: dict[str, int],
+    costs: dict[str, tuple[float, float]],
+    earlier: dict[str, RoundClient],
+) -> None:
+    """Adds to each client's record what it cost: bytes sent, epsilon so far.
+
+    A client that did not answer may have been charged; one that is away now loses what an earlier attempt had of it.
+
+    Args:
+        changes: What the registry will know of each client, by id; added to in place.
+        sizes: Bytes sent, by id of those that were sent anything.
+        costs: From ``spending``; one for each client of the round.
+        earlier: The round's rows as they were before this attempt, by id.
+    """
+    for client, (before, after) in costs.items():
+        why = "no reply before the deadline" if client in sizes else "not online"
+        missing = {"verdict": "missing", "reason": why, "received_bytes": 0, "update": ""}
+        change = changes.setdefault(client, missing)
+        known = earlier[client]
+        again = change["verdict"] == "accepted" and known.charged and change["update"] == known.update
+        free = client not in sizes or change["verdict"] == REFUSED or again
+        change |= {
+            "sent_bytes": sizes.get(client, 0),
+            "charged": known.charged + (0 if free else 1),
+            "epsilon": before if free else after,
+        }
+
+
+def events_of(sums: Sequence[NoisedSum]) -> list[DpSgd]:
+    """The charges as events: a Gaussian over every client (sampling rate 1)."""
+    return [DpSgd(s.noise_multiplier, 1.0, 1) for s in sums]
+
+
+def foresee(store: Store, level: ClientLevel, rounds: int) -> tuple[float, float]:
+    """Client-level epsilon of the federation now, and after so many more rounds: asked before any site spends anything on them.
+
+    Raises:
+        RefusedError: It would pass the cap.
+    """
+    history = events_of(store.noised_sums())
+    would = epsilon([*history, *([DpSgd(level.noise_multiplier, 1.0, rounds)] if rounds else [])], level.delta)
+    _within(level, would, f"{rounds} more rounds")
+    return epsilon(history, level.delta), would
+
+
+def _within(level: ClientLevel, would: float, what: str) -> None:
+    if not would <= level.epsilon_cap:  # so that what is no number passes nothing
+        raise RefusedError(
+            "federation.epsilon_cap",
+            "the federation's client-level budget does not allow it",
+            where="[privacy.client_level]",
+            expected=f"epsilon <= {level.epsilon_cap:g} at delta {level.delta:g}",
+            got=f"{would:.4f} with {what}",
+            mend="fewer rounds, a larger noise_multiplier, or a higher epsilon_cap",
+        )
+
+
+def charge(store: Store, level: ClientLevel, row: Round, planned: int, participants: Sequence[str]) -> NoisedSum:
+    """Charges one noised sum, durably, before its noise is drawn.
+
+    Args:
+        store: The registry.
+        level: Noise and cap.
+        row: The open round.
+        planned: Clients that were asked: the constant denominator.
+        participants: Ids of those whose updates are in the sum.
+
+    Raises:
+        RefusedError: It would pass the cap; nothing is charged.
+        StateError: This attempt was charged before: it may not draw twice.
+    """
+
+    def price(sums: list[NoisedSum]) -> float:
+        would = epsilon(events_of(sums), level.delta)
+        _within(level, would, "this round")
+        return would
+
+    entry = NoisedSum(
+        run=row.run,
+        number=row.number,
+        attempt=row.attempt,
+        charged=time.time(),
+        noise_multiplier=level.noise_multiplier,
+        clipping_norm=level.clipping_norm,
+        noise_std=level.noise_multiplier * level.clipping_norm,
+        planned=planned,
+        participants=len(participants),
+        clients=json.dumps(sorted(participants)),
+        delta=level.delta,
+    )
+    return store.charge_noised_sum(entry, price)
+
+
+def client_level_statement(store: Store) -> dict[str, Any] | None:
+    """The federation's client-level statement as a record for reports; None where no noise was ever drawn.
+
+    ``uncovered`` counts committed rounds of this registry that had no such noise: the statement is not about them.
+    """
+    sums = store.noised_sums()
+    if not sums:
+        return None
+    noised = {(s.run, s.number) for s in sums}
+    committed = {(r.run, r.number) for run in store.runs() for r in store.rounds(run.id) if r.number and r.adapter}
+    delta = max(s.delta for s in sums)
+    return {
+        "unit": "one client's whole update in a round",
+        "neighbours": "add/remove one client's updates; who was asked and who took part is public",
+        "against": "whoever sees what rounds publish, not the coordinator",
+        "epsilon": epsilon(events_of(sums), delta),
+        "delta": delta,
+        "accountant": ACCOUNTANT,
+        "charged": "before the noise is drawn",
+        "sums": len(sums),
+        "uncovered": len(committed - noised),
+    }
+
+
+def client_level_line(said: dict[str, Any]) -> str:
+    """The statement in one line."""
+    bare = f"; {said['uncovered']} committed rounds had no such noise and are not covered" if said["uncovered"] else ""
+    return (
+        f"client level: epsilon {said['epsilon']:.3f} at delta {said['delta']:g} over {said['sums']} noised sums of this federation,"
+        f" unit {said['unit']}, {said['neighbours']}, against {said['against']}{bare}"
+    )
