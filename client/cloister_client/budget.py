@@ -145,6 +145,10 @@ class Ledger:
         # Reservations made by this process: only these can be void.
         self._own: set[tuple[int, int]] = set()
 
+    def close(self) -> None:
+        """Closes the file; what would happen by itself when the ledger is forgotten."""
+        self._chain.close()
+
     def register(self, source: Source, tags: Iterable[bytes], name: str = "") -> tuple[str, int]:
         """Registers a file and puts its units that are not known yet into one new block.
 

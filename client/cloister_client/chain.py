@@ -257,7 +257,7 @@ class Chain:
             if db is not None:
                 db.close()
             raise self._unusable(error) from error
-        weakref.finalize(self, _close, db, os.getpid())
+        self.close = weakref.finalize(self, _close, db, os.getpid())
         return db, found, os.getpid()
 
     def _unusable(self, error: Exception) -> StateError:
