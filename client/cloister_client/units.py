@@ -5,8 +5,8 @@ own key over the normalised text, or over the field's value, so that a ledger th
 each unit that is not known yet into one new block, with a history of its own; a unit already known stays in its block with its spend,
 whatever file, name or order it comes back in. Training reads registered units alone.
 
-Normalising (NFKC, case folded, white space collapsed) makes trivial copies one unit; an edited near-duplicate is a new unit. It keeps
-nothing: ``budget`` does.
+Normalising (NFKC, case folded, white space collapsed, invisible characters dropped) makes trivial copies one unit; an edited
+near-duplicate is a new unit. It keeps nothing: ``budget`` does.
 """
 
 from __future__ import annotations
@@ -21,8 +21,16 @@ from cloister_model.text import Record
 
 
 def normalised(text: str) -> str:
-    """NFKC, case folded, runs of white space as one space."""
-    return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
+    """Characters that show nothing left out, NFKC, case folded, runs of white space as one space; its own fixed point."""
+    if text.isascii():  # which has no other forms and nothing invisible
+        return " ".join(text.lower().split())
+    for _ in range(8):  # two are enough for all that was tried
+        before = text
+        seen = "".join(c for c in text if unicodedata.category(c) != "Cf")
+        text = " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKD", seen).casefold()).split())
+        if text == before:
+            break
+    return text
 
 
 def tag(key: bytes, record: Record) -> bytes:

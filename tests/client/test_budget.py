@@ -9,17 +9,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from cloister_client.budget import Ledger, Limits
+from cloister_model.text import Source
 from cloister_shared.errors import RefusedError, StateError
 from cloister_shared.privacy import DpSgd, epsilon
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support import client_budget_worker
-from support.client_ledgers import DELTA, core, event, open_ledger
+from support.client_ledgers import DELTA, core, event, open_ledger, tags
 
 UPDATE = "ab" * 32
 CAP = 0.9  # twelve steps of the usual kind fit, thirteen do not
@@ -333,6 +335,24 @@ def test_eight_processes_that_race_never_overspend(tmp_path: Path) -> None:
     assert standing.epsilon == epsilon([event(fits)], DELTA) <= cap
     assert epsilon([event(fits + 1)], DELTA) > cap
     assert _states(open_ledger(tmp_path, cap)) == ["spent"] * fits
+
+
+def test_eight_processes_race_for_two_blocks_and_a_period(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The older block has two steps of its life left, the newer one four of its period."""
+    cap, period_cap = (sum(epsilon([event(n + i)], DELTA) for i in (0, 1)) / 2 for n in (5, 4))
+    with closing(open_ledger(tmp_path, cap)) as ledger, monkeypatch.context() as earlier:
+        past = time.time() - 60 * 86_400
+        earlier.setattr("cloister_client.budget.time.time", lambda: past)
+        ledger.spend(ledger.reserve(core(1, steps=3, run="ff"), 1000).entry, UPDATE)
+        ledger.register(Source(Path("/more.jsonl"), "text", ""), tags(8, 9), "newer")
+    done = _python([client_budget_worker.__file__, "race", str(tmp_path), str(cap), "2", str(period_cap)])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split().count("granted") == 4
+    older, newer = open_ledger(tmp_path, cap, period_days=30, period_cap=period_cap).standings()
+    assert (older.steps, newer.steps) == (5, 4)
+    assert older.epsilon == epsilon([event(5)], DELTA) <= cap
+    assert older.period_epsilon == epsilon([event(2)], DELTA)
+    assert newer.period_epsilon == newer.epsilon == epsilon([event(4)], DELTA) <= period_cap
 
 
 def test_a_process_killed_between_reserving_and_spending_stays_charged(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Processes that work on a ledger: eight that race for rounds, or one that dies between reserving and spending.
 
-``python client_budget_worker.py race|die FOLDER CAP ROUNDS``; a line per reservation, granted or not. It imports no torch.
+``python client_budget_worker.py race|die FOLDER CAP ROUNDS [PERIOD_CAP]``; a line per reservation, granted or not. It imports no torch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from support.client_ledgers import DELTA, core, event, open_ledger
 RACERS = 8
 
 
-def _try(path: Path, cap: float, numbers: range, die: bool) -> None:
-    ledger = open_ledger(path, cap)
+def _try(path: Path, cap: float, numbers: range, die: bool, period_cap: float) -> None:
+    period = {"period_days": 30, "period_cap": period_cap} if period_cap else {}
+    ledger = open_ledger(path, cap, **period)
     for number in numbers:
         try:
             entry = ledger.reserve(core(number, run=f"{number:02x}"), 1000).entry
@@ -35,8 +36,9 @@ def _try(path: Path, cap: float, numbers: range, die: bool) -> None:
 def main() -> None:
     """Starts the racers together: all wait for the end of one pipe."""
     what, path, cap, rounds = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
+    period_cap = float(sys.argv[5]) if sys.argv[5:] else 0.0
     if what == "die":
-        _try(path, cap, range(1, 1 + rounds), True)
+        _try(path, cap, range(1, 1 + rounds), True, period_cap)
     epsilon([event()], DELTA)  # the accountant is imported once, for all
     wait, go = os.pipe()
     children = []
@@ -45,7 +47,7 @@ def main() -> None:
         if child == 0:
             os.close(go)
             os.read(wait, 1)
-            _try(path, cap, range(1 + racer * rounds, 1 + (racer + 1) * rounds), False)
+            _try(path, cap, range(1 + racer * rounds, 1 + (racer + 1) * rounds), False, period_cap)
             os._exit(0)
         children.append(child)
     os.close(go)
