@@ -19,6 +19,7 @@ from cloister_shared.processes import Group, free_port
 from cloister_client import audit_command
 from cloister_client.data import add as add_text
 from cloister_client.data import open_ledger
+from cloister_client.data import remove as remove_text
 from cloister_client.policy import Policy
 from cloister_client.site import act_as_agent, read_site
 from cloister_client.site import enrol as make_site
@@ -140,6 +141,23 @@ def data_add(
             "the agent reads them at its next start: cloister site up",
         ],
     )
+
+
+@data_app.command("remove")
+def data_remove(
+    data: Annotated[Path, typer.Argument(help="A registered file.")],
+    site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
+    json: Json = False,
+    home: Home = None,
+) -> None:
+    """Stop reading a file; what was spent on its text stays spent."""
+    console.choose(json, home)
+    own = read_site(console.site_home(site))
+    act_as_agent(own)
+    path = data.expanduser().resolve()
+    remove_text(own, path)
+    line = f"site {own.name}: {path} is read no more; its units stay known, each keeps its spend"
+    console.emit({"site": own.name, "file": str(path)}, line)
 
 
 @data_app.command("list")

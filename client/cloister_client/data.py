@@ -7,6 +7,7 @@ read again and rows whose unit is not registered are left out and counted for th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from cloister_model.text import Source, read
 from cloister_shared.cards import CoordinatorCard
@@ -62,6 +63,18 @@ def add(site: Site, source: Source, block: str = "") -> Added:
     return Added(len(names), len(set(names)), new, made)
 
 
+def remove(site: Site, path: Path) -> None:
+    """Stops reading a file; its units stay known, with their spend.
+
+    Raises:
+        InputError: It is not registered.
+    """
+    ledger = open_ledger(site)
+    if not ledger.forget(path):
+        registered = ", ".join(str(source.path) for source in ledger.sources())
+        raise InputError("the file is not registered", where=str(path), expected=registered or "one that is")
+
+
 def load(site: Site, ledger: Ledger) -> Units:
     """Reads the registered text.
 
@@ -73,6 +86,14 @@ def load(site: Site, ledger: Ledger) -> Units:
         raise InputError(
             "no text is registered", where=str(site.home), mend=f"cloister site data add --site {site.name} FILE"
         )
+    for source in sources:
+        if not source.path.is_file():
+            raise InputError(
+                "cannot read the file",
+                where=str(source.path),
+                got="no such file",
+                mend=f"put it back, or: cloister site data remove --site {site.name} {source.path}",
+            )
     labels = _labels(site.coordinator())
     key = read_secret(site.agent_home / "unit.key", 32)
     units = select(key, (record for source in sources for record in read(source, labels)), ledger.units())

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cloister_client import cli
 from cloister_client.budget import Ledger, Limits
-from cloister_client.data import Added, add, load, open_ledger
+from cloister_client.data import Added, add, load, open_ledger, remove
 from cloister_client.round import Desk, execute
 from cloister_client.site import Site
 from cloister_client.units import normalised, select, tag
 from cloister_model.text import Record, Source
+from cloister_shared import console
 from cloister_shared.encoding import digest, write_durably
 from cloister_shared.errors import InputError, RefusedError, StateError
 from cloister_shared.privacy import epsilon
@@ -254,6 +256,27 @@ def test_forgetting_the_files_does_not_change_the_unit_and_frees_nothing(clinic:
         _add(clinic, "again.jsonl", PATIENTS)
     assert _add(clinic, "again.jsonl", PATIENTS, "patient").new == 0
     assert open_ledger(clinic).standings() == before
+
+
+def test_a_file_that_was_renamed_is_registered_anew_and_the_old_name_removed(
+    site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = open_ledger(site)
+    old = ledger.sources()[0].path
+    new = old.rename(old.with_name("renamed.jsonl"))
+    with pytest.raises(InputError, match="cannot read the file") as gone:
+        load(site, ledger)
+    assert f"data remove --site site-1 {old}" in gone.value.mend
+    assert add(site, Source(new, "text", "label")).new == 0
+    (site.home.parent / "sites").mkdir()
+    (site.home.parent / "sites" / "site-1").symlink_to(site.home)
+    monkeypatch.setattr(console, "OUTPUT", console.Output())
+    cli.data_remove(old, home=site.home.parent)
+    assert "each keeps its spend" in capsys.readouterr().out
+    assert [s.path for s in ledger.sources()] == [new]
+    assert len(load(site, ledger).units) == 12
+    with pytest.raises(InputError, match="not registered"):
+        remove(site, old)
 
 
 def test_records_are_refused_by_a_site_of_records_with_a_unit(site: Site) -> None:
