@@ -76,7 +76,8 @@ class Federation:
         rule: Aggregation rule; never ``auto``.
         rounds: Rounds of a run.
         steps: DP-SGD steps per round and site.
-        batch: Expected records per step and site.
+        batch: Expected privacy units per step and site.
+        unit_records: Most records of one unit in a step, where a site's unit is a field.
         clipping_norm: L2 bound on one record's gradient.
         adapter_rate: Learning rate of LoRA.
         head_rate: Learning rate of the head.
@@ -98,6 +99,7 @@ class Federation:
     rounds: int
     steps: int
     batch: int
+    unit_records: int
     clipping_norm: float
     adapter_rate: float
     head_rate: float
@@ -182,6 +184,7 @@ def read_federation(path: Path) -> Federation:
         rounds=training.integer("rounds", 1, 100_000),
         steps=training.integer("steps", 1, 100_000),
         batch=training.integer("batch", 1, 1_000_000),
+        unit_records=training.integer("unit_records", 1, 1000, 16),
         clipping_norm=training.number("clipping_norm", 1e-6, 1e6, 1.0),
         adapter_rate=training.number("adapter_rate", 0, 10, 1e-3),
         head_rate=training.number("head_rate", 0, 10, 3e-2),

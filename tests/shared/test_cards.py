@@ -43,7 +43,7 @@ NODE = (
     .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     .decode()
 )
-SITE = SiteCard("north", KEY.verify_key.raw.hex(), SEALING.raw.hex(), NODE, 120)
+SITE = SiteCard("north", KEY.verify_key.raw.hex(), SEALING.raw.hex(), NODE, 120, "record", 8.0, 1e-5)
 
 
 def test_coordinator_card_round_trip(tmp_path: Path) -> None:
