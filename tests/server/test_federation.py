@@ -179,8 +179,8 @@ def test_noise_is_calibrated_for_the_whole_run(tmp_path: Path, home: Path) -> No
     federation = read_federation(path)
     card = admit_site(home, a_card(tmp_path / "cards", records=100))
     spec = training_for(federation, card)
-    assert spec.sample_rate == pytest.approx(0.12)
-    assert spec.expected_batch == pytest.approx(12.0)
+    assert spec.sample_rate == pytest.approx(0.125)  # the next of four to the octave above 12 of 100
+    assert spec.expected_batch == pytest.approx(12.5)
     steps = spec.steps * federation.rounds
     assert epsilon([DpSgd(spec.noise_multiplier, spec.sample_rate, steps)], spec.delta) <= 3.0
     tighter = round(spec.noise_multiplier - 0.01, 2)
