@@ -67,7 +67,7 @@ def record_costs(
     """
     for client, (before, after) in costs.items():
         why = "no reply before the deadline" if client in sizes else "not online"
-        missing = {"verdict": "missing", "reason": why, "received_bytes": 0, "update": ""}
+        missing = {"verdict": "missing", "reason": why, "received_bytes": 0, "update": "", "report": ""}
         change = changes.setdefault(client, missing)
         known = earlier[client]
         again = change["verdict"] == "accepted" and known.charged and change["update"] == known.update

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 
@@ -14,8 +15,9 @@ def bars(blocks: Sequence[Bar]) -> list[str]:
     width = max((len(name) for name, *_ in blocks), default=0)
     lines = []
     for name, spent, reserved, cap in blocks:
-        full = min(_WIDTH, round(_WIDTH * spent / cap))
-        held = min(_WIDTH, round(_WIDTH * (spent + reserved) / cap)) - full
+        # Rounded up: what is spent is never invisible.
+        full = min(_WIDTH, math.ceil(_WIDTH * spent / cap))
+        held = min(_WIDTH - full, math.ceil(_WIDTH * reserved / cap))
         bar = "#" * full + "+" * held + "." * (_WIDTH - full - held)
         lines.append(f"{name:<{width}}  [{bar}] {spent + reserved:.3f} of {cap:g}")
     return lines
