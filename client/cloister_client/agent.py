@@ -66,7 +66,7 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
             error.what, where=error.where, expected=error.expected, got=error.got, mend=error.mend
         ) from error
     ledger = open_ledger(site, policy)
-    lost = ledger.close_open()
+    lost = ledger.close_open(site.agent_home / "kept")
     if lost:
         print(f"{lost} open reservation(s) of an agent that died stay charged", flush=True)
     units = load(site, ledger)

@@ -12,6 +12,8 @@ was admitted plus PRV's numerical error.
 
 from __future__ import annotations
 
+import itertools
+import os
 import sqlite3
 import time
 from collections.abc import Iterable
@@ -141,7 +143,11 @@ class Ledger:
         self.path, self.limits = path, limits
         self._chain = Chain(path, counter)
         # Reservations made by this process: only these can be void.
-        self._own: set[int] = set()
+        self._own: set[tuple[int, int]] = set()
+
+    def close(self) -> None:
+        """Closes the file; what would happen by itself when the ledger is forgotten."""
+        self._chain.close()
 
     def register(self, source: Source, tags: Iterable[bytes], name: str = "") -> tuple[str, int]:
         """Registers a file and puts its units that are not known yet into one new block.
@@ -159,8 +165,8 @@ class Ledger:
         """
         wanted = sorted(set(tags))
         with self._chain.transaction() as (db, events):
-            row = db.execute("SELECT field FROM source WHERE path <> ?", (str(source.path),)).fetchone()
-            row = row or db.execute("SELECT field FROM source").fetchone()
+            # Of the blocks, which stay, and not of the files: forgetting a file does not change what a unit is.
+            row = db.execute("SELECT field FROM block").fetchone()
             if row is not None and row[0] != source.unit:
                 raise InputError(
                     "this site's privacy unit is fixed",
@@ -178,19 +184,29 @@ class Ledger:
             if not new:
                 return "", 0
             block = db.execute("SELECT COALESCE(MAX(id), 0) + 1 FROM block").fetchone()[0]
-            name = name or f"block-{block}"
-            if db.execute("SELECT 1 FROM block WHERE name = ?", (name,)).fetchone():
+            taken = {name for (name,) in db.execute("SELECT name FROM block")}
+            name = name or next(n for n in (f"block-{i}" for i in itertools.count(block)) if n not in taken)
+            if name in taken:
                 raise InputError("a block of this name is there", where="--block", got=name, mend="choose another name")
-            db.execute("INSERT INTO block VALUES (?, ?, ?)", (block, name, time.time()))
+            now = time.time()
+            db.execute("INSERT INTO block VALUES (?, ?, ?, ?)", (block, name, source.unit, now))
             db.executemany("INSERT INTO unit VALUES (?, ?)", ((tag, block) for tag in new))
             events.append(
-                {"event": "data", "block": block, "name": name, "units": len(new), "tags": digest(b"".join(new))}
+                {
+                    "event": "data",
+                    "block": block,
+                    "name": name,
+                    "field": source.unit,
+                    "units": len(new),
+                    "tags": digest(b"".join(new)),
+                    "at": now,
+                }
             )
         return name, len(new)
 
     def sources(self) -> tuple[Source, ...]:
         """The registered files."""
-        with self._chain.transaction() as (db, _):
+        with self._chain.reading() as db:
             return tuple(
                 Source(Path(path), text, label, field)
                 for path, text, label, field in db.execute("SELECT path, text, label, field FROM source ORDER BY path")
@@ -198,23 +214,38 @@ class Ledger:
 
     def unit_field(self) -> str:
         """Name of the field whose value makes a unit; empty where each record is one."""
-        with self._chain.transaction() as (db, _):
-            row = db.execute("SELECT field FROM source").fetchone()
+        with self._chain.reading() as db:
+            row = db.execute("SELECT field FROM block").fetchone()
         return str(row[0]) if row else ""
 
     def units(self) -> dict[bytes, int]:
         """Block by unit."""
-        with self._chain.transaction() as (db, _):
+        with self._chain.reading() as db:
             return dict(db.execute("SELECT tag, block FROM unit"))
 
-    def close_open(self) -> int:
-        """Turns open reservations of a process that died into ``lost``, which stay charged; returns how many."""
+    def forget(self, path: Path) -> bool:
+        """Stops reading a file; its units stay known, with their spend. Returns whether it was registered."""
+        with self._chain.transaction() as (db, _):
+            return bool(db.execute("DELETE FROM source WHERE path = ?", (str(path),)).rowcount)
+
+    def close_open(self, kept: Path | None = None) -> int:
+        """Closes the open reservations of a process that died; returns how many are ``lost``, which stay charged.
+
+        Args:
+            kept: Folder of noised updates. One that is there whole was made before the process died: it is ``spent``, and may leave.
+        """
+        lost = 0
         with self._chain.transaction() as (db, events):
-            entries = [row[0] for row in db.execute("SELECT id FROM entry WHERE state = 'reserved' ORDER BY id")]
-            for entry in entries:
-                self._close(db, entry, "lost", None)
-                events.append({"event": "lose", "entry": entry})
-        return len(entries)
+            for entry, plan in db.execute("SELECT id, plan FROM entry WHERE state = 'reserved' ORDER BY id").fetchall():
+                update = kept / f"{plan}.f32" if kept is not None else None
+                if update is not None and update.is_file():
+                    self._spend(db, events, entry, digest(update.read_bytes()))
+                else:
+                    self._lose(db, events, entry)
+                    lost += 1
+        for broken_off in kept.glob(".*.tmp") if kept is not None else ():
+            broken_off.unlink(missing_ok=True)
+        return lost
 
     def reserve(self, core: PlanCore, rounds_per_day: int) -> Reservation:
         """Reserves the cost of ``core`` durably in every block that can bear it.
@@ -224,7 +255,8 @@ class Ledger:
                 later round of its run was reserved already.
         """
         where, now = f"plan of round {core.round}", time.time()
-        with self._chain.transaction() as (db, events):
+        # Its counter's write becomes durable with the spend's: until then nothing has left.
+        with self._chain.transaction(sync=False) as (db, events):
             self._refuse_again(db, core, rounds_per_day, where, now)
             admitted, refusals, left_out = {}, [], []
             known: dict[tuple[tuple[DpSgd, ...], tuple[DpSgd, ...]], float | RefusedError] = {}
@@ -240,7 +272,9 @@ class Ledger:
                     admitted[block] = found
             if not admitted:
                 raise (refusals or [RefusedError("budget.no_data", "no text is registered here", where=where)])[0]
-            return self._insert(db, events, core, admitted, tuple(left_out), now)
+            reservation = self._insert(db, events, core, admitted, tuple(left_out), now)
+        self._own.add((os.getpid(), reservation.entry))
+        return reservation
 
     def _refuse_again(self, db: sqlite3.Connection, core: PlanCore, per_day: int, where: str, now: float) -> None:
         done = "SELECT 1 FROM entry WHERE plan = ? AND state IN ('reserved', 'spent')"
@@ -281,6 +315,8 @@ class Ledger:
             return admit(history, [event], limits.cap, limits.delta, where)
         except RefusedError as error:
             return error
+        except StateError as error:
+            raise RefusedError("budget.accountants", error.what, where=where, got=error.got) from error
 
     def _insert(
         self,
@@ -313,10 +349,13 @@ class Ledger:
             ((entry, block, bound, self.limits.cap, self.limits.delta) for block, bound in admitted.items()),
         )
         names = ("entry", "run", "round", "plan", "base", "noise_multiplier", "sample_rate", "steps")
-        events.append(
-            {"event": "reserve", "blocks": sorted(admitted), "at": now} | dict(zip(names, values, strict=True))
-        )
-        self._own.add(entry)
+        charged = {
+            "blocks": sorted(admitted),
+            "admitted": [admitted[block] for block in sorted(admitted)],
+            "cap": self.limits.cap,
+            "delta": self.limits.delta,
+        }
+        events.append({"event": "reserve", "at": now} | charged | dict(zip(names, values, strict=True)))
         return Reservation(entry, tuple(sorted(admitted)), left_out)
 
     def spend(self, entry: int, update_digest: str) -> None:
@@ -326,15 +365,23 @@ class Ledger:
             StateError: There is no such open reservation.
         """
         with self._chain.transaction() as (db, events):
-            if not self._close(db, entry, "spent", update_digest):
-                raise StateError("no open reservation to spend", where=str(self.path), got=f"entry {entry}")
-            events.append({"event": "spend", "entry": entry, "update": update_digest})
+            self._spend(db, events, entry, update_digest)
+
+    def _spend(self, db: sqlite3.Connection, events: list[dict[str, object]], entry: int, update_digest: str) -> None:
+        now = time.time()
+        if not self._close(db, entry, "spent", update_digest, now):
+            raise StateError("no open reservation to spend", where=str(self.path), got=f"entry {entry}")
+        events.append({"event": "spend", "entry": entry, "update": update_digest, "at": now})
 
     def lose(self, entry: int) -> None:
         """Closes a reservation whose training failed; it stays charged."""
         with self._chain.transaction() as (db, events):
-            if self._close(db, entry, "lost", None):
-                events.append({"event": "lose", "entry": entry})
+            self._lose(db, events, entry)
+
+    def _lose(self, db: sqlite3.Connection, events: list[dict[str, object]], entry: int) -> None:
+        now = time.time()
+        if self._close(db, entry, "lost", None, now):
+            events.append({"event": "lose", "entry": entry, "at": now})
 
     def void(self, entry: int, by: SigningKey) -> None:
         """Gives a reservation back whose text was not read: the caller's word, under the site's key.
@@ -342,13 +389,14 @@ class Ledger:
         Raises:
             StateError: It is not open, or another process made it: nobody here can say that nothing left.
         """
-        if entry not in self._own:
+        if (os.getpid(), entry) not in self._own:
             raise StateError("this process did not make the reservation", where=str(self.path), got=f"entry {entry}")
         with self._chain.transaction() as (db, events):
             plan = db.execute("SELECT plan FROM entry WHERE id = ?", (entry,)).fetchone()
-            if not self._close(db, entry, "void", None):
+            now = time.time()
+            if not self._close(db, entry, "void", None, now):
                 raise StateError("no open reservation to void", where=str(self.path), got=f"entry {entry}")
-            statement = {"event": "void", "entry": entry, "plan": plan[0], "left": "nothing"}
+            statement = {"event": "void", "entry": entry, "plan": plan[0], "left": "nothing", "at": now}
             events.append(statement | {"signature": by.sign(VOID_PURPOSE, canonical(statement)).hex()})
 
     def note(self, record: dict[str, object]) -> None:
@@ -357,11 +405,11 @@ class Ledger:
             events.append({"event": "nonprivate_release"} | record)
 
     @staticmethod
-    def _close(db: sqlite3.Connection, entry: int, state: str, update_digest: str | None) -> bool:
+    def _close(db: sqlite3.Connection, entry: int, state: str, update_digest: str | None, now: float) -> bool:
         return bool(
             db.execute(
                 "UPDATE entry SET state = ?, update_digest = ?, closed_at = ? WHERE id = ? AND state = 'reserved'",
-                (state, update_digest, time.time(), entry),
+                (state, update_digest, now, entry),
             ).rowcount
         )
 
@@ -376,8 +424,14 @@ class Ledger:
 
     def knows(self, plan: str) -> bool:
         """Whether this work was ever reserved here."""
-        with self._chain.transaction() as (db, _):
+        with self._chain.reading() as db:
             return db.execute("SELECT 1 FROM entry WHERE plan = ?", (plan,)).fetchone() is not None
+
+    def spent_on(self, plan: str) -> str | None:
+        """Digest of the update that this work was spent on: the one that may leave; None where nothing was."""
+        with self._chain.reading() as db:
+            row = db.execute("SELECT update_digest FROM entry WHERE plan = ? AND state = 'spent'", (plan,)).fetchone()
+        return str(row[0]) if row else None
 
     def _recent(self, db: sqlite3.Connection, block: int, now: float) -> tuple[DpSgd, ...]:
         return _history(db, block, after=now - self.limits.period_days * _DAY) if self.limits.period_days else ()
@@ -388,15 +442,18 @@ class Ledger:
         Raises:
             StateError: The accountants disagree.
         """
+        return self._standings(shares=True)
+
+    def _standings(self, *, shares: bool) -> tuple[Standing, ...]:
         now = time.time()
-        with self._chain.transaction() as (db, _):
+        with self._chain.reading() as db:
             blocks = db.execute(
                 "SELECT id, name, (SELECT COUNT(*) FROM unit WHERE block = block.id) FROM block ORDER BY id"
             ).fetchall()
             found = [
                 (*b, _history(db, b[0]), _history(db, b[0], closed=True), self._recent(db, b[0], now)) for b in blocks
             ]
-            runs = {b[0]: _shares(db, b[0]) for b in blocks}
+            runs = {b[0]: _shares(db, b[0]) if shares else [] for b in blocks}
             rounds = dict(
                 db.execute(
                     f"SELECT block, COUNT(*) FROM charge JOIN entry ON id = entry WHERE state IN {_CHARGED} GROUP BY block"  # noqa: S608
@@ -423,9 +480,9 @@ class Ledger:
         )
 
     def standing(self) -> Standing:
-        """Where the block stands that has the least left; an empty one where nothing is registered."""
+        """Where the block stands that has the least left, without its shares; an empty one where nothing is registered."""
         none = Standing(0, "", 0, 0.0, 0.0, self.limits.cap, self.limits.delta, 0.0, 0, 0)
-        return max(self.standings(), key=lambda s: s.epsilon, default=none)
+        return max(self._standings(shares=False), key=lambda s: s.epsilon, default=none)
 
 
 def _history(db: sqlite3.Connection, block: int, *, after: float = 0.0, closed: bool = False) -> tuple[DpSgd, ...]:

@@ -1,11 +1,14 @@
 """The ledger's file: schema, transactions, the hash chain of its events, and the counter kept apart from it.
 
 Every change of the ledger appends one event in the same SQLite transaction: ``head = SHA-256(head before || canonical record)``.
-After COMMIT the event's number and head go, durably, to a small file in another folder. Opening replays the events: a chain that does
-not hold, entries other than the events tell, or a ledger that does not contain the counter's head is refused with exit code 3.
+After COMMIT the event's number and head go to a small file in another folder. Opening replays the events: a chain that does not hold,
+rows other than the events tell, or a ledger that does not contain the counter's point is refused with exit code 3; each later
+transaction checks the counter's point again, so that a file put back under a running agent is found before it is used.
 A crash between COMMIT and the counter leaves the ledger ahead, which is well: what was not acknowledged was not acted on.
 
-A snapshot of the whole machine restores both together; only a witness elsewhere sees that. It knows no budgets: ``budget`` does.
+WAL, synchronous=EXTRA: one fsync a commit, and a power cut takes back nothing that was acknowledged (DELETE with FULL may: the
+folder is not synced after the journal is gone). A snapshot of the whole machine restores ledger and counter together; only a witness
+elsewhere sees that. It knows no budgets: ``budget`` does.
 """
 
 from __future__ import annotations
@@ -15,14 +18,16 @@ import hashlib
 import json
 import os
 import sqlite3
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-from cloister_shared.encoding import canonical, parse_record, write_durably
-from cloister_shared.errors import RollbackError, StateError
+from cloister_shared.encoding import canonical, digest, parse_record, write_durably
+from cloister_shared.errors import CloisterError, RollbackError, StateError
 
 START = bytes(32)
 SCHEMA = """
@@ -40,6 +45,7 @@ CREATE TABLE IF NOT EXISTS source (
 CREATE TABLE IF NOT EXISTS block (
   id INTEGER PRIMARY KEY,
   name TEXT NOT NULL UNIQUE,
+  field TEXT NOT NULL,
   added_at REAL NOT NULL
 );
 CREATE TABLE IF NOT EXISTS unit (
@@ -78,6 +84,7 @@ CREATE TRIGGER IF NOT EXISTS entry_not_replaced BEFORE INSERT ON entry WHEN EXIS
 CREATE TRIGGER IF NOT EXISTS entry_only_closes BEFORE UPDATE ON entry WHEN OLD.state <> 'reserved' OR NEW.id <> OLD.id
   OR NEW.noise_multiplier <> OLD.noise_multiplier OR NEW.sample_rate <> OLD.sample_rate OR NEW.steps <> OLD.steps
   OR NEW.plan <> OLD.plan OR NEW.run <> OLD.run OR NEW.reserved_at <> OLD.reserved_at
+  OR NEW.base <> OLD.base OR NEW.record <> OLD.record
   BEGIN SELECT RAISE(ABORT, 'entries only close'); END;
 """
 for _table, _key in (
@@ -106,6 +113,9 @@ class Point:
     head: bytes
 
 
+ORIGIN = Point(0, START)
+
+
 def link(head: bytes, record: bytes) -> bytes:
     """The head after ``record``."""
     return hashlib.sha256(head + record).digest()
@@ -114,9 +124,13 @@ def link(head: bytes, record: bytes) -> bytes:
 class Counter:
     """The newest point of a ledger, in a file of its own that never goes back.
 
+    Two slots of one disk sector are written in turn, in place: a write that breaks off leaves the other.
+
     Args:
         path: The file; its folder must not be the ledger's.
     """
+
+    SLOT = 160
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -132,26 +146,67 @@ class Counter:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise StateError("the ledger's counter cannot be read", where=str(self.path), got=str(error)) from error
-        try:
-            record = parse_record(data, str(self.path))
-            point = Point(int(record["seq"]), bytes.fromhex(record["head"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise RollbackError(
-                "the ledger's counter is damaged", where=str(self.path), got=str(error)[:100]
-            ) from error
-        return point
+            raise self._unusable(error) from error
+        return self._newest(data)[0]
 
-    def advance(self, point: Point) -> None:
-        """Writes ``point`` unless a newer one is there; racing processes are serialised by a lock."""
-        lock = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    def create(self) -> None:
+        """Writes the point before the first event; the caller holds the ledger's write lock and has found no counter."""
+        write_durably(self.path, 2 * self._slot(ORIGIN))
+
+    def advance(self, point: Point, *, sync: bool = True) -> None:
+        """Writes ``point`` unless a newer one is there; racing processes are serialised by a lock.
+
+        Raises:
+            RollbackError: The file is missing or damaged, or has another head for this number.
+        """
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            now = self.read()
-            if now is None or now.seq < point.seq:
-                write_durably(self.path, canonical({"seq": point.seq, "head": point.head.hex()}))
-        finally:
-            os.close(lock)
+            file = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                now, slot = self._newest(os.pread(file, 4 * self.SLOT, 0))
+                if now.seq == point.seq and now.head != point.head:
+                    raise RollbackError("the ledger's history was changed", where=str(self.path))
+                if now.seq < point.seq:
+                    os.pwrite(file, self._slot(point), (1 - slot) * self.SLOT)
+                if sync:
+                    _datasync(file)
+            finally:
+                os.close(file)
+        except FileNotFoundError as error:
+            raise RollbackError("the ledger's counter is missing", where=str(self.path)) from error
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> StateError:
+        return StateError(
+            "the ledger's counter cannot be used",
+            where=str(self.path),
+            got=str(error),
+            mend="free space, or see to the file's owner and mode",
+        )
+
+    @classmethod
+    def _slot(cls, point: Point) -> bytes:
+        record = {"seq": point.seq, "head": point.head.hex()}
+        return canonical(record | {"check": digest(canonical(record))[:16]}).ljust(cls.SLOT - 1) + b"\n"
+
+    def _newest(self, data: bytes) -> tuple[Point, int]:
+        found = []
+        for slot in (0, 1):
+            part = data[slot * self.SLOT : (slot + 1) * self.SLOT]
+            try:
+                point = Point(int((record := parse_record(part, ""))["seq"]), bytes.fromhex(record["head"]))
+            except (CloisterError, ValueError, KeyError, TypeError):
+                continue
+            if part == self._slot(point):
+                found.append((point, slot))
+        if len(data) != 2 * self.SLOT or not found:
+            raise RollbackError(
+                "the ledger's counter is damaged",
+                where=str(self.path),
+                mend="put it back from where it was copied to; without it nobody can say whether the ledger is the newest",
+            )
+        return max(found, key=lambda f: f[0].seq)
 
 
 class Chain:
@@ -168,96 +223,158 @@ class Chain:
 
     def __init__(self, path: Path, counter: Path) -> None:
         self.path, self.counter = path, Counter(counter)
-        with self._connection() as db:
-            for statement in SCHEMA.split(";\n"):
-                if statement.strip():
-                    db.execute(statement)
-            last = self._verify(db)
-        path.chmod(0o600)
+        self._lock = threading.Lock()
+        self._db, self._file, self._pid = self._connect()
+        with self._locked("DEFERRED") as db:
+            known, whole = self.counter.read(), _objects(db) == _expected()
+            last = self._verify(db, known) if whole and known else None
+        if last is None:
+            with self._locked("IMMEDIATE") as db:
+                for statement in SCHEMA.split(";\n"):
+                    if statement.strip():
+                        db.execute(statement)
+                if _objects(db) != _expected():
+                    raise self._broken("other tables or triggers", "those of this version")
+                known = self.counter.read()
+                last = self._verify(db, known)
+                if known is None:
+                    self.counter.create()
         self.counter.advance(last)
+        self._last = last
 
-    @contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
+    def _connect(self) -> tuple[sqlite3.Connection, os.stat_result, int]:
         db = None
         try:
-            db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
-            db.execute("PRAGMA synchronous=FULL")
+            # The file's mode before SQLite writes to it: its -wal and -shm take the same.
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            self.path.chmod(0o600)
+            db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=EXTRA")
             db.execute("PRAGMA foreign_keys=ON")
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-            db.execute("COMMIT")
-        except sqlite3.IntegrityError:
-            raise
-        except sqlite3.Error as error:
-            raise StateError(
-                "the ledger cannot be used",
-                where=str(self.path),
-                got=str(error),
-                mend="free space, or see to the file's owner and mode; restore no older copy",
-            ) from error
-        finally:
+            found = self.path.stat()
+        except (sqlite3.Error, OSError) as error:
             if db is not None:
                 db.close()
+            raise self._unusable(error) from error
+        self.close = weakref.finalize(self, _close, db, os.getpid())
+        return db, found, os.getpid()
+
+    def _unusable(self, error: Exception) -> StateError:
+        return StateError(
+            "the ledger cannot be used",
+            where=str(self.path),
+            got=str(error),
+            mend="free space, or see to the file's owner and mode; restore no older copy",
+        )
 
     @contextmanager
-    def transaction(self, *records: dict[str, Any]) -> Iterator[tuple[sqlite3.Connection, list[dict[str, Any]]]]:
-        """One transaction; the events put into the yielded list are chained in it and the counter follows the commit."""
-        events = list(records)
-        point = None
-        with self._connection() as db:
+    def _locked(self, how: Literal["DEFERRED", "IMMEDIATE"]) -> Iterator[sqlite3.Connection]:
+        if os.getpid() != self._pid:
+            raise StateError("a ledger does not outlive a fork", where=str(self.path), mend="open it again")
+        with self._lock:
+            db = self._db
+            try:
+                now = self.path.stat()
+                if (now.st_dev, now.st_ino) != (self._file.st_dev, self._file.st_ino):
+                    raise self._broken("another file", "the one that was opened")
+                db.execute(f"BEGIN {how}")
+                try:
+                    yield db
+                    db.execute("COMMIT")
+                except BaseException:
+                    if db.in_transaction:
+                        db.execute("ROLLBACK")
+                    raise
+            except FileNotFoundError as error:
+                raise self._broken("no file", "the one that was opened") from error
+            except sqlite3.IntegrityError:
+                raise
+            except sqlite3.Error as error:
+                raise self._unusable(error) from error
+
+    @contextmanager
+    def transaction(self, *, sync: bool = True) -> Iterator[tuple[sqlite3.Connection, list[dict[str, Any]]]]:
+        """One writing transaction; the events put into the yielded list are chained in it and the counter follows the commit.
+
+        Args:
+            sync: Whether the counter's own write is synced as well; the ledger's always is.
+        """
+        events: list[dict[str, Any]] = []
+        with self._locked("IMMEDIATE") as db:
+            last = self._newest(db, self.counter.read())
             yield db, events
-            if events:
-                point = self._last(db)
-                for record in events:
-                    data = canonical(record)
-                    point = Point(point.seq + 1, link(point.head, data))
-                    db.execute("INSERT INTO event (seq, head, record) VALUES (?, ?, ?)", (point.seq, point.head, data))
-        if point is not None:
-            self.counter.advance(point)
+            for record in events:
+                data = canonical(record)
+                last = Point(last.seq + 1, link(last.head, data))
+                db.execute("INSERT INTO event (seq, head, record) VALUES (?, ?, ?)", (last.seq, last.head, data))
+        if events:
+            self.counter.advance(last, sync=sync)
+        self._last = last
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """One reading transaction; it waits for nobody."""
+        known = self.counter.read()  # before the snapshot, which then is no older
+        with self._locked("DEFERRED") as db:
+            last = self._newest(db, known)
+            yield db
+        self._last = last
+
+    def _newest(self, db: sqlite3.Connection, known: Point | None) -> Point:
+        for point in (known, self._last):
+            if point is None:
+                raise self._missing()
+            if point != ORIGIN and db.execute("SELECT head FROM event WHERE seq = ?", (point.seq,)).fetchone() != (
+                point.head,
+            ):
+                raise self._gone_back(point, f"{self._end(db).seq} events")
+        return self._end(db)
 
     @staticmethod
-    def _last(db: sqlite3.Connection) -> Point:
+    def _end(db: sqlite3.Connection) -> Point:
         row = db.execute("SELECT seq, head FROM event ORDER BY seq DESC LIMIT 1").fetchone()
-        return Point(row[0], row[1]) if row else Point(0, START)
+        return Point(row[0], row[1]) if row else ORIGIN
 
-    def _verify(self, db: sqlite3.Connection) -> Point:
-        known, point = self.counter.read(), Point(0, START)
+    def _verify(self, db: sqlite3.Connection, known: Point | None) -> Point:
+        point, story = ORIGIN, _Story()
         found = known == point
-        entries: dict[int, tuple[Any, ...]] = {}
-        charges: set[tuple[int, int]] = set()
         for seq, head, data in db.execute("SELECT seq, head, record FROM event ORDER BY seq"):
+            if not isinstance(data, bytes):
+                raise self._broken(f"event {seq}", "bytes")
             point = Point(point.seq + 1, link(point.head, data))
             if (seq, head) != (point.seq, point.head):
                 raise self._broken(f"event {seq}", "the chain of hashes")
             found = found or point == known
-            _replay(json.loads(data), entries, charges)
-        if known is not None and not found:
-            forked = known.seq <= point.seq
-            raise RollbackError(
-                "the ledger's history was changed" if forked else "the ledger went back in time",
-                where=str(self.path),
-                expected=f"event {known.seq} with head {known.head.hex()[:16]} ({self.counter.path})",
-                got=f"{point.seq} events",
-                mend="put the newest ledger back; if it is lost, its text counts as spent: register none of it again",
-            )
+            try:
+                story.tell(json.loads(data))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise self._broken(f"event {seq}", "an event that may follow those before it") from error
         if known is None and point.seq:
-            raise RollbackError(
-                "the ledger's counter is missing",
-                where=str(self.counter.path),
-                expected=f"a point at or before event {point.seq}",
-                mend="put it back from where it was moved to",
-            )
-        rows = db.execute("SELECT id, state, run, round, plan, noise_multiplier, sample_rate, steps FROM entry")
-        if {row[0]: tuple(row[1:]) for row in rows} != entries:
-            raise self._broken("table entry", "what the events tell")
-        if set(db.execute("SELECT entry, block FROM charge")) != charges:
-            raise self._broken("table charge", "what the events tell")
+            raise self._missing()
+        if known is not None and not found:
+            raise self._gone_back(known, f"{point.seq} events", forked=known.seq <= point.seq)
+        for table, there, told in story.against(db):
+            if there != told:
+                raise self._broken(f"table {table}", "what the events tell")
         return point
+
+    def _missing(self) -> RollbackError:
+        return RollbackError(
+            "the ledger's counter is missing",
+            where=str(self.counter.path),
+            expected=f"a point of {self.path}",
+            mend="put it back from where it was moved to",
+        )
+
+    def _gone_back(self, known: Point, got: str, *, forked: bool = False) -> RollbackError:
+        return RollbackError(
+            "the ledger's history was changed" if forked else "the ledger went back in time",
+            where=str(self.path),
+            expected=f"event {known.seq} with head {known.head.hex()[:16]} ({self.counter.path})",
+            got=got,
+            mend="put the newest ledger back; if it is lost, its text counts as spent: register none of it again",
+        )
 
     def _broken(self, got: str, expected: str) -> RollbackError:
         return RollbackError(
@@ -269,12 +386,97 @@ class Chain:
         )
 
 
-def _replay(record: dict[str, Any], entries: dict[int, tuple[Any, ...]], charges: set[tuple[int, int]]) -> None:
-    kind = record["event"]
-    if kind == "reserve":
-        names = ("run", "round", "plan", "noise_multiplier", "sample_rate", "steps")
-        entries[record["entry"]] = ("reserved", *(record[n] for n in names))
-        charges.update((record["entry"], block) for block in record["blocks"])
-    elif kind in ("spend", "lose", "void"):
-        state = {"spend": "spent", "lose": "lost", "void": "void"}[kind]
-        entries[record["entry"]] = (state, *entries[record["entry"]][1:])
+# macOS has no fdatasync.
+_datasync = getattr(os, "fdatasync", os.fsync)
+
+
+def _close(db: sqlite3.Connection, pid: int) -> None:
+    # A forked child holds the parent's file and none of its locks.
+    if os.getpid() == pid:
+        db.close()
+
+
+def _objects(db: sqlite3.Connection) -> set[tuple[str, str, str | None]]:
+    return set(db.execute("SELECT type, name, sql FROM sqlite_master"))
+
+
+def _expected() -> set[tuple[str, str, str | None]]:
+    db = sqlite3.connect(":memory:")
+    try:
+        db.executescript(SCHEMA)
+        return _objects(db)
+    finally:
+        db.close()
+
+
+class _Story:
+    """What the events tell that the tables must hold."""
+
+    ENTRY = ("run", "round", "plan", "base", "noise_multiplier", "sample_rate", "steps")
+    CLOSED: ClassVar = {"spend": "spent", "lose": "lost", "void": "void"}
+
+    def __init__(self) -> None:
+        self.entries: dict[int, tuple[Any, ...]] = {}
+        self.charges: dict[tuple[int, int], tuple[float, float, float]] = {}
+        self.blocks: dict[int, tuple[Any, ...]] = {}
+
+    def tell(self, record: dict[str, Any]) -> None:
+        """One event.
+
+        Raises:
+            ValueError: It cannot follow those before it.
+        """
+        kind = record["event"]
+        if kind == "data":
+            _next(record["block"], self.blocks)
+            self.blocks[record["block"]] = (
+                record["name"],
+                record["field"],
+                record["at"],
+                record["units"],
+                record["tags"],
+            )
+        elif kind == "reserve":
+            _next(record["entry"], self.entries)
+            facts = tuple(record[name] for name in self.ENTRY)
+            self.entries[record["entry"]] = ("reserved", None, record["at"], None, record["plan"], *facts)
+            for block, admitted in zip(record["blocks"], record["admitted"], strict=True):
+                self.charges[record["entry"], block] = (admitted, record["cap"], record["delta"])
+        elif kind in self.CLOSED:
+            state, _, reserved_at, _, *rest = self.entries[record["entry"]]
+            if state != "reserved":
+                raise ValueError("closed already")
+            now = (self.CLOSED[kind], record.get("update"), reserved_at, record["at"], *rest)
+            self.entries[record["entry"]] = now
+
+    def against(self, db: sqlite3.Connection) -> Iterator[tuple[str, object, object]]:
+        """Each table's name, what it holds, and what it must hold."""
+        yield (
+            "entry",
+            {
+                row[0]: (*row[1:5], digest(row[5]), *row[6:])
+                for row in db.execute(
+                    f"SELECT id, state, update_digest, reserved_at, closed_at, record, {', '.join(self.ENTRY)} FROM entry"  # noqa: S608
+                )
+            },
+            self.entries,
+        )
+        charges = db.execute("SELECT entry, block, admitted, cap, delta FROM charge")
+        yield "charge", {(row[0], row[1]): tuple(row[2:]) for row in charges}, self.charges
+        counts = dict.fromkeys(self.blocks, 0)
+        hashes = {block: hashlib.sha256() for block in self.blocks}
+        for tag, block in db.execute("SELECT tag, block FROM unit ORDER BY tag"):
+            if block not in hashes:
+                yield "unit", block, None
+            counts[block] += 1
+            hashes[block].update(tag)
+        blocks = {
+            row[0]: (*row[1:], counts.get(row[0], 0), hashes[row[0]].hexdigest() if row[0] in hashes else "")
+            for row in db.execute("SELECT id, name, field, added_at FROM block")
+        }
+        yield "block or unit", blocks, self.blocks
+
+
+def _next(number: object, before: dict[int, Any]) -> None:
+    if number != len(before) + 1:
+        raise ValueError("numbers do not follow")

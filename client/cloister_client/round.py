@@ -179,9 +179,11 @@ def settle(desk: Desk, receipts: tuple[Receipt, ...]) -> None:
 def kept_update(desk: Desk, core: PlanCore) -> bytes | None:
     """The noised update of this very work, if it was made before: a retry neither trains nor charges again."""
     path = desk.kept / f"{core.digest}.f32"
-    if not desk.ledger.knows(core.digest) or not path.is_file():
+    spent = desk.ledger.spent_on(core.digest)
+    if spent is None or not path.is_file():
         return None
-    return path.read_bytes()
+    update = path.read_bytes()
+    return update if digest(update) == spent else None
 
 
 def work(desk: Desk, core: PlanCore, rest: bytes) -> tuple[bytes, tuple[NonPrivateRelease, ...]]:

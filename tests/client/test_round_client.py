@@ -214,10 +214,29 @@ def test_an_agent_that_died_while_it_kept_the_update_hands_it_over_without_a_sec
     client.desk.ledger.reserve(core, 1000)
     made = bytes(4 * client.world.schema.size)
     (client.desk.kept / f"{core.digest}.f32").write_bytes(made)
+    (client.desk.kept / ".half.f32.17.tmp").write_bytes(made[:100])
     fresh = client.again()
-    assert fresh.states() == ["lost"]
+    assert fresh.states() == ["spent"]
+    assert fresh.kept() == [f"{core.digest}.f32"]
     assert fresh.update(fresh.ask(core)) == made
     assert fresh.desk.ledger.standing().rounds == 1
+
+
+def test_a_kept_update_other_than_the_one_that_was_spent_does_not_leave(client: Client) -> None:
+    core = client.core()
+    client.update(client.ask(core))
+    path = client.desk.kept / f"{core.digest}.f32"
+    path.write_bytes(bytes(path.stat().st_size))
+    assert client.refusal(client.ask(core, attempt=2))["rule"] == "budget.already_done"
+
+
+def test_a_kept_update_of_a_lost_round_does_not_leave(client: Client) -> None:
+    core = client.core()
+    client.desk.ledger.lose(client.desk.ledger.reserve(core, 1000).entry)
+    made = bytes(4 * client.world.schema.size)
+    (client.desk.kept / f"{core.digest}.f32").write_bytes(made)
+    assert client.update(client.ask(core)) != made
+    assert client.states() == ["lost", "spent"]
 
 
 def test_a_kept_file_that_the_ledger_does_not_know_is_no_update(client: Client) -> None:

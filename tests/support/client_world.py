@@ -203,7 +203,7 @@ def open_desk(world: World, site: Site, records: tuple[Record, ...], **changes: 
     """The agent's desk over a site's folder, as a new process would make it."""
     agent, policy = site.agent_home, policy_for(world.card, **changes)
     ledger = Ledger(agent / "ledger.db", site.counter, policy.limits)
-    ledger.close_open()
+    ledger.close_open(agent / "kept")
     return Desk(
         site.name,
         site.coordinator(),
