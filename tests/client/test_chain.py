@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cloister_client import chain
 from cloister_client.budget import Ledger
 from cloister_client.chain import ORIGIN, Counter, Point, link
 from cloister_client.data import open_ledger as open_sites_ledger
@@ -403,7 +402,7 @@ def test_a_counter_that_cannot_be_written_is_told_and_what_was_reserved_stays_ch
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(chain.os, "pwrite", full)
+        patched.setattr("cloister_client.chain.os.pwrite", full)
         with pytest.raises(StateError, match="counter cannot be used") as told:
             ledger.reserve(core(1), 1000)
     assert "No space left" in told.value.got

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cloister_client import noise
 from cloister_client.clipping import SecureDPOptimizer
 from cloister_client.train import Trainer
 from cloister_model.tokens import Encoded
+from cloister_shared import noise
 
 from support.client_oracle import make_trainer
 from support.client_world import BERT_TASK, GPT2_TASK, spec

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cloister_client import noise
 from cloister_client.clipping import SecureDPOptimizer
 from cloister_client.train import Trainer
 from cloister_model.build import read_vector, trained
 from cloister_model.tokens import Encoded
+from cloister_shared import noise
 from cloister_shared.plan import TrainingSpec
 from torch import Tensor
 
