@@ -13,7 +13,7 @@ from cloister_model.quiet import quieten
 
 quieten()
 
-from bench import training, whole  # noqa: E402  # after the libraries are quiet
+from bench import accounting, training, whole  # noqa: E402  # after the libraries are quiet
 
 
 def _cpu() -> str:
@@ -26,6 +26,7 @@ def _cpu() -> str:
 
 def main() -> None:
     """Runs all."""
+    costs = accounting.measure()
     steps = training.measure()
     demo = whole.measure()
     overhead = statistics.median(r["overhead"] for r in demo["rounds"])
@@ -41,12 +42,15 @@ def main() -> None:
         ("bytes of an update on the wire / adapter's own", f"{demo['wire_ratio']:.4f}", "<= 1.05"),
     ]
     figures += training.figures(steps)
+    figures += accounting.figures(costs)
     machine = f"{_cpu()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
     print(f"machine: {machine}")
     print(f"versions: {', '.join(f'{p} {version(p)}' for p in packages)}")
     for name, value, target in figures:
         print(f"{name:62} {value:>10}   {target}")
-    Path("bench.json").write_text(json.dumps({"machine": machine, "demo": demo, "steps": steps}, indent=1) + "\n")
+    Path("bench.json").write_text(
+        json.dumps({"machine": machine, "demo": demo, "steps": steps, "accounting": costs}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -343,7 +343,7 @@ def report(root: Path, coordinator: Coordinator, started: float, shares: Shares)
         f"Exported adapter: {folder}",
         f"Took {seconds:.0f} s. Try next:",
         f"  {name} rounds show {last.number}{option}",
-        f"  {name} site status{option}",
+        f"  {name} privacy status{option}",
         f"  {name} rounds export 1{option}",
     ):
         print(line)

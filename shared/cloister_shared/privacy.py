@@ -87,7 +87,15 @@ def _kinds(events: tuple[DpSgd, ...]) -> tuple[tuple[tuple[float, float], int], 
 
 def _error(events: tuple[DpSgd, ...], delta: float) -> float:
     # Absolute where budgets are, relative where epsilon is so large that it protects nobody and a grid would not fit in memory.
-    return max(0.005, accountants.rdp(_kinds(events), delta) / 2000)
+    return max(0.005, accountants.rdp(_kinds(events), delta) / 1000)
+
+
+def _interval(events: tuple[DpSgd, ...], error: float) -> float:
+    """Width of PLD's dots: the pessimism of connecting them grows with their square a step, and must be small beside one step's loss."""
+    kinds = _kinds(events)
+    spread = [(steps, rate * math.sqrt(math.expm1(min(50.0, sigma**-2)))) for (sigma, rate), steps in kinds]
+    one = sum(n * s * s for n, s in spread) / sum(n * s for n, s in spread)
+    return min(error / 2.5, math.sqrt(8 * error / 5 / sum(n for n, _ in spread)), max(1e-7, one / 4))
 
 
 @lru_cache(maxsize=4096)
@@ -104,8 +112,7 @@ def _estimate(events: tuple[DpSgd, ...], delta: float) -> float:
 @lru_cache(maxsize=4096)
 def _charge(events: tuple[DpSgd, ...], delta: float) -> float:
     error = _error(events, delta)
-    # Connect-the-dots adds about an eighth of the interval's square a step.
-    interval = min(error / 5, math.sqrt(8 * error / 5 / sum(steps for _, steps in _kinds(events))))
+    interval = _interval(events, error)
     upper, other = _prv(events, delta), accountants.pld(_kinds(events), delta, interval)
     if not upper >= other - max(DISAGREEMENT, 2 * error):
         raise StateError(
