@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cloister_client.budget import Ledger
+from cloister_client.budget import Ledger, Limits
 from cloister_client.chain import ORIGIN, Counter, Point, link
 from cloister_client.data import open_ledger as open_sites_ledger
 from cloister_client.site import Site
@@ -28,10 +28,11 @@ from cloister_shared.errors import CloisterError, RefusedError, RollbackError, S
 from cloister_shared.signing import SigningKey
 
 from support import client_zygote
-from support.client_ledgers import core, open_ledger, tags
+from support.client_ledgers import DELTA, core, open_ledger, tags
 from support.client_world import make_records, make_site, make_world, write_records
 
 CAP = 50.0
+LIMITS = Limits(CAP, DELTA)
 UPDATE = "ab" * 32
 
 
@@ -165,7 +166,7 @@ ROLLBACKS: dict[str, Callable[[Place], None]] = {
 def test_what_went_back_or_forked_is_refused(place: Place, name: str) -> None:
     ROLLBACKS[name](place)
     with pytest.raises(RollbackError) as refused:
-        open_ledger(place.now, CAP)
+        Ledger(place.db, place.counter, LIMITS)
     assert refused.value.exit_code == 3
     assert refused.value.where
     assert "\n" not in str(refused.value)
@@ -292,7 +293,7 @@ EDITS: dict[str, tuple[str | Callable[[sqlite3.Connection], None], ...]] = {
 def test_what_was_edited_by_hand_is_refused_though_the_triggers_were_dropped(place: Place, name: str) -> None:
     _edit(place.db, *EDITS[name])
     with pytest.raises(RollbackError) as refused:
-        open_ledger(place.now, CAP)
+        Ledger(place.db, place.counter, LIMITS)
     assert refused.value.exit_code == 3
 
 
