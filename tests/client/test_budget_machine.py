@@ -279,7 +279,7 @@ class AnybodyVoids(Ledger):
 
 
 def test_the_ledger_does_as_the_model_does() -> None:
-    run_state_machine_as_test(Budget, settings=CALM)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(Budget, settings=CALM)
 
 
 @pytest.mark.parametrize("fault", [RefundAtRestart, RefundOfLost, ForgetsAtEachPeriod, AnybodyVoids])
@@ -287,7 +287,7 @@ def test_the_machine_finds_a_planted_fault(fault: type[Ledger]) -> None:
     planted = type("Planted", (Budget,), {"ledger_type": fault})
     found = settings(CALM, max_examples=300, phases=[Phase.generate], report_multiple_bugs=False, database=None)
     with pytest.raises((AssertionError, pytest.fail.Exception)):
-        run_state_machine_as_test(planted, settings=found)  # type: ignore[no-untyped-call]
+        run_state_machine_as_test(planted, settings=found)
 
 
 PLANS = st.lists(

@@ -131,10 +131,14 @@ def test_status_without_a_site_says_so(tmp_path: Path) -> None:
 
 
 def test_an_older_ledger_is_refused_with_three(site: Site, tmp_path: Path) -> None:
-    old = (site.agent_home / "ledger.db").read_bytes()
+    old = {path.name: path.read_bytes() for path in site.agent_home.glob("ledger.db*")}
     ledger = open_ledger(site)
     ledger.spend(ledger.reserve(core(1), 1000).entry, "ab" * 32)
-    (site.agent_home / "ledger.db").write_bytes(old)
+    del ledger
+    for path in site.agent_home.glob("ledger.db*"):
+        path.unlink()
+    for name, data in old.items():
+        (site.agent_home / name).write_bytes(data)
     assert "went back in time" in run("--home", str(tmp_path / "home"), "privacy", "status", code=3)
 
 
