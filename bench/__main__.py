@@ -13,7 +13,7 @@ from cloister_model.quiet import quieten
 
 quieten()
 
-from bench import ledger, training, whole  # noqa: E402  # after the libraries are quiet
+from bench import accounting, ledger, training, whole  # noqa: E402  # after the libraries are quiet
 
 
 def _cpu() -> str:
@@ -26,6 +26,7 @@ def _cpu() -> str:
 
 def main() -> None:
     """Runs all."""
+    costs = accounting.measure()
     steps = training.measure()
     budget = ledger.measure()
     demo = whole.measure()
@@ -42,6 +43,7 @@ def main() -> None:
         ("bytes of an update on the wire / adapter's own", f"{demo['wire_ratio']:.4f}", "<= 1.05"),
     ]
     figures += training.figures(steps)
+    figures += accounting.figures(costs)
     figures += ledger.figures(budget)
     machine = f"{_cpu()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
     print(f"machine: {machine}")
@@ -49,7 +51,8 @@ def main() -> None:
     for name, value, target in figures:
         print(f"{name:62} {value:>10}   {target}")
     Path("bench.json").write_text(
-        json.dumps({"machine": machine, "demo": demo, "steps": steps, "ledger": budget}, indent=1) + "\n"
+        json.dumps({"machine": machine, "demo": demo, "steps": steps, "accounting": costs, "ledger": budget}, indent=1)
+        + "\n"
     )
 
 

@@ -413,6 +413,15 @@ class Ledger:
             ).rowcount
         )
 
+    def covers(self, plan: str, update_digest: str) -> bool:
+        """Whether this work is charged, and was spent for this update where it was spent for one."""
+        with self._chain.transaction() as (db, _):
+            row = db.execute(
+                "SELECT 1 FROM entry WHERE plan = ? AND (state = 'lost' OR (state = 'spent' AND update_digest = ?))",
+                (plan, update_digest),
+            ).fetchone()
+        return row is not None
+
     def knows(self, plan: str) -> bool:
         """Whether this work was ever reserved here."""
         with self._chain.reading() as db:

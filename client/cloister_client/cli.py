@@ -93,6 +93,7 @@ def enrol(
         base=base or card.base_source,
         records=records,
         runtime_port=free_port(),
+        unit="field" if unit_field else "record",
         device=device,
     )
     added = add_text(read_site(folder), source)

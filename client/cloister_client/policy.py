@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cloister_shared.errors import InputError, RefusedError
-from cloister_shared.plan import TASK_KINDS, PlanCore
+from cloister_shared.plan import REPORTS, TASK_KINDS, PlanCore
 from cloister_shared.settings import quote, read_toml
 
 from cloister_client.budget import Limits
-
-NONPRIVATE = ("loss",)
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def read_policy(path: Path) -> Policy:
         sandbox=table.text("sandbox", choices=("required", "preferred")),
         period_days=table.integer("period_days", 0, 36_500, 0),
         period_epsilon_cap=table.number("period_epsilon_cap", 0, 1000, 0.0),
-        nonprivate_releases=table.texts("nonprivate_releases", [], choices=NONPRIVATE),
+        nonprivate_releases=table.texts("nonprivate_releases", [], choices=REPORTS),
     )
     table.finish()
     if (policy.period_days > 0) != (policy.period_epsilon_cap > 0):
@@ -151,5 +149,8 @@ def check(policy: Policy, core: PlanCore) -> None:
         refuse("least_noise", "too little noise", f">= {policy.least_noise}", core.training.noise_multiplier)
     if core.training.delta != policy.delta:
         refuse("delta", "the plan states another delta than the policy", policy.delta, core.training.delta)
+    if odd := sorted(set(core.reports) - set(policy.nonprivate_releases)):
+        allowed = ", ".join(policy.nonprivate_releases) or "none"
+        refuse("nonprivate_releases", "un-noised numbers may not leave", allowed, ", ".join(odd))
     if len(core.cohort) < policy.least_cohort:
         refuse("least_cohort", "the cohort is too small", f">= {policy.least_cohort}", len(core.cohort))

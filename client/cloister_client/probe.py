@@ -110,6 +110,10 @@ def _run(
         p.grad = None
         setattr(p, "grad_sample", None)  # noqa: B010
     each = each_loss(data, (0, 1))
+    if each.shape != (2,):
+        raise RefusedError(
+            "train.coupled", "the loss is not one per record", expected="(2,)", got=str(tuple(each.shape))
+        )
     torch.autograd.backward(each.sum())
     out: dict[str, Tensor] = {}
     for name, p in named.items():

@@ -1,9 +1,9 @@
 """The story of a round at the client.
 
-    open envelope -> verify plan -> receipts -> kept update? -> policy -> reserve -> train with DP -> keep -> spend -> seal
+    open envelope -> verify plan -> receipts -> policy -> kept update? -> reserve -> account -> train with DP -> keep -> spend
+    -> release -> seal
 
-Everything called here is a leaf. What leaves is one of: a sealed update (noised), a sealed refusal (the rule's name and its public
-limits, no text, no number about text), a sealed acknowledgement, or the fixed word ``unreadable``. A refusal never depends on the
+Everything called here is a leaf. What leaves passed ``release``, or is one of its fixed words. A refusal never depends on the
 text: labels and records are checked at the agent's start, where only the data owner sees the error.
 """
 
@@ -20,7 +20,7 @@ from cloister_model.base import BaseModel
 from cloister_model.build import build, schema_of
 from cloister_model.tokens import Encoded, encode
 from cloister_shared.cards import CoordinatorCard
-from cloister_shared.encoding import canonical, digest, write_durably
+from cloister_shared.encoding import digest, write_durably
 from cloister_shared.errors import CloisterError, RefusedError, VerificationError
 from cloister_shared.plan import Plan, PlanCore, Receipt, TaskSpec, read_closing, read_parent
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, SealingKey, open_envelope, seal
@@ -29,6 +29,7 @@ from cloister_shared.vectors import F32, clipped, vector_to_bytes
 
 from cloister_client.budget import Ledger
 from cloister_client.policy import Policy, check
+from cloister_client.release import NoisedUpdate, NonPrivateRelease, refusal, release
 from cloister_client.train import Device, Trainer
 from cloister_client.units import Units
 
@@ -123,20 +124,13 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
         check(desk.policy, core)
         if abs(time.time() - plan.issued) > PLAN_SECONDS:
             raise RefusedError("policy.plan_age", "the plan is stale", expected=f"issued within {PLAN_SECONDS} s")
-        update = kept_update(desk, core) or work(desk, core, rest)
-        answer = _seal(desk, plan, header, Codec.UPDATE_F32, update)
+        kept = kept_update(desk, core)
+        update, others = (kept, ()) if kept else work(desk, core, rest)
+        answer = _seal(desk, plan, header, *release(desk.ledger, desk.policy, core, NoisedUpdate(update), others))
         desk.tell.update(state="ready", seconds=time.time() - started, epsilon=desk.ledger.standing().epsilon)
     except CloisterError as error:
-        rule = error.rule if isinstance(error, RefusedError) else "plan.invalid"
         desk.tell.update(state="ready", refusal=f"round {core.round}: {error}")
-        limits = {"expected": error.expected, "got": error.got} if rule.startswith(("policy.", "budget.")) else {}
-        answer = _seal(
-            desk,
-            plan,
-            header,
-            Codec.REFUSAL,
-            canonical({"rule": rule, "what": error.what if limits else "refused"} | limits),
-        )
+        answer = _seal(desk, plan, header, *refusal(error))
     return answer
 
 
@@ -192,8 +186,8 @@ def kept_update(desk: Desk, core: PlanCore) -> bytes | None:
     return update if digest(update) == spent else None
 
 
-def work(desk: Desk, core: PlanCore, rest: bytes) -> bytes:
-    """Policy, budget, training: the noised update's bytes, kept on disk and spent in the ledger.
+def work(desk: Desk, core: PlanCore, rest: bytes) -> tuple[bytes, tuple[NonPrivateRelease, ...]]:
+    """Policy, budget, training: the noised update's bytes, kept on disk and spent in the ledger, and what else the plan asked for.
 
     Raises:
         CloisterError: Refused; what was reserved stays charged.
@@ -250,7 +244,8 @@ def work(desk: Desk, core: PlanCore, rest: bytes) -> bytes:
     )
     try:
         data = desk.text(core.task, reservation.blocks)
-        update = vector_to_bytes(_train(desk, trainer, core, parent, data))
+        vector, loss = _train(desk, trainer, core, parent, data)
+        update = vector_to_bytes(vector)
         write_durably(desk.kept / f"{core.digest}.f32", update)
         desk.ledger.spend(entry, digest(update))
     except BaseException as error:
@@ -260,15 +255,20 @@ def work(desk: Desk, core: PlanCore, rest: bytes) -> bytes:
             what = "training failed; what was reserved stays charged"
             raise RefusedError("train.failed", what, got=f"{type(error).__name__}: {error}"[:300]) from error
         raise
-    return update
+    return update, tuple(NonPrivateRelease(name, loss) for name in core.reports)
 
 
-def _train(desk: Desk, trainer: Trainer, core: PlanCore, parent: F32, data: Encoded) -> F32:
+def _train(desk: Desk, trainer: Trainer, core: PlanCore, parent: F32, data: Encoded) -> tuple[F32, float]:
+    """The update, and the mean of the steps' losses (private; NaN where every batch was empty)."""
+    losses = []
+
     def progress(step: int, steps: int, loss: float) -> None:
         desk.tell.update(step=step, steps=steps, loss=None if math.isnan(loss) else loss)
+        losses.extend([] if math.isnan(loss) else [loss])
 
     update = trainer.run(core.training, parent, data, progress)
-    return update if core.update_norm is None else clipped(update, core.update_norm)
+    mean = sum(losses) / len(losses) if losses else math.nan
+    return (update if core.update_norm is None else clipped(update, core.update_norm)), mean
 
 
 def _seal(desk: Desk, plan: Plan, header: Header, codec: Codec, plaintext: bytes) -> bytes:
@@ -284,7 +284,7 @@ def _seal(desk: Desk, plan: Plan, header: Header, codec: Codec, plaintext: bytes
         base=header.base,
         schema=header.schema,
         plan=header.plan,
-        parameters=len(plaintext) // 4 if codec == Codec.UPDATE_F32 else 0,
+        parameters=header.parameters if codec == Codec.UPDATE_F32 else 0,
         length=len(plaintext),
         time=int(time.time()),
         nonce=os.urandom(16),

@@ -187,6 +187,7 @@ def enrol(
     base: str,
     records: int,
     runtime_port: int,
+    unit: str = "record",
     device: str = "auto",
     threads: int = 0,
 ) -> SiteCard:
@@ -237,7 +238,8 @@ group = -1
     write_durably(link / "ca.crt", card.ca.encode(), mode=0o644)
     card.save(home / "coordinator.json")
     write_durably(home / "policy.toml", policy.to_toml().encode(), mode=0o644)
-    own = SiteCard(name, signing.verify_key.raw.hex(), opening.sealing_key.raw.hex(), node.decode(), records)
+    keys = (signing.verify_key.raw.hex(), opening.sealing_key.raw.hex(), node.decode())
+    own = SiteCard(name, *keys, records, unit, float(policy.epsilon_cap), float(policy.delta))
     own.save(home / "card.json", signing)
     write_durably(home / "site.toml", site_toml.encode(), mode=0o644)
     return own

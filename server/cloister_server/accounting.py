@@ -33,16 +33,20 @@ def spending(store: Store, cores: dict[str, PlanCore]) -> dict[str, tuple[float,
     """
     out = {}
     for client, core in cores.items():
-        history = []
-        for c in store.asked(client):
-            here = (c.run, c.number) == (core.run, core.round)
-            # A row still open is of a coordinator that died: its attempt may have been charged.
-            times = c.charged if here or c.verdict != "open" else max(1, c.charged)
-            if times:
-                history.append(DpSgd(c.noise_multiplier, c.sample_rate, c.steps * times))
-        delta = core.training.delta
+        history, delta = charged_events(store, client, (core.run, core.round)), core.training.delta
         out[client] = epsilon(history, delta), epsilon([*history, core.training.event], delta)
     return out
+
+
+def charged_events(store: Store, client: str, now: tuple[str, int] | None = None) -> list[DpSgd]:
+    """What a client may have been charged so far; ``now`` is the run and round in hand, whose open row is not an old one."""
+    history = []
+    for c in store.asked(client):
+        # Another row still open is of a coordinator that died: its attempt may have been charged.
+        times = c.charged if (c.run, c.number) == now or c.verdict != "open" else max(1, c.charged)
+        if times:
+            history.append(DpSgd(c.noise_multiplier, c.sample_rate, c.steps * times))
+    return history
 
 
 def record_costs(
@@ -63,7 +67,7 @@ def record_costs(
     """
     for client, (before, after) in costs.items():
         why = "no reply before the deadline" if client in sizes else "not online"
-        missing = {"verdict": "missing", "reason": why, "received_bytes": 0, "update": ""}
+        missing = {"verdict": "missing", "reason": why, "received_bytes": 0, "update": "", "report": ""}
         change = changes.setdefault(client, missing)
         known = earlier[client]
         again = change["verdict"] == "accepted" and known.charged and change["update"] == known.update

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from json import loads
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -328,7 +329,7 @@ def show(
             f"{c['epsilon']:.4f}",
             f"{c['received_bytes'] / 1e3:.0f}",
             c["update"][:12],
-            c["reason"],
+            c["reason"] or _told(c["report"]),
         ]
         for c in clients
     ]
@@ -341,6 +342,10 @@ def show(
     record = {"run": found.id, "rule": found.rule, "client_level_statement": said} | row | {"clients": clients}
     console.table(record, title, columns, cells)
     _second_statement(said)
+
+
+def _told(report: str) -> str:
+    return ", ".join(f"{name} {value:.4g} (not private)" for name, value in loads(report or "{}").items())
 
 
 @rounds_app.command()

@@ -22,7 +22,7 @@ from cloister_shared.cards import (
 )
 from cloister_shared.encoding import write_durably
 from cloister_shared.errors import InputError, VerificationError
-from cloister_shared.plan import LINEAR_RULES, RULES, TASK_KINDS, Rule, TaskSpec
+from cloister_shared.plan import LINEAR_RULES, REPORTS, RULES, TASK_KINDS, Rule, TaskSpec
 from cloister_shared.settings import Table, read_toml
 from cloister_shared.signing import SigningKey, read_secret
 from cloister_shared.tls import make_tls
@@ -76,7 +76,9 @@ class Federation:
         rule: Aggregation rule; never ``auto``.
         rounds: Rounds of a run.
         steps: DP-SGD steps per round and site.
-        batch: Expected records per step and site.
+        batch: Expected privacy units per step and site.
+        reports: Un-noised numbers asked of sites beside their updates; each site's policy permits them or refuses.
+        unit_records: Most records of one unit in a step, where a site's unit is a field.
         clipping_norm: L2 bound on one record's gradient.
         adapter_rate: Learning rate of LoRA.
         head_rate: Learning rate of the head.
@@ -98,6 +100,8 @@ class Federation:
     rounds: int
     steps: int
     batch: int
+    reports: tuple[str, ...]
+    unit_records: int
     clipping_norm: float
     adapter_rate: float
     head_rate: float
@@ -182,6 +186,8 @@ def read_federation(path: Path) -> Federation:
         rounds=training.integer("rounds", 1, 100_000),
         steps=training.integer("steps", 1, 100_000),
         batch=training.integer("batch", 1, 1_000_000),
+        reports=training.texts("reports", [], choices=REPORTS),
+        unit_records=training.integer("unit_records", 1, 1000, 16),
         clipping_norm=training.number("clipping_norm", 1e-6, 1e6, 1.0),
         adapter_rate=training.number("adapter_rate", 0, 10, 1e-3),
         head_rate=training.number("head_rate", 0, 10, 3e-2),

@@ -236,6 +236,7 @@ def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
             task=context.federation.task,
             training=member.training,
             update_norm=None if level is None else level.clipping_norm,
+            reports=context.federation.reports,
         )
         spec = core.training
         entries.append(
@@ -299,6 +300,7 @@ def take(
 ) -> None:
     """Opens and judges one reply; whatever is wrong with it costs this client alone."""
     where, size = f"reply of {member.card.name}", 0
+    told: dict[str, float] = {}
     try:
         frame = frame_of(message, where)
         size = len(frame)
@@ -331,7 +333,9 @@ def take(
             free = str(said.get("rule", "")).startswith(("policy.", "budget.", "plan.invalid", "train.un"))
             verdict, update = (REFUSED if free else FAILED), None
         elif header.codec == Codec.UPDATE_F32 and header.parameters == context.schema.size:
-            update = vector_from_bytes(plaintext, context.schema, where)
+            cut = 4 * context.schema.size
+            update = vector_from_bytes(plaintext[:cut], context.schema, where)
+            told = read_report(plaintext[cut:], core, where)
             found = admit_update(update, context.schema, core.training)
             verdict, reason = found.code, found.what
         else:
@@ -347,6 +351,7 @@ def take(
         "verdict": verdict,
         "reason": "" if accepted else reason,
         "received_bytes": size,
+        "report": json.dumps(told) if accepted else "",
         "update": digest(vector_to_bytes(update)) if update is not None else "",
     }
     context.tell(
@@ -369,6 +374,28 @@ def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]
             Receipt(context.run.id, number, client.plan, update, client.verdict, rows[number].adapter or ""),
         )
     return out
+
+
+def read_report(data: bytes, core: PlanCore, where: str) -> dict[str, float]:
+    """The un-noised numbers beside an update, by name; none where there are none.
+
+    Raises:
+        VerificationError: Other numbers than the plan asked for.
+    """
+    if not data:
+        return {}
+    record = parse_record(data, where)
+    told = record.get("nonprivate")
+    if (
+        not isinstance(told, dict)
+        or set(record) != {"nonprivate"}
+        or not set(told) <= set(core.reports)
+        or not all(isinstance(v, float) for v in told.values())
+    ):
+        raise VerificationError(
+            "other numbers than were asked for", where=where, expected=", ".join(core.reports) or "none"
+        )
+    return {str(name): float(value) for name, value in told.items()}
 
 
 def close(context: Context, link: Exchange) -> None:

@@ -24,32 +24,15 @@ from cloister_shared.cards import SiteCard
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.frozen_a import frozen_digest
 from cloister_shared.plan import PlanCore, TrainingSpec
-from cloister_shared.privacy import DpSgd, calibrate, epsilon
+from cloister_shared.privacy import DpSgd, epsilon
 from cloister_shared.vectors import Schema, to_safetensors
 
 from cloister_server.accounting import foresee
 from cloister_server.federation import Coordinator, Federation
 from cloister_server.judge import HeldOutJudge, Judge, NoJudge
+from cloister_server.planning import training_for
 from cloister_server.rounds import Context, Member, Tell, run_rounds
 from cloister_server.store import Run, Store
-
-
-def training_for(federation: Federation, card: SiteCard) -> TrainingSpec:
-    """How one site trains: its sample rate from its declared size, its noise from the target for the whole run."""
-    rate = min(1.0, federation.batch / card.records)
-    sigma = federation.noise_multiplier
-    if sigma is None:
-        sigma = calibrate(rate, federation.steps * federation.rounds, federation.epsilon or 0.0, federation.delta)
-    return TrainingSpec(
-        steps=federation.steps,
-        sample_rate=rate,
-        expected_batch=rate * card.records,
-        noise_multiplier=sigma,
-        clipping_norm=federation.clipping_norm,
-        adapter_rate=federation.adapter_rate,
-        head_rate=federation.head_rate,
-        delta=federation.delta,
-    )
 
 
 def earlier_training(store: Store, run: str, card: SiteCard) -> TrainingSpec | None:

@@ -79,6 +79,7 @@ class RoundClient(SQLModel, table=True):
     charged: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
+    report: str = ""
 
 
 class Metric(SQLModel, table=True):

@@ -21,6 +21,7 @@ from cloister_client.site import enrol, read_site
 from cloister_client.status import read_status
 from cloister_client.supervise import Running
 from cloister_client.train import choose_device
+from cloister_client.units import normalised
 from cloister_flower.bundle import build_bundle
 from cloister_flower.control import Control
 from cloister_model.base import find_base
@@ -99,8 +100,8 @@ def make_federation(
         folder = home / "sites" / name
         text = home / "text" / f"{name}.jsonl"
         write_records(text, records)
-        # The declared size is public: rounded, so that it does not state the true number of records.
-        declared = max(10, round(len(records), -1))
+        # The declared size is public: rounded, so that it does not state the true number of units (copies are one).
+        declared = max(10, round(len({normalised(record.text) for record in records}), -1))
         policy = Policy(
             (base.digest,),
             ("text-classification",),
@@ -342,7 +343,7 @@ def report(root: Path, coordinator: Coordinator, started: float, shares: Shares)
         f"Exported adapter: {folder}",
         f"Took {seconds:.0f} s. Try next:",
         f"  {name} rounds show {last.number}{option}",
-        f"  {name} site status{option}",
+        f"  {name} privacy status{option}",
         f"  {name} rounds export 1{option}",
     ):
         print(line)

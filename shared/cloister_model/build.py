@@ -187,15 +187,16 @@ def load_vector(model: Adapted, vector: F32) -> None:
 
 
 def losses(model: nn.Module, task: TaskSpec, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """One loss per record, ``(n,) float32``; no record's loss depends on another.
+    """One loss per record, ``(n,)``, float32 or the model's own where that is wider; no record's loss depends on another.
 
     For a causal language model it is the mean over the record's own tokens, in nats (Transformers' own mean over the batch's
     tokens couples the records).
     """
-    logits = model(input_ids, attention_mask).float()
+    logits: Tensor = model(input_ids, attention_mask)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if task.kind == "text-classification":
         return nn.functional.cross_entropy(logits, labels, reduction="none")
     targets = input_ids[:, 1:]
-    mask = attention_mask[:, 1:].float()
+    mask = attention_mask[:, 1:].to(logits.dtype)
     each = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none")
     return (each * mask).sum(1) / mask.sum(1).clamp(min=1)

@@ -84,10 +84,16 @@ class Prefix:
 
 
 def frozen_prefix(model: Adapted) -> Prefix | None:
-    """The model's frozen layers, or None where layer 0 is trained or the architecture is not one of ``FAMILIES``."""
+    """The model's frozen layers.
+
+    Returns:
+        None where layer 0 is trained, the architecture is not one of ``FAMILIES``, or layers are checkpointed (reentrant
+        checkpointing takes its gradients by way of the embeddings' output).
+    """
     outer = model.encoder.get_base_model()
     inner = outer.base_model
-    if outer.config.model_type not in FAMILIES:
+    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in outer.modules())
+    if outer.config.model_type not in FAMILIES or checkpointed:
         return None
     depth = int(outer.config.num_hidden_layers)
     owner, name = next(

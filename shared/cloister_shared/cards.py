@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from cloister_shared.encoding import canonical, read_json, write_durably
 from cloister_shared.errors import InputError, VerificationError
-from cloister_shared.plan import TASK_KINDS
+from cloister_shared.plan import TASK_KINDS, UNITS
 from cloister_shared.sealing import SealingKey
 from cloister_shared.signing import SigningKey, VerifyKey
 
@@ -149,7 +149,10 @@ class SiteCard:
         key: Its Ed25519 key, hex.
         sealing: Its sealing key, hex.
         node: PEM of its SuperNode's P-384 key.
-        records: Declared, public number of its records.
+        records: Declared, public number of its privacy units.
+        unit: ``record``, or ``field`` where all records of one person make a unit.
+        epsilon_cap: Lifetime cap on epsilon that its policy states; a promise of planning, the site's ledger enforces it.
+        delta: Delta of the cap.
     """
 
     name: str
@@ -157,6 +160,9 @@ class SiteCard:
     sealing: str
     node: str
     records: int
+    unit: str
+    epsilon_cap: float
+    delta: float
 
     @property
     def verify_key(self) -> VerifyKey:
@@ -185,9 +191,15 @@ def read_site_card(path: Path) -> SiteCard:
     record = read_json(path, "site card")
     signature = record.pop("signature", None)
     _checked(record, SiteCard, path)
-    if not all(isinstance(record[n], str) for n in ("name", "key", "sealing", "node")) or not _whole(
-        record["records"], 1, MAX_RECORDS
-    ):
+    good = (
+        all(isinstance(record[n], str) for n in ("name", "key", "sealing", "node"))
+        and _whole(record["records"], 1, MAX_RECORDS)
+        and record["unit"] in UNITS
+        and all(isinstance(record[n], float) for n in ("epsilon_cap", "delta"))
+        and 0 < record["epsilon_cap"] <= 1000
+        and 0 < record["delta"] <= 0.5
+    )
+    if not good:
         raise InputError("card has a malformed field", where=str(path))
     card = SiteCard(**record)
     check_name(card.name, str(path))

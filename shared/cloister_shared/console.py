@@ -94,7 +94,7 @@ def table(record: dict[str, Any], title: str, columns: Sequence[str], rows: Iter
     if OUTPUT.json:
         print(json.dumps(record, sort_keys=True), flush=True)
         return
-    grid = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    grid = Table(header_style="bold", box=None, pad_edge=False)
     for column in columns:
         grid.add_column(
             column,
@@ -104,6 +104,7 @@ def table(record: dict[str, Any], title: str, columns: Sequence[str], rows: Iter
     for row in rows:
         grid.add_row(*[Text(str(cell)) for cell in row])
     console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(Text(title), soft_wrap=True)
     console.print(grid)
 
 

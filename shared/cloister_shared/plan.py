@@ -27,6 +27,7 @@ FORMAT = "cloister-plan/1"
 TaskKind = Literal["text-classification", "causal-lm"]
 TASK_KINDS = ("text-classification", "causal-lm")
 UNITS = ("record", "field")
+REPORTS = ("loss",)
 Rule = Literal["average", "freeze-a", "exact"]
 RULES: tuple[Rule, ...] = ("average", "freeze-a", "exact")
 LINEAR_RULES: tuple[Rule, ...] = ("average", "freeze-a")
@@ -172,6 +173,7 @@ class PlanCore:
         task: What is learnt.
         training: How, and under which privacy parameters.
         update_norm: L2 bound that the whole update is clipped to, at the client and again at the aggregator; None for none.
+        reports: Un-noised numbers asked for beside the update; a client's policy permits each by name or refuses the plan.
     """
 
     federation: str
@@ -188,6 +190,7 @@ class PlanCore:
     task: TaskSpec
     training: TrainingSpec
     update_norm: float | None = None
+    reports: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _must(
@@ -212,6 +215,11 @@ class PlanCore:
         )
         if self.update_norm is not None:
             _number(self.update_norm, 1e-6, 1e6, "update_norm")
+        _must(
+            set(self.reports) <= set(REPORTS) and len(set(self.reports)) == len(self.reports),
+            "unknown reports",
+            self.reports,
+        )
         for name in ("base", "schema", "parent"):
             _hex(getattr(self, name), 32, name)
 
@@ -243,7 +251,13 @@ class PlanCore:
                     f"other fields than a {kind.__name__}'s",
                     sorted(owner),
                 )
-            for owner, name in ((task, "labels"), (task, "target_modules"), (task, "layers"), (record, "cohort")):
+            for owner, name in (
+                (task, "labels"),
+                (task, "target_modules"),
+                (task, "layers"),
+                (record, "cohort"),
+                (record, "reports"),
+            ):
                 _must(isinstance(owner[name], list), f"{name} is not a list", owner[name])
                 owner[name] = tuple(owner[name])
             return cls(task=TaskSpec(**task), training=TrainingSpec(**training), **record)

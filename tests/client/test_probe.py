@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from cloister_client import train
 from cloister_client.train import Trainer, choose_device
 from cloister_model.base import find_base
-from cloister_model.build import build
+from cloister_model.build import Adapted, build, load_vector, losses, read_vector, schema_of
 from cloister_shared.errors import RefusedError, StateError
 from cloister_shared.plan import TaskSpec
 from cloister_shared.processes import Group
+from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
+
+from support.client_oracle import apart, clipped_sum, make_trainer, summed
+from support.client_world import BERT_TASK, CPU, GPT2_TASK, random_vector, spec
 
 
 def test_tokens_in_the_first_dimension_are_refused(tiny_gpt2: Path, tmp_path: Path) -> None:
@@ -42,6 +50,92 @@ def test_a_trained_layer_without_gradient_is_refused_before_anything_is_charged(
     task = TaskSpec("text-classification", ("a", "b"), 32, ("dense",), (), 4, 8.0)
     with pytest.raises(RefusedError, match="no gradient per record"):
         Trainer(build(find_base(str(tiny_bert), "t"), task, "t"), task, choose_device("cpu"))
+
+
+Losses = Callable[[nn.Module, TaskSpec, Tensor, Tensor, Tensor], Tensor]
+TRUE_LOSSES: Losses = losses
+
+
+def _token_mean(model: nn.Module, task: TaskSpec, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    """What Transformers does: the mean is over the tokens of the whole batch."""
+    own = TRUE_LOSSES(model, task, ids, mask, labels)
+    tokens = (mask[:, 1:].sum(1)).float()
+    return own * tokens / tokens.sum()
+
+
+def _batch_mean(model: nn.Module, task: TaskSpec, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    return TRUE_LOSSES(model, task, ids, mask, labels).mean()
+
+
+def _contrast(model: nn.Module, task: TaskSpec, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    """A contrastive loss: each record against the others."""
+    own = TRUE_LOSSES(model, task, ids, mask, labels)
+    return own - torch.logsumexp(own, 0)
+
+
+@pytest.mark.parametrize("loss", [_token_mean, _batch_mean, _contrast])
+@pytest.mark.parametrize("kind", ["bert", "bert-kept", "gpt2", "gpt2-kept"])
+def test_a_loss_that_couples_records_is_refused(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, kind: str, loss: Losses
+) -> None:
+    task = BERT_TASK if kind.startswith("bert") else GPT2_TASK
+    task = replace(task, layers=(1,)) if kind.endswith("kept") else task
+    folder = request.getfixturevalue("tiny_bert" if kind.startswith("bert") else "tiny_gpt2")
+    make_trainer(folder, task)
+    monkeypatch.setattr(train, "losses", loss)
+    with pytest.raises(RefusedError) as refused:
+        make_trainer(folder, task)
+    assert refused.value.rule == "train.coupled"
+
+
+def test_a_weight_that_is_used_beside_its_layer_is_refused(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What hooks do not see would be trained and not clipped."""
+
+    def beside(model: nn.Module, task: TaskSpec, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        head = model.get_submodule("_module.head")
+        assert isinstance(head, nn.Linear)
+        return TRUE_LOSSES(model, task, ids, mask, labels) + 0.1 * head.weight.square().sum()
+
+    monkeypatch.setattr(train, "losses", beside)
+    with pytest.raises(RefusedError, match="beside the one per record") as refused:
+        make_trainer(tiny_bert, BERT_TASK)
+    assert refused.value.rule == "train.unclipped"
+
+
+def _checkpointed(folder: Path, task: TaskSpec, **how: bool) -> Adapted:
+    model = build(find_base(str(folder), "t"), task, "t")
+    load_vector(model, random_vector(schema_of(model), scale=0.3))
+    model.encoder.enable_input_require_grads()
+    model.encoder.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=how or None)
+    return model
+
+
+@pytest.mark.parametrize("task", [BERT_TASK, replace(BERT_TASK, layers=(1,))], ids=["all", "top"])
+@pytest.mark.parametrize("how", [{"use_reentrant": False}, {}], ids=["asked for", "by default"])
+def test_non_reentrant_checkpointing_is_refused(tiny_bert: Path, task: TaskSpec, how: dict[str, bool]) -> None:
+    with pytest.raises(RefusedError) as refused:
+        Trainer(_checkpointed(tiny_bert, task, **how), task, CPU)
+    assert refused.value.rule == "train.checkpointing"
+
+
+@pytest.mark.parametrize("task", [BERT_TASK, replace(BERT_TASK, layers=(1,))], ids=["all", "top"])
+def test_reentrant_checkpointing_trains_rightly(tiny_bert: Path, task: TaskSpec) -> None:
+    _, data = make_trainer(tiny_bert, task)
+    trainer = Trainer(_checkpointed(tiny_bert, task, use_reentrant=True), task, CPU)
+    plain, _ = make_trainer(tiny_bert, task)
+    expected = clipped_sum(plain.model, task, data, (0, 3, 7), 0.1)
+    assert apart(summed(trainer, spec(clipping_norm=0.1), data, (0, 3, 7)), expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["tiny_bert", "tiny_gpt2"])
+def test_probing_leaves_the_model_as_it_was(request: pytest.FixtureRequest, kind: str) -> None:
+    task = BERT_TASK if kind == "tiny_bert" else GPT2_TASK
+    model = build(find_base(str(request.getfixturevalue(kind)), "t"), task, "t")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trainer = Trainer(model, task, CPU)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert not any(p.grad is not None or getattr(p, "grad_sample", None) is not None for p in model.parameters())
+    assert np.array_equal(read_vector(trainer.model), read_vector(model))
 
 
 @pytest.mark.parametrize("kind", ["symlink", "hard link", "fifo"])

@@ -83,14 +83,6 @@ def test_clipped_sum_is_the_oracles(make: Make, clip: str) -> None:
     assert apart(got, expected) < 1e-5
 
 
-def test_clipped_sum_of_a_float64_model_is_the_oracles_to_a_millionth(make: Make) -> None:
-    trainer, data = make()
-    trainer.model.double()
-    bound = _middle_norm(*make())
-    expected = clipped_sum(trainer.model, trainer.task, data, ROWS, bound)
-    assert apart(summed(trainer, spec(clipping_norm=bound), data, ROWS), expected) < 1e-6
-
-
 def test_each_records_share_is_its_own_clipped_gradient_and_within_the_norm(make: Make) -> None:
     trainer, data = make()
     bound = 0.5 * _middle_norm(*make())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cloister_server.federation import AUTO, Coordinator, admit_site, init, open_coordinator, read_federation
-from cloister_server.run import training_for
+from cloister_server.planning import training_for
 from cloister_shared.cards import CoordinatorCard, SiteCard, read_coordinator_card
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.plan import RULES
@@ -48,7 +48,7 @@ def a_card(
     signing = signing or SigningKey.generate()
     node = make_node_key(folder / f"{name}.node").decode() if node is None else node
     sealing = OpeningKey.generate().sealing_key.raw.hex()
-    card = SiteCard(name, signing.verify_key.raw.hex(), sealing, node, records)
+    card = SiteCard(name, signing.verify_key.raw.hex(), sealing, node, records, "record", 8.0, 1e-5)
     card.save(folder / f"{name}.json", signing)
     return folder / f"{name}.json"
 
@@ -179,8 +179,8 @@ def test_noise_is_calibrated_for_the_whole_run(tmp_path: Path, home: Path) -> No
     federation = read_federation(path)
     card = admit_site(home, a_card(tmp_path / "cards", records=100))
     spec = training_for(federation, card)
-    assert spec.sample_rate == pytest.approx(0.12)
-    assert spec.expected_batch == pytest.approx(12.0)
+    assert spec.sample_rate == pytest.approx(0.125)  # the next of four to the octave above 12 of 100
+    assert spec.expected_batch == pytest.approx(12.5)
     steps = spec.steps * federation.rounds
     assert epsilon([DpSgd(spec.noise_multiplier, spec.sample_rate, steps)], spec.delta) <= 3.0
     tighter = round(spec.noise_multiplier - 0.01, 2)
@@ -322,7 +322,9 @@ def test_what_is_no_card_is_refused(tmp_path: Path, home: Path, content: bytes) 
 def test_a_signed_card_with_an_odd_name_is_refused(tmp_path: Path, home: Path, name: str) -> None:
     signing = SigningKey.generate()
     node = make_node_key(tmp_path / "node").decode()
-    card = SiteCard(name, signing.verify_key.raw.hex(), OpeningKey.generate().sealing_key.raw.hex(), node, 5)
+    card = SiteCard(
+        name, signing.verify_key.raw.hex(), OpeningKey.generate().sealing_key.raw.hex(), node, 5, "record", 8.0, 1e-5
+    )
     card.save(tmp_path / "card.json", signing)
     before = sorted(p for p in tmp_path.rglob("*"))
     with pytest.raises(InputError, match="not a name"):

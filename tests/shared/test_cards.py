@@ -43,7 +43,7 @@ NODE = (
     .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     .decode()
 )
-SITE = SiteCard("north", KEY.verify_key.raw.hex(), SEALING.raw.hex(), NODE, 120)
+SITE = SiteCard("north", KEY.verify_key.raw.hex(), SEALING.raw.hex(), NODE, 120, "record", 8.0, 1e-5)
 
 
 def test_coordinator_card_round_trip(tmp_path: Path) -> None:
@@ -159,6 +159,9 @@ def test_site_card_signature_covers_every_field(tmp_path: Path, field: str) -> N
         "sealing": OpeningKey.generate().sealing_key.raw.hex(),
         "node": "other",
         "records": 121,
+        "unit": "field",
+        "epsilon_cap": 9.0,
+        "delta": 1e-6,
     }[field]
     path.write_bytes(canonical(record))
     with pytest.raises(InputError, match="not signed by the key"):

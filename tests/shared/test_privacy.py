@@ -190,6 +190,26 @@ def test_rdp_matches_dp_accounting_and_opacus() -> None:
     assert ours == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-9)
 
 
+KINDS = st.builds(
+    lambda sigma, rate, steps: DpSgd(round(10**sigma, 2), 10**rate, round(10**steps)),
+    st.floats(-0.4, 1.8),
+    st.floats(-4, 0),
+    st.floats(0, 3),
+)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(KINDS, min_size=1, max_size=3), st.floats(-8, -3))
+def test_the_two_accountants_agree_on_any_history(history: list[DpSgd], exponent: float) -> None:
+    """Two independent codes; PRV's error is on top of its answer, and both are charged as their larger."""
+    events, delta = grouped(history), 10**exponent
+    error = privacy._error(events, delta)
+    upper = accountants.prv(privacy._kinds(events), delta, error)
+    other = accountants.pld(privacy._kinds(events), delta, privacy._interval(events, error))
+    assert other - 0.015 <= upper <= other + 3 * error
+    assert max(upper, other) == epsilon(history, delta) <= epsilon_rdp(history, delta) + 3 * error
+
+
 def test_accountants_that_disagree_stop_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     history = [DpSgd(1.03, 0.0521, 33)]
     right = epsilon(history, 1e-5)

@@ -218,7 +218,9 @@ def make_desk(home: Path, name: str, coordinator: Coordinator, base: BaseModel) 
         (base.digest,), ("text-classification",), ("query", "value"), 8, 1000.0, 1e-5, 0.1, 1, 1000, "preferred"
     )
     node = make_node_key(home / "node.key").decode()
-    card = SiteCard(name, signing.verify_key.raw.hex(), opening.sealing_key.raw.hex(), node, RECORDS)
+    card = SiteCard(
+        name, signing.verify_key.raw.hex(), opening.sealing_key.raw.hex(), node, RECORDS, "record", 1000.0, 1e-5
+    )
     card.save(home / "card.json", signing)
     admit_site(coordinator.home, home / "card.json")
     (home / "counter").mkdir()

@@ -1,0 +1,118 @@
+"""The one gate that everything leaving the agent passes, with a type for each kind of release.
+
+- ``NoisedUpdate``: differentially private; passes where the ledger holds its charge, and the digest that was spent for.
+- ``NonPrivateRelease``: an un-noised number about the text; passes where the plan asked for it by name and the policy permits the
+  name, and is chained in the ledger before it leaves. No budget covers it.
+- ``Refusal``: a rule's name and its public limits; of a rule that is not the policy's or the budget's, the name alone.
+
+``WIRE`` declares every field that the agent's service answers with. A noised metric or a count would need an event of its own in a
+reservation; neither leaves the agent yet, so neither has a type here. It seals nothing and opens no socket.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from cloister_shared.encoding import canonical, digest
+from cloister_shared.errors import CloisterError, RefusedError
+from cloister_shared.plan import PlanCore
+from cloister_shared.sealing import Codec
+
+from cloister_client.budget import Ledger
+from cloister_client.policy import Policy
+
+CODES = ("unreadable", "busy", "failed")
+# Every field of every message that the agent's service sends, and what may be in it.
+WIRE = {
+    "ExecuteReply.envelope": "a sealed NoisedUpdate with NonPrivateReleases, a sealed Refusal, or nothing",
+    "ExecuteReply.code": f"nothing, or one of {', '.join(CODES)}",
+    "ReadyReply.version": "the package's version",
+}
+# What the sealed plaintexts are made of; no other codec travels to the coordinator.
+CODECS = {Codec.UPDATE_F32: "NoisedUpdate, NonPrivateRelease", Codec.REFUSAL: "Refusal"}
+
+
+@dataclass(frozen=True)
+class NoisedUpdate:
+    """An update made by DP-SGD.
+
+    Attributes:
+        data: ``(d,) float32`` bytes.
+    """
+
+    data: bytes
+
+
+@dataclass(frozen=True)
+class NonPrivateRelease:
+    """An un-noised number about the text.
+
+    Attributes:
+        name: Its name.
+        value: The number.
+    """
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why nothing was done.
+
+    Attributes:
+        rule: The rule's dotted name.
+        what: One line.
+        expected: The public limit; empty where there is none.
+        got: What was asked; empty where that may say something about the text.
+    """
+
+    rule: str
+    what: str
+    expected: str = ""
+    got: str = ""
+
+
+def refusal(error: CloisterError) -> tuple[Codec, bytes]:
+    """The refusal that an error becomes: only the policy's and the budget's limits are public."""
+    rule = error.rule if isinstance(error, RefusedError) else "plan.invalid"
+    public = rule.startswith(("policy.", "budget."))
+    said = Refusal(rule, error.what, error.expected, error.got) if public else Refusal(rule, "refused")
+    return Codec.REFUSAL, canonical({name: value for name, value in asdict(said).items() if public or value})
+
+
+def release(
+    ledger: Ledger, policy: Policy, core: PlanCore, update: NoisedUpdate, others: tuple[NonPrivateRelease, ...] = ()
+) -> tuple[Codec, bytes]:
+    """Lets an update out, and the un-noised numbers that the policy permits beside it.
+
+    Returns:
+        The codec and the plaintext: the update's bytes, then, where there is something, canonical JSON of numbers by name.
+
+    Raises:
+        RefusedError: The update is not accounted for, or a number is not permitted.
+    """
+    spent = digest(update.data)
+    if not ledger.covers(core.digest, spent):
+        raise RefusedError(
+            "release.unaccounted",
+            "the ledger holds no charge for this update",
+            where=f"plan {core.digest[:16]}",
+            expected="a charge with this update's digest",
+            got=spent[:16],
+            mend="it stays here; ask for the round again",
+        )
+    for one in others:
+        if one.name not in policy.nonprivate_releases or one.name not in core.reports:
+            raise RefusedError(
+                "policy.nonprivate_releases",
+                "this number may not leave",
+                expected=", ".join(policy.nonprivate_releases) or "none",
+                got=one.name,
+            )
+    told = {one.name: one.value for one in others if math.isfinite(one.value)}
+    if not told:
+        return Codec.UPDATE_F32, update.data
+    ledger.note({"plan": core.digest, "run": core.run, "round": core.round, "to": "coordinator", "numbers": told})
+    return Codec.UPDATE_F32, update.data + canonical({"nonprivate": told})

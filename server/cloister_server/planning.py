@@ -1,0 +1,135 @@
+"""How a site will train and what the run will cost, before it starts: per site, per knob, and which sites cannot see it through.
+
+Pure functions over settings, cards and the history that the registry knows. A site's own ledger may know more (other coordinators): it is
+the authority, this is a forecast. The same ``epsilon`` decides here and there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from cloister_shared.cards import SiteCard
+from cloister_shared.plan import TrainingSpec
+from cloister_shared.privacy import DpSgd, calibrate, coarse_rate, epsilon
+
+from cloister_server.federation import Federation
+
+
+def training_for(federation: Federation, card: SiteCard) -> TrainingSpec:
+    """How one site trains: its sample rate from its declared size, its noise from the target for the whole run."""
+    rate = coarse_rate(min(1.0, federation.batch / card.records))
+    sigma = federation.noise_multiplier
+    if sigma is None:
+        sigma = calibrate(rate, federation.steps * federation.rounds, federation.epsilon or 0.0, federation.delta)
+    return TrainingSpec(
+        steps=federation.steps,
+        sample_rate=rate,
+        expected_batch=rate * card.records,
+        noise_multiplier=sigma,
+        clipping_norm=federation.clipping_norm,
+        adapter_rate=federation.adapter_rate,
+        head_rate=federation.head_rate,
+        delta=federation.delta,
+        unit=card.unit,
+        unit_records=federation.unit_records if card.unit == "field" else 1,
+    )
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One site's run.
+
+    Attributes:
+        site: Its name.
+        unit: What is protected.
+        records: Declared units.
+        sample_rate: Probability that a unit is in a batch.
+        noise_multiplier: Noise multiplier.
+        epsilon: Epsilon of the whole run alone.
+        before: Epsilon that this coordinator charged the site earlier.
+        after: Epsilon of both together.
+        cap: The cap that the site states.
+        rounds: Rounds that the site can take part in; all of them where it can finish.
+    """
+
+    site: str
+    unit: str
+    records: int
+    sample_rate: float
+    noise_multiplier: float
+    epsilon: float
+    before: float
+    after: float
+    cap: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Knob:
+    """What one change costs.
+
+    Attributes:
+        change: The change.
+        epsilon: Epsilon of the whole run with it, at the same noise multiplier.
+        noise_multiplier: Noise multiplier that would keep the target, or None where the settings name no target.
+    """
+
+    change: str
+    epsilon: float
+    noise_multiplier: float | None
+
+
+def _event(spec: TrainingSpec, rounds: int) -> DpSgd:
+    return DpSgd(spec.noise_multiplier, spec.sample_rate, spec.steps * rounds)
+
+
+def forecast(federation: Federation, card: SiteCard, history: Iterable[DpSgd]) -> Forecast:
+    """One site's forecast; ``history`` is what was charged before."""
+    spec, before = training_for(federation, card), tuple(history)
+    delta, rounds = federation.delta, federation.rounds
+    after = epsilon([*before, _event(spec, rounds)], delta)
+    able = rounds if after <= card.epsilon_cap else 0
+    low, high = 0, rounds
+    while able == 0 and high - low > 1:
+        middle = (low + high) // 2
+        fits = epsilon([*before, _event(spec, middle)], delta) <= card.epsilon_cap
+        low, high = (middle, high) if fits else (low, middle)
+    return Forecast(
+        card.name,
+        card.unit,
+        card.records,
+        spec.sample_rate,
+        spec.noise_multiplier,
+        epsilon([_event(spec, rounds)], delta),
+        epsilon(before, delta),
+        after,
+        card.epsilon_cap,
+        able or low,
+    )
+
+
+def knobs(federation: Federation, card: SiteCard) -> tuple[Knob, ...]:
+    """What each knob costs at one site, everything else as it is."""
+    spec, rounds = training_for(federation, card), federation.rounds
+    changes = [
+        ("as planned", spec, rounds),
+        ("twice the rounds", spec, 2 * rounds),
+        ("half the rounds", spec, max(1, rounds // 2)),
+        ("twice the steps", replace(spec, steps=2 * spec.steps), rounds),
+        ("twice the batch", replace(spec, sample_rate=min(1.0, 2 * spec.sample_rate)), rounds),
+        ("half the batch", replace(spec, sample_rate=spec.sample_rate / 2), rounds),
+        ("a quarter more noise", replace(spec, noise_multiplier=round(1.25 * spec.noise_multiplier, 2)), rounds),
+        ("a quarter less noise", replace(spec, noise_multiplier=round(0.75 * spec.noise_multiplier, 2)), rounds),
+    ]
+    target = federation.epsilon
+    return tuple(
+        Knob(
+            name,
+            epsilon([_event(changed, count)], federation.delta),
+            None
+            if target is None or "noise" in name
+            else calibrate(changed.sample_rate, changed.steps * count, target, federation.delta),
+        )
+        for name, changed, count in changes
+    )
