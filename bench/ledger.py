@@ -8,7 +8,8 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from cloister_client.budget import Ledger, Limits
+from cloister_client.budget import Ledger
+from cloister_client.standing import Limits
 from cloister_model.text import Source
 from cloister_shared.encoding import digest
 from cloister_shared.plan import PlanCore, TaskSpec, TrainingSpec

@@ -17,113 +17,20 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from cloister_model.text import Source
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import InputError, RefusedError, StateError
 from cloister_shared.plan import PlanCore
-from cloister_shared.privacy import DpSgd, admit, epsilon, grouped
+from cloister_shared.privacy import DpSgd, admit, epsilon
 from cloister_shared.signing import SigningKey
 
 from cloister_client.chain import Chain
+from cloister_client.standing import CHARGED, Limits, Reservation, Share, Standing, history_of, shares_of
 
 VOID_PURPOSE = "nothing-left"
 _DAY = 86_400.0
-_CHARGED = "('reserved', 'spent', 'lost')"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a policy allows to be spent on a block.
-
-    Attributes:
-        cap: Epsilon for good.
-        delta: Delta of every statement.
-        period_days: Length of a rolling period in days; 0 for no cap of its own.
-        period_cap: Epsilon within any one period.
-    """
-
-    cap: float
-    delta: float
-    period_days: int = 0
-    period_cap: float = 0.0
-
-
-@dataclass(frozen=True)
-class Reservation:
-    """A cost that is held.
-
-    Attributes:
-        entry: The entry's number.
-        blocks: The blocks that it was charged to: what may be trained on.
-        left_out: Blocks whose budget does not allow it.
-    """
-
-    entry: int
-    blocks: tuple[int, ...]
-    left_out: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one run spent on a block, on its own; shares do not add up to the whole, whose epsilon is less than their sum.
-
-    Attributes:
-        run: Run id, hex.
-        base: Digest of the base model, hex.
-        rounds: Entries.
-        steps: DP-SGD steps.
-        epsilon: Epsilon of these alone.
-    """
-
-    run: str
-    base: str
-    rounds: int
-    steps: int
-    epsilon: float
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Where a block's budget stands.
-
-    Attributes:
-        block: The block's number; 0 where there is none.
-        name: Its name.
-        units: Units registered in it (private).
-        epsilon: Epsilon of the whole history, open reservations included.
-        spent: Epsilon without the open reservations.
-        cap: The cap.
-        delta: Delta of all.
-        period_epsilon: Epsilon within the current period; 0 where periods have no cap.
-        rounds: Entries in the history.
-        steps: DP-SGD steps in the history.
-        shares: What each run spent, oldest first.
-    """
-
-    block: int
-    name: str
-    units: int
-    epsilon: float
-    spent: float
-    cap: float
-    delta: float
-    period_epsilon: float
-    rounds: int
-    steps: int
-    shares: tuple[Share, ...] = ()
-
-    @property
-    def left(self) -> float:
-        """What is left below the cap; never negative."""
-        return max(0.0, self.cap - self.epsilon)
-
-    @property
-    def reserved(self) -> float:
-        """What open reservations add."""
-        return max(0.0, self.epsilon - self.spent)
 
 
 class Ledger:
@@ -261,7 +168,7 @@ class Ledger:
             admitted, refusals, left_out = {}, [], []
             known: dict[tuple[tuple[DpSgd, ...], tuple[DpSgd, ...]], float | RefusedError] = {}
             for (block,) in db.execute("SELECT id FROM block ORDER BY id").fetchall():
-                history, recent = _history(db, block), self._recent(db, block, now)
+                history, recent = history_of(db, block), self._recent(db, block, now)
                 if (history, recent) not in known:
                     known[history, recent] = self._admit(history, recent, core.training.event, where)
                 found = known[history, recent]
@@ -413,15 +320,6 @@ class Ledger:
             ).rowcount
         )
 
-    def covers(self, plan: str, update_digest: str) -> bool:
-        """Whether this work is charged, and was spent for this update where it was spent for one."""
-        with self._chain.transaction() as (db, _):
-            row = db.execute(
-                "SELECT 1 FROM entry WHERE plan = ? AND (state = 'lost' OR (state = 'spent' AND update_digest = ?))",
-                (plan, update_digest),
-            ).fetchone()
-        return row is not None
-
     def knows(self, plan: str) -> bool:
         """Whether this work was ever reserved here."""
         with self._chain.reading() as db:
@@ -434,7 +332,7 @@ class Ledger:
         return str(row[0]) if row else None
 
     def _recent(self, db: sqlite3.Connection, block: int, now: float) -> tuple[DpSgd, ...]:
-        return _history(db, block, after=now - self.limits.period_days * _DAY) if self.limits.period_days else ()
+        return history_of(db, block, after=now - self.limits.period_days * _DAY) if self.limits.period_days else ()
 
     def standings(self) -> tuple[Standing, ...]:
         """Where each block stands, in order of registration.
@@ -451,12 +349,13 @@ class Ledger:
                 "SELECT id, name, (SELECT COUNT(*) FROM unit WHERE block = block.id) FROM block ORDER BY id"
             ).fetchall()
             found = [
-                (*b, _history(db, b[0]), _history(db, b[0], closed=True), self._recent(db, b[0], now)) for b in blocks
+                (*b, history_of(db, b[0]), history_of(db, b[0], closed=True), self._recent(db, b[0], now))
+                for b in blocks
             ]
-            runs = {b[0]: _shares(db, b[0]) if shares else [] for b in blocks}
+            runs = {b[0]: shares_of(db, b[0]) if shares else [] for b in blocks}
             rounds = dict(
                 db.execute(
-                    f"SELECT block, COUNT(*) FROM charge JOIN entry ON id = entry WHERE state IN {_CHARGED} GROUP BY block"  # noqa: S608
+                    f"SELECT block, COUNT(*) FROM charge JOIN entry ON id = entry WHERE state IN {CHARGED} GROUP BY block"  # noqa: S608
                 ).fetchall()
             )
         delta = self.limits.delta
@@ -483,26 +382,3 @@ class Ledger:
         """Where the block stands that has the least left, without its shares; an empty one where nothing is registered."""
         none = Standing(0, "", 0, 0.0, 0.0, self.limits.cap, self.limits.delta, 0.0, 0, 0)
         return max(self._standings(shares=False), key=lambda s: s.epsilon, default=none)
-
-
-def _history(db: sqlite3.Connection, block: int, *, after: float = 0.0, closed: bool = False) -> tuple[DpSgd, ...]:
-    states = "('spent', 'lost')" if closed else _CHARGED
-    rows = db.execute(
-        "SELECT noise_multiplier, sample_rate, SUM(steps) FROM charge JOIN entry ON id = entry"  # noqa: S608
-        f" WHERE block = ? AND state IN {states} AND reserved_at > ? GROUP BY noise_multiplier, sample_rate",
-        (block, after),
-    )
-    return grouped(DpSgd(*row) for row in rows)
-
-
-def _shares(db: sqlite3.Connection, block: int) -> list[tuple[str, str, int, tuple[DpSgd, ...]]]:
-    rows = db.execute(
-        "SELECT run, base, noise_multiplier, sample_rate, SUM(steps), COUNT(*) FROM charge JOIN entry ON id = entry"  # noqa: S608
-        f" WHERE block = ? AND state IN {_CHARGED} GROUP BY run, base, noise_multiplier, sample_rate ORDER BY MIN(id)",
-        (block,),
-    )
-    out: dict[tuple[str, str], tuple[int, list[DpSgd]]] = {}
-    for run, base, sigma, rate, steps, count in rows:
-        before, events = out.get((run, base), (0, []))
-        out[run, base] = (before + count, [*events, DpSgd(sigma, rate, steps)])
-    return [(run, base, count, grouped(events)) for (run, base), (count, events) in out.items()]

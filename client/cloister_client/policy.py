@@ -13,7 +13,7 @@ from cloister_shared.errors import InputError, RefusedError
 from cloister_shared.plan import REPORTS, TASK_KINDS, PlanCore
 from cloister_shared.settings import quote, read_toml
 
-from cloister_client.budget import Limits
+from cloister_client.standing import Limits
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def release(
         RefusedError: The update is not accounted for, or a number is not permitted.
     """
     spent = digest(update.data)
-    if not ledger.covers(core.digest, spent):
+    if ledger.spent_on(core.digest) != spent:
         raise RefusedError(
             "release.unaccounted",
             "the ledger holds no charge for this update",

@@ -17,7 +17,7 @@ from cloister_shared.privacy import ACCOUNTANT, NEIGHBOURS, DpSgd, calibrate, ep
 from cloister.privacy_plot import bars, svg
 
 if TYPE_CHECKING:
-    from cloister_client.budget import Standing
+    from cloister_client.standing import Standing
 
 privacy_app = typer.Typer(no_args_is_help=True, help="Privacy budgets: what is spent and left, what a run would cost.")
 

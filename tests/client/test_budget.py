@@ -13,7 +13,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from cloister_client.budget import Ledger, Limits
+from cloister_client.budget import Ledger
+from cloister_client.standing import Limits
 from cloister_model.text import Source
 from cloister_shared.errors import RefusedError, StateError
 from cloister_shared.privacy import DpSgd, epsilon

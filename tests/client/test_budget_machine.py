@@ -14,7 +14,8 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from cloister_client.budget import VOID_PURPOSE, Ledger, Limits, Reservation
+from cloister_client.budget import VOID_PURPOSE, Ledger
+from cloister_client.standing import Limits, Reservation
 from cloister_model.text import Source
 from cloister_shared.encoding import canonical, digest, write_durably
 from cloister_shared.errors import RefusedError, StateError, VerificationError

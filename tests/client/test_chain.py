@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cloister_client.budget import Ledger, Limits
-from cloister_client.chain import ORIGIN, Counter, Point, link
+from cloister_client.budget import Ledger
+from cloister_client.counter import ORIGIN, Counter, Point, link
 from cloister_client.data import open_ledger as open_sites_ledger
 from cloister_client.site import Site
+from cloister_client.standing import Limits
 from cloister_model.text import Source
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import CloisterError, RefusedError, RollbackError, StateError

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 from cloister_client import cli
-from cloister_client.budget import Ledger, Limits
+from cloister_client.budget import Ledger
 from cloister_client.data import Added, add, load, open_ledger, remove
 from cloister_client.round import Desk, execute
 from cloister_client.site import Site
+from cloister_client.standing import Limits
 from cloister_client.units import normalised, select, tag
 from cloister_model.text import Record, Source
 from cloister_shared import console

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cloister_client.budget import Limits
+from cloister_client.standing import Limits
 from cloister_flower.frames import frame_of, refusal, reply
 from cloister_model.text import Record
 from cloister_server.accounting import spending

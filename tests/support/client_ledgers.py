@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cloister_client.budget import Ledger, Limits
+from cloister_client.budget import Ledger
+from cloister_client.standing import Limits
 from cloister_model.text import Source
 from cloister_shared.plan import PlanCore, TaskSpec, TrainingSpec
 from cloister_shared.privacy import DpSgd
