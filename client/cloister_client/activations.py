@@ -60,7 +60,7 @@ class Activations:
     Attributes:
         prefix: The frozen layers.
         limit: Most bytes to keep.
-        stored: In which precision; widened by itself for a float64 model, or where float16 overflows.
+        stored: In which precision: float16, or float64 for a float64 model; never by what the text is.
     """
 
     def __init__(self, prefix: Prefix, limit: int = LIMIT_BYTES) -> None:
@@ -124,16 +124,13 @@ class Activations:
         ids, mask, _ = data.batch(rows, device)
         computed = self.prefix.enter(ids, mask)
         self._given = computed.dtype
-        rounded = computed.to(self.stored)
-        needed = self.stored
-        if computed.dtype == torch.float64:
-            needed = torch.float64
-        elif not torch.isfinite(rounded).all():
-            needed = torch.float32
-        if needed != self.stored:
+        if computed.dtype == torch.float64 and self.stored != torch.float64:
             self.forget()
-            self._data, self.stored = data, needed
+            self._data, self.stored = data, torch.float64
             return None
+        # Clamped, never widened: the precision of one record's states must not depend on another record.
+        most = torch.finfo(self.stored).max
+        rounded = computed.clamp(-most, most).to(self.stored)
         each = {row: state[: len(data.ids[row])] for row, state in zip(rows, rounded.cpu(), strict=True)}
         for row, state in each.items():
             self._keep(row, state)

@@ -80,10 +80,19 @@ class Ledger:
                     where=str(source.path),
                     expected=f"field {row[0]!r}" if row[0] else "one record",
                     got=f"field {source.unit!r}" if source.unit else "one record",
-                    mend="register it with the same unit, or under another site",
+                    mend="register it with the same unit",
+                )
+            before = db.execute("SELECT text FROM source WHERE path = ?", (str(source.path),)).fetchone()
+            if before is not None and before[0] != source.text:
+                raise InputError(
+                    "this file is registered with another text field",
+                    where=str(source.path),
+                    expected=f"field {before[0]!r}",
+                    got=f"field {source.text!r}",
+                    mend="register it with the same field: another would be the same rows with a new budget",
                 )
             db.execute(
-                "INSERT INTO source VALUES (?, ?, ?, ?) ON CONFLICT (path) DO UPDATE SET text = excluded.text, label = excluded.label",
+                "INSERT INTO source VALUES (?, ?, ?, ?) ON CONFLICT (path) DO UPDATE SET label = excluded.label",
                 (str(source.path), source.text, source.label, source.unit),
             )
             known = {tag for (tag,) in db.execute("SELECT tag FROM unit")}

@@ -15,7 +15,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from cloister_shared.encoding import canonical, digest
-from cloister_shared.errors import CloisterError, RefusedError
+from cloister_shared.errors import CloisterError, InputError, RefusedError, VerificationError
 from cloister_shared.plan import PlanCore
 from cloister_shared.sealing import Codec
 
@@ -76,7 +76,9 @@ class Refusal:
 
 def refusal(error: CloisterError) -> tuple[Codec, bytes]:
     """The refusal that an error becomes: only the policy's and the budget's limits are public."""
-    rule = error.rule if isinstance(error, RefusedError) else "plan.invalid"
+    # What is neither a refusal nor a plan that does not hold went wrong here, maybe after the charge.
+    other = "plan.invalid" if isinstance(error, VerificationError | InputError) else "agent.failed"
+    rule = error.rule if isinstance(error, RefusedError) else other
     public = rule.startswith(("policy.", "budget."))
     said = Refusal(rule, error.what, error.expected, error.got) if public else Refusal(rule, "refused")
     return Codec.REFUSAL, canonical({name: value for name, value in asdict(said).items() if public or value})

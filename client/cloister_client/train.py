@@ -2,7 +2,7 @@
 
 Order of a step: Poisson sample over all privacy units -> at most so many records of each -> physical batches by tokens, longest first
 -> states of the frozen layers, kept or computed -> layers above, loss and per-sample gradients -> summed per unit, clipped
-once, summed -> noise once -> divided by the plan's constant denominator -> Adam. An empty sample is a noise-only step.
+once, summed -> noise once -> divided by the plan's constant denominator -> Adam -> weights bounded. An empty sample is a noise-only step.
 
 It keeps no optimiser state between rounds, charges nothing (``budget`` does) and returns only the noised parameters; the loss given to
 ``progress`` is an exact function of private text and must stay in the agent, as must the kept states (``forget`` wipes them).
@@ -23,7 +23,7 @@ from cloister_model.tokens import Encoded
 from cloister_shared import noise
 from cloister_shared.errors import RefusedError, StateError
 from cloister_shared.plan import TaskSpec, TrainingSpec
-from cloister_shared.vectors import F32
+from cloister_shared.vectors import ADAPTER_LIMIT, F32, HEAD_LIMIT
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor
 
@@ -178,8 +178,16 @@ class Trainer:
         optimiser.add_noise()
         optimiser.scale_grad()
         optimiser.original_optimizer.step()
+        self._bound()
         optimiser.zero_grad(set_to_none=True)
         return mean
+
+    @torch.no_grad()
+    def _bound(self) -> None:
+        # Of weights that are private already: post-processing. Larger ones would couple a batch's records; see vectors.limits_of.
+        for name, parameter in trained(self.model).items():
+            limit = HEAD_LIMIT if name.startswith("head.") else ADAPTER_LIMIT
+            parameter.clamp_(-limit, limit)
 
     def run(self, spec: TrainingSpec, parent: F32, data: Encoded, progress: Callable[[int, int, float], None]) -> F32:
         """Trains one round.

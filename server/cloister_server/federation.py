@@ -22,7 +22,7 @@ from cloister_shared.cards import (
 )
 from cloister_shared.encoding import write_durably
 from cloister_shared.errors import InputError, VerificationError
-from cloister_shared.plan import LINEAR_RULES, REPORTS, RULES, TASK_KINDS, Rule, TaskSpec
+from cloister_shared.plan import LINEAR_RULES, MAX_SCALE, REPORTS, RULES, TASK_KINDS, Rule, TaskSpec
 from cloister_shared.settings import Table, read_toml
 from cloister_shared.signing import SigningKey, read_secret
 from cloister_shared.tls import make_tls
@@ -129,8 +129,8 @@ def _task(table: Table, rule: Rule) -> TaskSpec:
             max_tokens=table.integer("max_tokens", 4, 4096, 64),
             target_modules=table.texts("target_modules", ["c_attn"] if causal else ["query", "value"]),
             layers=table.integers("layers", 0, 1000, []),
-            rank=table.integer("rank", 1, 256, 8),
-            alpha=table.number("alpha", 1e-3, 1e4, 16.0),
+            rank=(rank := table.integer("rank", 1, 256, 8)),
+            alpha=table.number("alpha", 1e-3, MAX_SCALE * rank, 2.0 * rank),
             freeze_a=rule == "freeze-a",
         )
     except VerificationError as error:
@@ -203,6 +203,13 @@ def read_federation(path: Path) -> Federation:
     )
     for part in (task, training, aggregation, client_level, privacy, waiting, held, table):
         part.finish()
+    if federation.client_level is not None and federation.reports:
+        raise InputError(
+            "un-noised numbers of one client would stand beside client-level noise",
+            where=f"{path} [training] reports",
+            expected="no reports with [privacy.client_level]",
+            got=", ".join(federation.reports),
+        )
     split_address(federation.address, f"{path} address")
     if (federation.epsilon is None) == (federation.noise_multiplier is None):
         raise InputError(

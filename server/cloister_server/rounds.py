@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +25,15 @@ from cloister_shared.errors import CloisterError, RefusedError, VerificationErro
 from cloister_shared.plan import Plan, PlanCore, Receipt, TrainingSpec, closing_bytes
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, open_envelope, seal
 from cloister_shared.signing import SigningKey
-from cloister_shared.vectors import F32, Schema, from_safetensors, to_safetensors, vector_from_bytes, vector_to_bytes
+from cloister_shared.vectors import (
+    F32,
+    Schema,
+    bounded,
+    from_safetensors,
+    to_safetensors,
+    vector_from_bytes,
+    vector_to_bytes,
+)
 
 from cloister_server.accounting import REFUSED, charge, foresee, record_costs, spending
 from cloister_server.admission import admit_update
@@ -173,6 +181,7 @@ def one_round(context: Context, link: Exchange, number: int) -> None:
             mend="see to the sites, then cloister run --resume",
         )
     candidate, charged = make_candidate(context, row, cores, parent, intake.updates)
+    candidate = replace(candidate, vector=bounded(candidate.vector, context.schema))
     residual = candidate.residual if federation.rule == "exact" else None
     metrics, judging = context.judge.judge(candidate.vector)
     blob = to_safetensors(

@@ -121,18 +121,21 @@ def _spectrum(kind: Kind, mesh: float, size: int, remove: bool) -> tuple[npt.NDA
 
 def _epsilon_of(pmf: F64, losses: F64, delta: float) -> float:
     """Least epsilon >= 0 with ``sum((1 - e^(epsilon - y))+ p(y)) <= delta``, losses ascending."""
+    from scipy.signal import lfilter
+
     keep = losses > 0
     y, p = losses[keep], np.clip(pmf[keep], 0.0, None)
     mass = np.cumsum(p[::-1])[::-1]
-    tilted = np.cumsum((p * np.exp(-y))[::-1])[::-1]
-    if not len(y) or mass[0] - tilted[0] <= delta:
+    # What lies above each y, each part weighed by e^(y - its own loss): relative, so that no exponential overflows.
+    above = lfilter([1.0], [1.0, -math.exp(losses[0] - losses[1])], p[::-1])[::-1]
+    first = math.exp(-y[0]) if len(y) else 0.0
+    if not len(y) or mass[0] - above[0] * first <= delta:
         return 0.0
     # delta at epsilon = y[i] counts only what lies above; it falls with i.
-    at = mass - np.exp(y) * tilted
-    i = int(np.searchsorted(-at, -delta, side="left"))
+    i = int(np.searchsorted(above - mass, -delta, side="left"))
     if i >= len(y) or mass[i] <= delta:
         i = int(np.flatnonzero(mass > delta)[-1])
-    return max(0.0, math.log((mass[i] - delta) / tilted[i]))
+    return max(0.0, float(y[i]) + math.log((mass[i] - delta) / above[i]))
 
 
 def prv(history: tuple[tuple[Kind, int], ...], delta: float, error: float) -> float:

@@ -19,7 +19,7 @@ from cloister_shared.errors import VerificationError
 from cloister_shared.privacy import DpSgd
 from cloister_shared.sealing import SealingKey
 from cloister_shared.signing import SIGNATURE_BYTES, SigningKey, VerifyKey
-from cloister_shared.vectors import F32, Schema, vector_from_bytes, vector_to_bytes
+from cloister_shared.vectors import F32, Schema, check_bounded, vector_from_bytes, vector_to_bytes
 
 PURPOSE = "plan"
 CLOSING_PURPOSE = "closing"
@@ -32,6 +32,8 @@ Rule = Literal["average", "freeze-a", "exact"]
 RULES: tuple[Rule, ...] = ("average", "freeze-a", "exact")
 LINEAR_RULES: tuple[Rule, ...] = ("average", "freeze-a")
 MAX_LABELS = 1000
+# Largest LoRA scale alpha / rank; see ``vectors.bounded``.
+MAX_SCALE = 4.0
 
 
 def _must(good: bool, what: str, got: object) -> None:
@@ -72,7 +74,7 @@ class TaskSpec:
         target_modules: Names of the linear layers that get LoRA.
         layers: Indices of the transformer layers that get LoRA; empty for all.
         rank: LoRA rank; 1 to 256.
-        alpha: LoRA scale numerator; the update is ``alpha / rank * B A``.
+        alpha: LoRA scale numerator, at most 4 ranks; the update is ``alpha / rank * B A``.
         freeze_a: Whether A is not trained (FFA-LoRA, Sun et al. 2024): then it is ``frozen_a``'s everywhere and never sent.
     """
 
@@ -102,7 +104,7 @@ class TaskSpec:
         _must(bool(self.target_modules), "no target modules", self.target_modules)
         _integer(self.max_tokens, 4, 4096, "max_tokens")
         _integer(self.rank, 1, 256, "rank")
-        _number(self.alpha, 1e-3, 1e4, "alpha")
+        _number(self.alpha, 1e-3, MAX_SCALE * self.rank, "alpha")
         _must(isinstance(self.freeze_a, bool), "freeze_a is neither true nor false", self.freeze_a)
         for layer in self.layers:
             _integer(layer, 0, 1000, "layer")
@@ -387,7 +389,7 @@ def read_parent(core: PlanCore, data: bytes, schema: Schema, where: str) -> F32:
         where: For messages.
 
     Raises:
-        VerificationError: The plan is for another schema, or the bytes are not the parent it names.
+        VerificationError: The plan is for another schema, the bytes are not the parent it names, or a number in it is too large.
     """
     if core.schema != schema.digest:
         raise VerificationError(
@@ -397,7 +399,9 @@ def read_parent(core: PlanCore, data: bytes, schema: Schema, where: str) -> F32:
         raise VerificationError(
             "parent adapter has another digest", where=where, expected=core.parent[:16], got=digest(data)[:16]
         )
-    return vector_from_bytes(data, schema, where)
+    parent = vector_from_bytes(data, schema, where)
+    check_bounded(parent, schema, where)
+    return parent
 
 
 def closing_bytes(run: str, receipts: tuple[Receipt, ...], by: SigningKey) -> bytes:

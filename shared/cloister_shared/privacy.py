@@ -24,6 +24,7 @@ ACCOUNTANT = "max(PRV upper bound, PLD of dp-accounting 0.6.0), add/remove"
 # A PRV further below PLD than this, in epsilon, means that one of the two is wrong.
 DISAGREEMENT = 0.02
 MIN_DELTA = 1e-10
+MIN_RATE = 1e-4
 # How far the quick estimate may be off; it decides only where the charge need not be asked.
 _SURE = 0.001
 NEIGHBOURS = "add/remove one record"
@@ -82,7 +83,10 @@ def _kinds(events: tuple[DpSgd, ...]) -> tuple[tuple[tuple[float, float], int], 
     # Whole-batch steps are Gaussian mechanisms: they compose to one, exactly (Dong, Roth and Su 2022, corollary 3.3).
     whole = sum(e.steps / e.noise_multiplier**2 for e in events if e.sample_rate == 1)
     merged = (((whole**-0.5, 1.0), 1),) if whole else ()
-    return merged + tuple(((e.noise_multiplier, e.sample_rate), e.steps) for e in events if e.sample_rate < 1)
+    # Epsilon grows with the rate, so that a floor is an upper bound; finer losses than this would take minutes to lay out.
+    return merged + tuple(
+        ((e.noise_multiplier, max(MIN_RATE, e.sample_rate)), e.steps) for e in events if e.sample_rate < 1
+    )
 
 
 def _error(events: tuple[DpSgd, ...], delta: float) -> float:

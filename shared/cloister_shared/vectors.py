@@ -26,6 +26,9 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_PARAMETERS = 1 << 30
 
 
+ADAPTER_LIMIT, HEAD_LIMIT = 0.25, 10.0
+
+
 @dataclass(frozen=True)
 class Schema:
     """Names and shapes of the trained tensors, in vector order.
@@ -136,6 +139,39 @@ def clipped(vector: npt.NDArray[Any], bound: float) -> npt.NDArray[Any]:
         return vector
     # A hair less, so that rounding cannot leave it above.
     return np.asarray(vector.astype(np.float64) * (bound / norm * (1 - 1e-12)), dtype=vector.dtype)
+
+
+def limits_of(schema: Schema) -> F32:
+    """How large each number may be, ``(d,) float32``.
+
+    Larger weights turn float32 rounding, which depends on the records that share a batch, into gradients: one record more would move
+    the others' clipped gradients as well, and the sum by more than the clipping norm. Within these (and ``plan.MAX_SCALE``) it moved
+    by at most 1.001 of it.
+    """
+    each = [(HEAD_LIMIT if name.startswith("head.") else ADAPTER_LIMIT, shape) for name, shape in schema.tensors]
+    return np.concatenate([np.full(math.prod(shape), limit, dtype=np.float32) for limit, shape in each])
+
+
+def bounded(vector: F32, schema: Schema) -> F32:
+    """``(d,) float32`` with every number clamped to its limit; what is finite stays so."""
+    limits = limits_of(schema)
+    return np.asarray(np.clip(vector, -limits, limits), dtype=np.float32)
+
+
+def check_bounded(vector: F32, schema: Schema, where: str) -> None:
+    """Checks that every number is finite and within its limit.
+
+    Raises:
+        VerificationError: One is not.
+    """
+    over = ~(np.abs(vector) <= limits_of(schema))
+    if over.any():
+        raise VerificationError(
+            "a parameter is larger than may be trained privately",
+            where=where,
+            expected=f"|LoRA| <= {ADAPTER_LIMIT:g}, |head| <= {HEAD_LIMIT:g}",
+            got=f"{int(over.sum())} of {len(vector)} over",
+        )
 
 
 def vector_to_bytes(vector: F32) -> bytes:

@@ -145,4 +145,5 @@ def test_a_refusal_tells_public_limits_alone() -> None:
     private = refusal(RefusedError("train.failed", "secret words", expected="secret", got="secret"))
     assert private == (Codec.REFUSAL, b'{"rule":"train.failed","what":"refused"}')
     assert b"secret" not in refusal(VerificationError("secret", got="secret"))[1]
+    assert refusal(StateError("disk is full"))[1] == b'{"rule":"agent.failed","what":"refused"}'
     assert gate.refusal(VerificationError("x"))[1] == b'{"rule":"plan.invalid","what":"refused"}'

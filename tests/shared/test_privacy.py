@@ -210,6 +210,12 @@ def test_the_two_accountants_agree_on_any_history(history: list[DpSgd], exponent
     assert max(upper, other) == epsilon(history, delta) <= epsilon_rdp(history, delta) + 3 * error
 
 
+@pytest.mark.parametrize(("sigma", "rate"), [(0.3, 1e-8), (0.59, 2e-7), (1000.0, 1e-9)])
+def test_a_tiny_rate_is_charged_at_a_floor_and_at_once(sigma: float, rate: float) -> None:
+    """Laying out losses this fine took minutes, and a plan that cost nothing could have kept an agent busy for good."""
+    assert epsilon([DpSgd(sigma, rate, 3)], 1e-5) == epsilon([DpSgd(sigma, privacy.MIN_RATE, 3)], 1e-5)
+
+
 def test_accountants_that_disagree_stop_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     history = [DpSgd(1.03, 0.0521, 33)]
     right = epsilon(history, 1e-5)

@@ -29,7 +29,7 @@ from cloister_shared.plan import Plan, PlanCore, Receipt, TaskSpec, TrainingSpec
 from cloister_shared.processes import free_port
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, open_envelope, seal
 from cloister_shared.signing import SigningKey
-from cloister_shared.vectors import F32, Schema, vector_to_bytes
+from cloister_shared.vectors import F32, Schema, bounded, vector_to_bytes
 
 LABELS = ("billing", "delivery", "quality")
 SECRET = "zqxj"
@@ -67,7 +67,8 @@ def write_records(path: Path, records: Sequence[Record]) -> Path:
 
 def random_vector(schema: Schema, seed: int = 1, scale: float = 0.1) -> F32:
     """A parent adapter that is zero nowhere, so that every parameter has a gradient."""
-    return np.asarray(np.random.default_rng(seed).normal(0, scale, schema.size), dtype=np.float32)
+    drawn = np.asarray(np.random.default_rng(seed).normal(0, scale, schema.size), dtype=np.float32)
+    return np.asarray(0.9 * bounded(drawn, schema), dtype=np.float32)
 
 
 def policy_for(card: CoordinatorCard, **changes: Any) -> Policy:
