@@ -16,7 +16,7 @@ import itertools
 import os
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from cloister_model.text import Source
@@ -26,7 +26,7 @@ from cloister_shared.plan import PlanCore
 from cloister_shared.privacy import DpSgd, admit, epsilon
 from cloister_shared.signing import SigningKey
 
-from cloister_client.chain import Chain
+from cloister_client.chain import Chain, digest_of
 from cloister_client.standing import CHARGED, Limits, Reservation, Share, Standing, history_of, shares_of
 
 VOID_PURPOSE = "nothing-left"
@@ -56,13 +56,21 @@ class Ledger:
         """Closes the file; what would happen by itself when the ledger is forgotten."""
         self._chain.close()
 
-    def register(self, source: Source, tags: Iterable[bytes], name: str = "") -> tuple[str, int]:
+    def register(
+        self,
+        source: Source,
+        tags: Iterable[bytes],
+        name: str = "",
+        texts: Mapping[bytes, Collection[bytes]] | None = None,
+    ) -> tuple[str, int]:
         """Registers a file and puts its units that are not known yet into one new block.
 
         Args:
             source: File and fields.
             tags: The units' names, 32 bytes each.
             name: The new block's name; ``block-N`` by default.
+            texts: Names of each unit's texts, where a unit is a field: a text stays in the block it was first put in, under whatever
+                unit it comes back, and a new unit all of whose texts are known is none.
 
         Returns:
             The new block's name and its number of units; an empty name and 0 where all are known.
@@ -95,9 +103,11 @@ class Ledger:
                 "INSERT INTO source VALUES (?, ?, ?, ?) ON CONFLICT (path) DO UPDATE SET label = excluded.label",
                 (str(source.path), source.text, source.label, source.unit),
             )
-            known = {tag for (tag,) in db.execute("SELECT tag FROM unit")}
-            new = [tag for tag in wanted if tag not in known]
+            known = dict(db.execute("SELECT tag, block FROM unit"))
+            seen = {tag for (tag,) in db.execute("SELECT tag FROM text")}
+            new = [tag for tag in wanted if tag not in known and (texts is None or not seen.issuperset(texts[tag]))]
             if not new:
+                _keep_texts(db, events, known, seen, texts or {})
                 return "", 0
             block = db.execute("SELECT COALESCE(MAX(id), 0) + 1 FROM block").fetchone()[0]
             taken = {name for (name,) in db.execute("SELECT name FROM block")}
@@ -118,7 +128,13 @@ class Ledger:
                     "at": now,
                 }
             )
+            _keep_texts(db, events, known | dict.fromkeys(new, block), seen, texts or {})
         return name, len(new)
+
+    def texts(self) -> dict[bytes, int]:
+        """Block by text, where a unit is a field."""
+        with self._chain.reading() as db:
+            return dict(db.execute("SELECT tag, block FROM text"))
 
     def sources(self) -> tuple[Source, ...]:
         """The registered files."""
@@ -391,3 +407,19 @@ class Ledger:
         """Where the block stands that has the least left, without its shares; an empty one where nothing is registered."""
         none = Standing(0, "", 0, 0.0, 0.0, self.limits.cap, self.limits.delta, 0.0, 0, 0)
         return max(self._standings(shares=False), key=lambda s: s.epsilon, default=none)
+
+
+def _keep_texts(
+    db: sqlite3.Connection,
+    events: list[dict[str, object]],
+    blocks: Mapping[bytes, int],
+    seen: set[bytes],
+    texts: Mapping[bytes, Collection[bytes]],
+) -> None:
+    new = {text: blocks[unit] for unit in sorted(texts) if unit in blocks for text in texts[unit] if text not in seen}
+    if not new:
+        return
+    batch = db.execute("SELECT COALESCE(MAX(batch), 0) + 1 FROM text").fetchone()[0]
+    rows = sorted(new.items())
+    db.executemany("INSERT INTO text VALUES (?, ?, ?)", ((text, block, batch) for text, block in rows))
+    events.append({"event": "text", "batch": batch, "texts": len(rows), "tags": digest_of(rows), "at": time.time()})

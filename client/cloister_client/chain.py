@@ -19,7 +19,7 @@ import os
 import sqlite3
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -50,6 +50,11 @@ CREATE TABLE IF NOT EXISTS block (
 CREATE TABLE IF NOT EXISTS unit (
   tag BLOB NOT NULL PRIMARY KEY CHECK (length(tag) = 32),
   block INTEGER NOT NULL REFERENCES block (id)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS text (
+  tag BLOB NOT NULL PRIMARY KEY CHECK (length(tag) = 32),
+  block INTEGER NOT NULL REFERENCES block (id),
+  batch INTEGER NOT NULL CHECK (batch >= 1)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS entry (
   id INTEGER PRIMARY KEY,
@@ -89,6 +94,7 @@ CREATE TRIGGER IF NOT EXISTS entry_only_closes BEFORE UPDATE ON entry WHEN OLD.s
 for _table, _key in (
     ("event", "seq = NEW.seq"),
     ("unit", "tag = NEW.tag"),
+    ("text", "tag = NEW.tag"),
     ("block", "id = NEW.id OR name = NEW.name"),
     ("charge", "entry = NEW.entry AND block = NEW.block"),
 ):
@@ -305,6 +311,7 @@ class _Story:
         self.entries: dict[int, tuple[Any, ...]] = {}
         self.charges: dict[tuple[int, int], tuple[float, float, float]] = {}
         self.blocks: dict[int, tuple[Any, ...]] = {}
+        self.texts: dict[int, str] = {}
 
     def tell(self, record: dict[str, Any]) -> None:
         """One event.
@@ -322,6 +329,9 @@ class _Story:
                 record["units"],
                 record["tags"],
             )
+        elif kind == "text":
+            _next(record["batch"], self.texts)
+            self.texts[record["batch"]] = record["tags"]
         elif kind == "reserve":
             _next(record["entry"], self.entries)
             facts = tuple(record[name] for name in self.ENTRY)
@@ -361,6 +371,15 @@ class _Story:
             for row in db.execute("SELECT id, name, field, added_at FROM block")
         }
         yield "block or unit", blocks, self.blocks
+        batches: dict[int, list[tuple[bytes, int]]] = {}
+        for tag, block, batch in db.execute("SELECT tag, block, batch FROM text ORDER BY tag"):
+            batches.setdefault(batch, []).append((tag, block))
+        yield "text", {batch: digest_of(rows) for batch, rows in batches.items()}, self.texts
+
+
+def digest_of(rows: Iterable[tuple[bytes, int]]) -> str:
+    """Digest of texts and their blocks, in order of their tags."""
+    return digest(b"".join(tag + block.to_bytes(8, "big") for tag, block in rows))
 
 
 def _next(number: object, before: dict[int, Any]) -> None:

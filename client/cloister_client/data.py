@@ -17,7 +17,7 @@ from cloister_shared.signing import read_secret
 from cloister_client.budget import Ledger
 from cloister_client.policy import Policy, read_policy
 from cloister_client.site import Site
-from cloister_client.units import Units, select, tag
+from cloister_client.units import Units, select, tag, text_tag
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,12 @@ def add(site: Site, source: Source, block: str = "") -> Added:
         InputError: A row is not as it must be, or the unit is another than this site's.
     """
     key = read_secret(site.agent_home / "unit.key", 32)
-    names = [tag(key, record) for record in read(source, _labels(site.coordinator()))]
-    made, new = open_ledger(site).register(source, names, block)
+    names: list[bytes] = []
+    texts: dict[bytes, set[bytes]] = {}
+    for record in read(source, _labels(site.coordinator())):
+        names.append(tag(key, record))
+        texts.setdefault(names[-1], set()).add(text_tag(key, record))
+    made, new = open_ledger(site).register(source, names, block, texts if source.unit else None)
     return Added(len(names), len(set(names)), new, made)
 
 
@@ -96,7 +100,9 @@ def load(site: Site, ledger: Ledger) -> Units:
             )
     labels = _labels(site.coordinator())
     key = read_secret(site.agent_home / "unit.key", 32)
-    units = select(key, (record for source in sources for record in read(source, labels)), ledger.units())
+    units = select(
+        key, (record for source in sources for record in read(source, labels)), ledger.units(), ledger.texts()
+    )
     if not units.records:
         raise InputError(
             "no registered text is left in the registered files", where=", ".join(str(s.path) for s in sources)

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 from cloister_model.text import Record
 
+_NONE: Mapping[bytes, int] = {}
+
 
 def normalised(text: str) -> str:
     """Characters that show nothing left out, NFKC, case folded, runs of white space as one space; its own fixed point."""
@@ -33,11 +35,16 @@ def normalised(text: str) -> str:
     return text
 
 
+def text_tag(key: bytes, record: Record) -> bytes:
+    """The text's name, 32 bytes."""
+    return hmac.digest(key, b"record\0" + normalised(record.text).encode(), hashlib.sha256)
+
+
 def tag(key: bytes, record: Record) -> bytes:
     """The unit's name, 32 bytes: of the record's unit where it has one, else of its text."""
     if record.unit:
         return hmac.digest(key, b"field\0" + normalised(record.unit).encode(), hashlib.sha256)
-    return hmac.digest(key, b"record\0" + normalised(record.text).encode(), hashlib.sha256)
+    return text_tag(key, record)
 
 
 @dataclass(frozen=True)
@@ -70,13 +77,16 @@ class Units:
         return tuple(records), tuple(units)
 
 
-def select(key: bytes, records: Iterable[Record], known: Mapping[bytes, int]) -> Units:
+def select(
+    key: bytes, records: Iterable[Record], known: Mapping[bytes, int], texts: Mapping[bytes, int] = _NONE
+) -> Units:
     """Groups ``records`` into registered units.
 
     Args:
         key: The site's unit key.
         records: All records of the registered files.
         known: Block by tag.
+        texts: Block by text, where a unit is a field: a text that another block holds stays out under a new unit.
     """
     kept: list[Record] = []
     members: dict[bytes, list[int]] = {}
@@ -88,7 +98,7 @@ def select(key: bytes, records: Iterable[Record], known: Mapping[bytes, int]) ->
             unregistered += 1
             continue
         same = (name, normalised(record.text))
-        if same in seen:
+        if same in seen or (record.unit and texts.get(text_tag(key, record), known[name]) != known[name]):
             copies += 1
             continue
         seen.add(same)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from cloister_client.train import Trainer
 from cloister_model.text import Source
 from cloister_model.tokens import Encoded
 from cloister_shared.cards import read_site_card
+from cloister_shared.errors import InputError, RollbackError
 from cloister_shared.privacy import epsilon
 from cloister_shared.processes import free_port
 from cloister_shared.sealing import Codec, Header
@@ -97,6 +100,52 @@ def test_all_records_of_a_patient_are_one_unit(world: World, tmp_path: Path, see
     assert answer(world, desk, 1, unit="field", unit_records=3)[0].codec == Codec.UPDATE_F32
     assert sorted(len(unit) for unit in seen[0].units) == [4] * 6
     assert desk.ledger.standing().epsilon == epsilon([spec(**ROUND).event], 1e-5)
+
+
+def test_the_same_rows_under_new_ids_buy_no_new_budget(world: World, tmp_path: Path, seen: list[Encoded]) -> None:
+    """A re-pseudonymised export: other ids, the same visits."""
+    site = enrolled(world, tmp_path, "patient")
+    path = rows(tmp_path, "a.jsonl", range(6), 4)
+    source = Source(path, "text", "label", "patient")
+    add(site, source)
+    other = tmp_path / "again.jsonl"
+    other.write_text(path.read_text().replace('"patient": "P', '"patient": "X'))
+    added = add(site, replace(source, path=other))
+    assert (added.units, added.new, added.block) == (6, 0, "")
+    visit = {"text": "a visit that is new", "label": LABELS[0], "patient": "XX0"}
+    with other.open("a") as handle:
+        handle.write(json.dumps(visit) + "\n")
+        handle.write(json.dumps(visit | {"text": "Visit 0 of PATIENT 1:  the card again"}) + "\n")
+        handle.write(json.dumps(visit | {"patient": "P0", "text": "one more of a patient who is known"}) + "\n")
+    assert add(site, replace(source, path=other)).new == 1
+    desk = desk_of(world, site)
+    assert answer(world, desk, 1, unit="field", unit_records=9, sample_rate=1.0)[0].codec == Codec.UPDATE_F32
+    assert sorted(len(unit) for unit in seen[0].units) == [1, 4, 4, 4, 4, 4, 5]
+    again = tmp_path / "third.jsonl"
+    again.write_text(json.dumps(visit | {"patient": "Y", "text": "one more of a patient who is known"}) + "\n")
+    assert add(site, replace(source, path=again)).new == 0
+
+
+def test_texts_moved_by_hand_are_seen(world: World, tmp_path: Path) -> None:
+    site = enrolled(world, tmp_path, "patient")
+    add(site, Source(rows(tmp_path, "a.jsonl", range(6), 4), "text", "label", "patient"))
+    with closing(sqlite3.connect(site.agent_home / "ledger.db")) as db:
+        trigger = db.execute("SELECT sql FROM sqlite_master WHERE name = 'text_stays'").fetchone()[0]
+        db.execute("DROP TRIGGER text_stays")
+        db.execute("DELETE FROM text WHERE tag = (SELECT MIN(tag) FROM text)")
+        db.execute(trigger)
+        db.commit()
+    with pytest.raises(RollbackError, match="changed by hand"):
+        open_ledger(site)
+
+
+def test_another_text_field_of_a_known_file_is_refused(world: World, tmp_path: Path) -> None:
+    site = enrolled(world, tmp_path, "")
+    path = rows(tmp_path, "a.jsonl", range(6), 1)
+    add(site, Source(path, "text", "label"))
+    with pytest.raises(InputError, match="another text field"):
+        add(site, Source(path, "patient", "label"))
+    assert [s.units for s in open_ledger(site).standings()] == [6]
 
 
 def test_a_plan_for_another_unit_is_refused_before_anything_is_reserved(world: World, tmp_path: Path) -> None:

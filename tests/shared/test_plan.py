@@ -32,7 +32,7 @@ from cloister_shared.vectors import F32, Schema
 COORDINATOR = SigningKey.generate()
 ROUND_KEY = OpeningKey.generate().sealing_key
 SCHEMA = Schema((("a", (2,)), ("b", (1, 2))))
-PARENT: F32 = np.array([1, -2, 0.5, 3], dtype=np.float32)
+PARENT: F32 = np.array([0.1, -0.2, 0.05, 0.25], dtype=np.float32)
 TASK = TaskSpec("text-classification", ("good", "bad"), 64, ("query", "value"), (0, 1), 4, 8.0)
 TRAINING = TrainingSpec(10, 0.05, 20.0, 1.1, 1.0, 1e-3, 1e-2, 1e-5)
 CORE = PlanCore(
