@@ -4,7 +4,7 @@ Every trained matrix is spread to one copy per record (no memory: an expanded vi
 own gradient of the copies is the per-sample gradient. ``tests/bench/test_engine.py`` holds it against the product's ``Trainer``.
 
 Beyond the product's model (mean of the last states) it knows three changes to what the head sees, for the tables: means of lower
-states beside (``pool``), a public centre taken off (``centre``), and every record scaled to length 1 (``unit``).
+states beside (``pool``), their mean taken off (``centre``), and every record scaled to root mean square 1 (``rms``).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _INSIDE = (
 )
 _NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
 RECORDS = 64  # a physical batch
+WORDS = 3.4  # length of a bag of words: that of MiniLM's two blocks of means once their mean is off
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Shape:
         freeze_a: Whether A is public and not trained.
         pool: Which states' means the head sees, side by side: 0 is the embeddings', the number of layers the last layer's.
         centre: Whether their mean over the sites' records, released privately, is taken off.
-        unit: Whether each record's features are scaled to length 1 after that.
+        hashed: Width of a block of hashed, sublinear, rank-weighted word-piece counts beside them; 0 for none.
+        rms: Whether each record's features are scaled to root mean square 1 after that.
     """
 
     layers: tuple[int, ...] = ()
@@ -56,8 +58,24 @@ class Shape:
     alpha: float = 16.0
     freeze_a: bool = False
     pool: tuple[int, ...] = (6,)
+    hashed: int = 0
     centre: bool = False
-    unit: bool = False
+    rms: bool = False
+
+
+def hashed_words(kept: Kept, width: int) -> F32:
+    """Bags of word pieces as the base's tokeniser numbers them, hashed with signs into ``(n, width)``, each of length ``WORDS``.
+
+    Counts are sublinear. A piece weighs the logarithm of its number: BERT's vocabulary is sorted by frequency, so that this stands
+    for an inverse document frequency that nobody's text was asked for.
+    """
+    out = np.zeros((len(kept.encoded), width), dtype=np.float32)
+    for row, ids in enumerate(kept.encoded.ids):
+        pieces, counts = np.unique(np.array(ids, dtype=np.int64), return_counts=True)
+        code = (pieces * 2654435761 + 97) % 4294967291
+        weight = (1 + np.log(counts)) * np.log(np.maximum(pieces - 990, 2)) * (1 - 2 * ((code >> 7) & 1))
+        np.add.at(out[row], code % width, weight.astype(np.float32))
+    return np.asarray(WORDS * out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-6), dtype=np.float32)
 
 
 class Engine:
@@ -70,17 +88,18 @@ class Engine:
 
     Attributes:
         schema: Names and shapes of the trained parameters, as the product's.
+        heads: How many of the parameters are the head's: the last ones.
         start: The parameters that a run starts from.
-        centre: What is taken off the features, ``(features,)``.
     """
 
     def __init__(self, kept: Kept, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> None:
         self.kept, self.shape, self.dtype = kept, shape, dtype
         self.depth, width = len(kept.means) - 1, kept.means.shape[2]
         self.classes = torch.from_numpy(kept.classes)
-        self.features = len(shape.pool) * width
+        self.features = len(shape.pool) * width + shape.hashed
+        self.heads = len(kept.labels) * (self.features + 1)
         heads = (("head.weight", (len(kept.labels), self.features)), ("head.bias", (len(kept.labels),)))
-        self._frozen: dict[tuple[int, str, str], Tensor] = {}
+        self._fixed: dict[tuple[int, str, str], Tensor] = {}
         self._inside: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         adapters: tuple[tuple[str, tuple[int, ...]], ...] = ()
         start = np.zeros(0, dtype=np.float32)
@@ -88,15 +107,16 @@ class Engine:
             adapters, start = self._model(kept, shape)
         self.schema = Schema(adapters + heads)
         self.start: F32 = np.concatenate([start, np.zeros(sum(int(np.prod(s)) for _, s in heads), dtype=np.float32)])
-        self.centre: Tensor = torch.zeros(self.features)
-        self._lower = torch.from_numpy(
-            np.concatenate(
-                [kept.means[level] for level in shape.pool if not shape.layers or level < self.depth]
-                or [kept.means[0][:, :0]],
-                axis=1,
-            )
-        )
+        self._centre: Tensor = torch.zeros(self.features)
+        self._ready: tuple[Tensor, Tensor] | None = None
+        words = [hashed_words(kept, shape.hashed)] if shape.hashed else []
+        lower = [kept.means[level] for level in shape.pool if not shape.layers or level < self.depth]
+        # In the head's order: hashed words, lower states, and the last layer's where that is not frozen.
+        self._lower = torch.from_numpy(np.concatenate([*words, *lower, kept.means[0][:, :0]], axis=1))
         self._states = kept.states(min(shape.layers)) if shape.layers else None
+        self._mixed = (
+            self._keep_mixed() if shape.layers and not set(shape.targets) & {"query", "key", "value"} else None
+        )
 
     def _model(self, kept: Kept, shape: Shape) -> tuple[tuple[tuple[str, tuple[int, ...]], ...], F32]:
         task = TaskSpec(
@@ -113,7 +133,7 @@ class Engine:
         for name, value in model.encoder.named_parameters():
             found = _LORA.search(name)
             if found and not value.requires_grad:
-                self._frozen[int(found[1]), found[2], found[3]] = value.detach().to(self.dtype)
+                self._fixed[int(found[1]), found[2], found[3]] = value.detach().to(self.dtype)
         tensors = tuple((n, s) for n, s in schema_of(model).tensors if not n.startswith("head."))
         return tensors, read_vector(model)[: sum(int(np.prod(s)) for _, s in tensors)]
 
@@ -130,7 +150,7 @@ class Engine:
             leaves.append(leaf)
             if lora:
                 found[int(lora[1]), lora[2], lora[3]] = leaf
-        for key, value in self._frozen.items():
+        for key, value in self._fixed.items():
             found[key] = value.expand(count, *value.shape)
         return found, leaves
 
@@ -141,25 +161,60 @@ class Engine:
         inner = torch.bmm(x, lora[layer, name, "A"].transpose(1, 2))
         return y + torch.bmm(inner, lora[layer, name, "B"].transpose(1, 2)) * (self.shape.alpha / self.shape.rank)
 
+    def _padded(self, kept: Tensor, rows: I64) -> Tensor:
+        lengths = self.kept.lengths[rows]
+        out = torch.zeros(len(rows), int(lengths.max()), kept.shape[1], dtype=self.dtype)
+        for i, row in enumerate(rows):
+            begin = int(self.kept.starts[row])
+            out[i, : lengths[i]] = kept[begin : begin + int(lengths[i])]
+        return out
+
+    def _mask(self, rows: I64) -> Tensor:
+        lengths = torch.from_numpy(self.kept.lengths[rows])
+        return torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+
+    def _attend(self, h: Tensor, mask: Tensor, layer: int, lora: dict[tuple[int, str, str], Tensor]) -> Tensor:
+        count, longest, width = h.shape
+        q, k, v = (
+            self._linear(h, layer, name, lora).view(count, longest, width // 32, 32).transpose(1, 2)
+            for name in _INSIDE[:3]
+        )
+        seen = None if bool(mask.all()) else mask[:, None, None, :]
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return mixed.transpose(1, 2).reshape(count, longest, width)
+
+    @torch.no_grad()
+    def _keep_mixed(self) -> Tensor:
+        """What attention of the lowest trained layer gives, where nothing trained lies below it: kept on disk too."""
+        assert self._states is not None
+        layer = min(self.shape.layers)
+        path = self.kept.folder / f"mixed-{layer}.{str(self.dtype).removeprefix('torch.')}"
+        if not path.exists():
+            part = path.with_suffix(".part")
+            out = np.memmap(part, np.float16 if not self.kept.exact else np.float32, "w+", shape=self._states.shape)
+            for rows in chunks(np.arange(len(self.kept.encoded)), self.kept.lengths, RECORDS):
+                mixed = self._attend(self._padded(self._states, rows), self._mask(rows), layer, {}).float().numpy()
+                for i, row in enumerate(rows):
+                    begin, count = int(self.kept.starts[row]), int(self.kept.lengths[row])
+                    out[begin : begin + count] = mixed[i, :count]
+            out.flush()
+            part.rename(path)
+        raw = np.memmap(path, np.float16 if not self.kept.exact else np.float32, "c", shape=tuple(self._states.shape))
+        return torch.from_numpy(raw)
+
     def _last(self, rows: I64, lora: dict[tuple[int, str, str], Tensor]) -> Tensor:
         """Mean of the last layer's states, ``(n, hidden) float32``."""
         assert self._states is not None
-        lengths = self.kept.lengths[rows]
-        count, longest, width = len(rows), int(lengths.max()), self._states.shape[1]
-        h = torch.zeros(count, longest, width, dtype=self.dtype)
-        for i, row in enumerate(rows):
-            begin = int(self.kept.starts[row])
-            h[i, : lengths[i]] = self._states[begin : begin + int(lengths[i])]
-        mask = torch.arange(longest)[None, :] < torch.from_numpy(lengths)[:, None]
-        seen = None if bool(mask.all()) else mask[:, None, None, :]
-        heads = width // 32
-        for layer in range(min(self.shape.layers), self.depth):
-            q, k, v = (
-                self._linear(h, layer, name, lora).view(count, longest, heads, 32).transpose(1, 2)
-                for name in _INSIDE[:3]
+        h, mask = self._padded(self._states, rows), self._mask(rows)
+        width, lowest = h.shape[2], min(self.shape.layers)
+        for layer in range(lowest, self.depth):
+            given = self._mixed is not None and layer == lowest
+            mixed = (
+                self._padded(self._mixed, rows)
+                if given and self._mixed is not None
+                else self._attend(h, mask, layer, lora)
             )
-            mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
-            mixed = self._linear(mixed.reshape(count, longest, width), layer, _INSIDE[3], lora)
+            mixed = self._linear(mixed, layer, _INSIDE[3], lora)
             h = functional.layer_norm(h + mixed, (width,), *self._inside[layer, _NORMS[0]], eps=1e-12)
             wide = functional.gelu(self._linear(h, layer, _INSIDE[4], lora))
             h = functional.layer_norm(
@@ -173,13 +228,32 @@ class Engine:
         parts = self._lower[rows]
         if self.shape.layers and self.depth in self.shape.pool:
             parts = torch.cat([parts, self._last(rows, lora)], 1)
-        parts = parts - self.centre
-        return parts / parts.norm(dim=1, keepdim=True).clamp(min=1e-6) if self.shape.unit else parts
+        parts = parts - self._centre
+        return functional.rms_norm(parts, (parts.shape[1],), eps=1e-8) if self.shape.rms else parts
+
+    @property
+    def centre(self) -> Tensor:
+        """What is taken off the features, ``(features,)``."""
+        return self._centre
+
+    @centre.setter
+    def centre(self, value: Tensor) -> None:
+        self._centre, self._ready = value, None
+
+    @torch.no_grad()
+    def _frozen(self) -> tuple[Tensor, Tensor]:
+        """What a head alone sees of every record, and its squared length with the bias' one; made once for a centre."""
+        if self._ready is None:
+            every = self.pooled(np.arange(len(self.kept.encoded)), {})
+            self._ready = every, (every**2).sum(1) + 1
+        return self._ready
 
     @torch.no_grad()
     def frozen_features(self, rows: I64) -> Tensor:
         """Pooled features of the base as it is, before centre and scaling, ``(n, features)``."""
-        return torch.from_numpy(np.concatenate([self.kept.means[level][rows] for level in self.shape.pool], axis=1))
+        if not self.shape.layers:
+            return self._lower[rows]
+        return torch.cat([self._lower[rows], torch.from_numpy(self.kept.means[self.depth][rows])], 1)
 
     def gradients(self, rows: I64, vector: Tensor) -> tuple[Tensor, Tensor]:
         """Per-sample gradients ``(n, d) float32`` and losses ``(n,)``."""
@@ -192,11 +266,11 @@ class Engine:
 
     def _head_sum(self, rows: I64, vector: Tensor, clip: float | None) -> Tensor:
         # A head alone: one record's gradient is an outer product, whose norm needs no gradient.
-        x = self.pooled(rows, {})
-        weight, bias = self._head(vector)
+        every, squares = self._frozen()
+        x, weight, bias = every[rows], *self._head(vector)
         error = torch.softmax(x @ weight.T + bias, 1) - functional.one_hot(self.classes[rows], len(bias)).float()
         if clip is not None:
-            norms = error.norm(dim=1) * (x.norm(dim=1) ** 2 + 1).sqrt()
+            norms = error.norm(dim=1) * squares[rows].sqrt()
             error = error * (clip / norms.clamp(min=1e-12)).clamp(max=1)[:, None]
         return torch.cat([(error.T @ x).reshape(-1), error.sum(0)])
 
@@ -221,7 +295,10 @@ class Engine:
     def accuracy(self, rows: I64, vector: Tensor) -> float:
         """Share of right classes."""
         right, (weight, bias) = 0, self._head(vector)
-        for part in chunks(rows, self.kept.lengths, 2 * RECORDS if self.shape.layers else len(rows)):
-            lora, _ = self._spread(vector, len(part), grad=False) if self.shape.layers else ({}, [])
+        if not self.shape.layers:
+            guess = (self._frozen()[0][rows] @ weight.T + bias).argmax(1)
+            return int((guess == self.classes[rows]).sum()) / len(rows)
+        for part in chunks(rows, self.kept.lengths, 2 * RECORDS):
+            lora, _ = self._spread(vector, len(part), grad=False)
             right += int(((self.pooled(part, lora) @ weight.T + bias).argmax(1) == self.classes[part]).sum())
         return right / len(rows)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from bench.kept import I64, Kept
 
 # The release of the features' mean: one whole-batch Gaussian step per site, charged beside the training.
 CENTRE_NOISE = 10.0
-CENTRE_CLIP = 5.0
+CENTRE_CLIP = 6.0
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,20 @@ class Training:
         clip: Clipping norm; without privacy nothing is clipped.
         adapter_rate: LoRA's learning rate in the first round.
         head_rate: The head's.
-        schedule: ``constant``, or ``linear``: rates fall by the same amount each round, to a tenth of ten rounds' first.
+        head_sgd: Whether the head is trained by plain SGD; else by Adam, as LoRA is.
+        head_rounds: So many rounds train the head alone first, LoRA and its gradients left out.
+        schedule: ``constant``, or ``linear``: rates fall by the same amount each round, LoRA's from its own first one.
         rule: Aggregation rule.
     """
 
     rounds: int = 10
     steps: int = 10
     batch: int = 512
-    clip: float = 0.25
+    clip: float = 8.0
     adapter_rate: float = 1e-3
-    head_rate: float = 0.3
+    head_rate: float = 0.01
+    head_sgd: bool = False
+    head_rounds: int = 0
     schedule: str = "linear"
     rule: Rule = "average"
 
@@ -132,6 +136,7 @@ def simulate(
         A flat record: settings, accuracy after each round, noise multipliers, residual of the rule, seconds of the processor.
     """
     began, rng = time.process_time(), np.random.default_rng([seed, 20261122])
+    whole, alone = engine, Engine(engine.kept, replace(engine.shape, layers=())) if training.head_rounds else engine
     shape, test = engine.shape, np.arange(engine.kept.train, len(engine.kept.encoded))
     engine.centre = private_centre(engine, sites, target is not None, rng) if shape.centre else engine.centre * 0
     world = []
@@ -141,20 +146,29 @@ def simulate(
         world.append(
             _Site(rows, rate, 0.0 if target is None else table.sigma(rate, count, target, delta, shape.centre))
         )
+    alone.centre = engine.centre
     weights = np.array([len(s.rows) for s in world], dtype=np.float64)
     vector, scores, residual = engine.start.copy(), list[float](), 0.0
-    heads = len(engine.kept.labels) * (engine.features + 1)
+    share = (weights / weights.sum()).astype(np.float32)
     for number in range(training.rounds):
-        fall = 1 - number / training.rounds if training.schedule == "linear" else 1.0
-        rates = torch.full((len(vector),), training.adapter_rate * fall)
-        rates[-heads:] = training.head_rate * fall
-        updates = np.stack([_local(engine, training, site, vector, rates, target is not None, rng) for site in world])
-        made = aggregate(training.rule, vector, updates, weights, engine.schema) if shape.layers else None
-        share = (weights / weights.sum()).astype(np.float32)
-        vector = made.vector if made is not None else np.asarray(vector + share @ updates, dtype=np.float32)
-        residual = made.residual if made is not None else 0.0
-        scores.append(engine.accuracy(test, torch.from_numpy(vector)))
-        tell(f"round {number + 1}: {scores[-1]:.4f}  {time.process_time() - began:.0f} s")
+        early = number < training.head_rounds
+        engine, of = (alone, slice(-whole.heads, None)) if early else (whole, slice(None))
+        linear = training.schedule == "linear"
+        later = training.rounds - training.head_rounds
+        fall = 1 - number / training.rounds if linear else 1.0
+        rates = torch.full(
+            (len(vector),), training.adapter_rate * (1 - (number - training.head_rounds) / later if linear else 1.0)
+        )
+        rates[-engine.heads :] = training.head_rate * fall
+        updates = np.stack([_local(engine, training, s, vector[of], rates[of], target is not None, rng) for s in world])
+        if shape.layers and not early:
+            made = aggregate(training.rule, vector, updates, weights, engine.schema)
+            vector, residual = made.vector, made.residual
+        else:
+            vector[of] += share @ updates
+        if not engine.shape.layers or number + 1 in (training.rounds // 2, training.rounds):
+            scores.append(engine.accuracy(test, torch.from_numpy(vector[of])))
+        tell(f"round {number + 1}: {scores[-1:]}  {time.process_time() - began:.0f} s")
     return (
         asdict(shape)
         | asdict(training)
@@ -184,7 +198,7 @@ def _local(
     private: bool,
     rng: np.random.Generator,
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
-    start = torch.from_numpy(parent.copy())
+    start, heads = torch.from_numpy(parent.copy()), engine.heads
     vector, first, second = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     for step in range(1, training.steps + 1):
         rows = site.rows[rng.random(len(site.rows)) < site.rate]
@@ -196,5 +210,8 @@ def _local(
         # Adam as torch.optim.Adam, on one flat vector.
         first = 0.9 * first + 0.1 * mean
         second = 0.999 * second + 0.001 * mean * mean
-        vector = vector - rates * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        move = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        if training.head_sgd:
+            move[-heads:] = mean[-heads:]
+        vector = vector - rates * move
     return np.asarray((vector - start).numpy(), dtype=np.float32)

@@ -57,7 +57,7 @@ def test_the_engines_clipped_sum_is_the_trainers(kept, targets, layers, freeze_a
 
 
 def test_a_head_alone_clips_as_per_sample_gradients_do(kept):
-    engine = Engine(kept, Shape(pool=(0, 6), unit=True), torch.float32)
+    engine = Engine(kept, Shape(pool=(0, 6), rms=True), torch.float32)
     vector = torch.randn(len(engine.start), generator=torch.Generator().manual_seed(0))
     chosen = np.arange(17)
     each, _ = engine.gradients(chosen, vector)
@@ -66,7 +66,7 @@ def test_a_head_alone_clips_as_per_sample_gradients_do(kept):
 
 
 def test_a_private_run_states_its_noise_and_is_repeatable(kept, tmp_path):
-    engine = Engine(kept, Shape(pool=(0, 6), centre=True, unit=True))
+    engine = Engine(kept, Shape(pool=(0, 6), centre=True, rms=True))
     sites = partition(kept, 2, None, 0)
     training = Training(rounds=2, steps=2, batch=8)
     table = NoiseTable(tmp_path / "noise.json")
