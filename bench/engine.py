@@ -1,0 +1,304 @@
+"""Per-sample gradients of LoRA and head over kept states: the product's model and loss, without the layers that are frozen.
+
+Every trained matrix is spread to one copy per record (no memory: an expanded view) and applied with ``bmm``, so that autograd's
+own gradient of the copies is the per-sample gradient. ``tests/bench/test_engine.py`` holds it against the product's ``Trainer``.
+
+Beyond the product's model (mean of the last states) it knows three changes to what the head sees, for the tables: means of lower
+states beside (``pool``), their mean taken off (``centre``), and every record scaled to root mean square 1 (``rms``).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from cloister_model.build import build, read_vector, schema_of
+from cloister_shared.plan import TaskSpec
+from cloister_shared.vectors import F32, Schema
+from torch import Tensor
+from torch.nn import functional
+
+from bench.kept import I64, Kept, chunks
+
+_LORA = re.compile(r"encoder\.layer\.(\d+)\.(.+)\.lora_([AB])\.")
+_INSIDE = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
+_NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
+RECORDS = 64  # a physical batch
+WORDS = 3.4  # length of a bag of words: that of MiniLM's two blocks of means once their mean is off
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is trained, and what the head sees.
+
+    Attributes:
+        layers: Layers with LoRA; empty for a head on frozen features.
+        targets: As a task's ``target_modules``.
+        rank: LoRA's rank.
+        alpha: LoRA's scale numerator.
+        freeze_a: Whether A is public and not trained.
+        pool: Which states' means the head sees, side by side: 0 is the embeddings', the number of layers the last layer's.
+        centre: Whether their mean over the sites' records, released privately, is taken off.
+        hashed: Width of a block of hashed, sublinear, rank-weighted word-piece counts beside them; 0 for none.
+        rms: Whether each record's features are scaled to root mean square 1 after that.
+    """
+
+    layers: tuple[int, ...] = ()
+    targets: tuple[str, ...] = ("query", "value")
+    rank: int = 8
+    alpha: float = 16.0
+    freeze_a: bool = False
+    pool: tuple[int, ...] = (6,)
+    hashed: int = 0
+    centre: bool = False
+    rms: bool = False
+
+
+def hashed_words(kept: Kept, width: int) -> F32:
+    """Bags of word pieces as the base's tokeniser numbers them, hashed with signs into ``(n, width)``, each of length ``WORDS``.
+
+    Counts are sublinear. A piece weighs the logarithm of its number: BERT's vocabulary is sorted by frequency, so that this stands
+    for an inverse document frequency that nobody's text was asked for.
+    """
+    out = np.zeros((len(kept.encoded), width), dtype=np.float32)
+    for row, ids in enumerate(kept.encoded.ids):
+        pieces, counts = np.unique(np.array(ids, dtype=np.int64), return_counts=True)
+        code = (pieces * 2654435761 + 97) % 4294967291
+        weight = (1 + np.log(counts)) * np.log(np.maximum(pieces - 990, 2)) * (1 - 2 * ((code >> 7) & 1))
+        np.add.at(out[row], code % width, weight.astype(np.float32))
+    return np.asarray(WORDS * out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-6), dtype=np.float32)
+
+
+class Engine:
+    """The model of one ``Shape`` over kept states.
+
+    Args:
+        kept: Records and states.
+        shape: What is trained.
+        dtype: What the layers above compute in; the head and all sums are float32.
+
+    Attributes:
+        schema: Names and shapes of the trained parameters, as the product's.
+        heads: How many of the parameters are the head's: the last ones.
+        start: The parameters that a run starts from.
+    """
+
+    def __init__(self, kept: Kept, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.kept, self.shape, self.dtype = kept, shape, dtype
+        self.depth, width = len(kept.means) - 1, kept.means.shape[2]
+        self.classes = torch.from_numpy(kept.classes)
+        self.features = len(shape.pool) * width + shape.hashed
+        self.heads = len(kept.labels) * (self.features + 1)
+        heads = (("head.weight", (len(kept.labels), self.features)), ("head.bias", (len(kept.labels),)))
+        self._fixed: dict[tuple[int, str, str], Tensor] = {}
+        self._inside: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        adapters: tuple[tuple[str, tuple[int, ...]], ...] = ()
+        start = np.zeros(0, dtype=np.float32)
+        if shape.layers:
+            adapters, start = self._model(kept, shape)
+        self.schema = Schema(adapters + heads)
+        self.start: F32 = np.concatenate([start, np.zeros(sum(int(np.prod(s)) for _, s in heads), dtype=np.float32)])
+        self._centre: Tensor = torch.zeros(self.features)
+        self._ready: tuple[Tensor, Tensor] | None = None
+        words = [hashed_words(kept, shape.hashed)] if shape.hashed else []
+        lower = [kept.means[level] for level in shape.pool if not shape.layers or level < self.depth]
+        # In the head's order: hashed words, lower states, and the last layer's where that is not frozen.
+        self._lower = torch.from_numpy(np.concatenate([*words, *lower, kept.means[0][:, :0]], axis=1))
+        self._states = kept.states(min(shape.layers)) if shape.layers else None
+        self._mixed = (
+            self._keep_mixed() if shape.layers and not set(shape.targets) & {"query", "key", "value"} else None
+        )
+
+    def _model(self, kept: Kept, shape: Shape) -> tuple[tuple[tuple[str, tuple[int, ...]], ...], F32]:
+        task = TaskSpec(
+            "text-classification", kept.labels, 64, shape.targets, shape.layers, shape.rank, shape.alpha, shape.freeze_a
+        )
+        torch.manual_seed(0)
+        model = build(kept.base, task, "bench")
+        inner = model.encoder.get_base_model()
+        for layer in range(min(shape.layers), self.depth):
+            for name in (*_INSIDE, *_NORMS):
+                module = inner.encoder.layer[layer].get_submodule(name)
+                module = getattr(module, "base_layer", module)
+                self._inside[layer, name] = (module.weight.detach().to(self.dtype), module.bias.detach().to(self.dtype))
+        for name, value in model.encoder.named_parameters():
+            found = _LORA.search(name)
+            if found and not value.requires_grad:
+                self._fixed[int(found[1]), found[2], found[3]] = value.detach().to(self.dtype)
+        tensors = tuple((n, s) for n, s in schema_of(model).tensors if not n.startswith("head."))
+        return tensors, read_vector(model)[: sum(int(np.prod(s)) for _, s in tensors)]
+
+    def _spread(
+        self, vector: Tensor, count: int, grad: bool
+    ) -> tuple[dict[tuple[int, str, str], Tensor], list[Tensor]]:
+        at, found, leaves = 0, dict[tuple[int, str, str], Tensor](), list[Tensor]()
+        for name, size in self.schema.tensors:
+            lora = _LORA.search(name)
+            length = int(np.prod(size))
+            leaf = vector[at : at + length].view(size).to(self.dtype if lora else torch.float32).expand(count, *size)
+            at += length
+            leaf = leaf.detach().requires_grad_(grad)
+            leaves.append(leaf)
+            if lora:
+                found[int(lora[1]), lora[2], lora[3]] = leaf
+        for key, value in self._fixed.items():
+            found[key] = value.expand(count, *value.shape)
+        return found, leaves
+
+    def _linear(self, x: Tensor, layer: int, name: str, lora: dict[tuple[int, str, str], Tensor]) -> Tensor:
+        y = functional.linear(x, *self._inside[layer, name])
+        if (layer, name, "B") not in lora:
+            return y
+        inner = torch.bmm(x, lora[layer, name, "A"].transpose(1, 2))
+        return y + torch.bmm(inner, lora[layer, name, "B"].transpose(1, 2)) * (self.shape.alpha / self.shape.rank)
+
+    def _padded(self, kept: Tensor, rows: I64) -> Tensor:
+        lengths = self.kept.lengths[rows]
+        out = torch.zeros(len(rows), int(lengths.max()), kept.shape[1], dtype=self.dtype)
+        for i, row in enumerate(rows):
+            begin = int(self.kept.starts[row])
+            out[i, : lengths[i]] = kept[begin : begin + int(lengths[i])]
+        return out
+
+    def _mask(self, rows: I64) -> Tensor:
+        lengths = torch.from_numpy(self.kept.lengths[rows])
+        return torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+
+    def _attend(self, h: Tensor, mask: Tensor, layer: int, lora: dict[tuple[int, str, str], Tensor]) -> Tensor:
+        count, longest, width = h.shape
+        q, k, v = (
+            self._linear(h, layer, name, lora).view(count, longest, width // 32, 32).transpose(1, 2)
+            for name in _INSIDE[:3]
+        )
+        seen = None if bool(mask.all()) else mask[:, None, None, :]
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return mixed.transpose(1, 2).reshape(count, longest, width)
+
+    @torch.no_grad()
+    def _keep_mixed(self) -> Tensor:
+        """What attention of the lowest trained layer gives, where nothing trained lies below it: kept on disk too."""
+        assert self._states is not None
+        layer = min(self.shape.layers)
+        path = self.kept.folder / f"mixed-{layer}.{str(self.dtype).removeprefix('torch.')}"
+        if not path.exists():
+            part = path.with_suffix(".part")
+            out = np.memmap(part, np.float16 if not self.kept.exact else np.float32, "w+", shape=self._states.shape)
+            for rows in chunks(np.arange(len(self.kept.encoded)), self.kept.lengths, RECORDS):
+                mixed = self._attend(self._padded(self._states, rows), self._mask(rows), layer, {}).float().numpy()
+                for i, row in enumerate(rows):
+                    begin, count = int(self.kept.starts[row]), int(self.kept.lengths[row])
+                    out[begin : begin + count] = mixed[i, :count]
+            out.flush()
+            part.rename(path)
+        raw = np.memmap(path, np.float16 if not self.kept.exact else np.float32, "c", shape=tuple(self._states.shape))
+        return torch.from_numpy(raw)
+
+    def _last(self, rows: I64, lora: dict[tuple[int, str, str], Tensor]) -> Tensor:
+        """Mean of the last layer's states, ``(n, hidden) float32``."""
+        assert self._states is not None
+        h, mask = self._padded(self._states, rows), self._mask(rows)
+        width, lowest = h.shape[2], min(self.shape.layers)
+        for layer in range(lowest, self.depth):
+            given = self._mixed is not None and layer == lowest
+            mixed = (
+                self._padded(self._mixed, rows)
+                if given and self._mixed is not None
+                else self._attend(h, mask, layer, lora)
+            )
+            mixed = self._linear(mixed, layer, _INSIDE[3], lora)
+            h = functional.layer_norm(h + mixed, (width,), *self._inside[layer, _NORMS[0]], eps=1e-12)
+            wide = functional.gelu(self._linear(h, layer, _INSIDE[4], lora))
+            h = functional.layer_norm(
+                h + self._linear(wide, layer, _INSIDE[5], lora), (width,), *self._inside[layer, _NORMS[1]], eps=1e-12
+            )
+        weights = mask.unsqueeze(-1).float()
+        return (h.float() * weights).sum(1) / weights.sum(1)
+
+    def pooled(self, rows: I64, lora: dict[tuple[int, str, str], Tensor]) -> Tensor:
+        """What the head sees, ``(n, features) float32``."""
+        parts = self._lower[rows]
+        if self.shape.layers and self.depth in self.shape.pool:
+            parts = torch.cat([parts, self._last(rows, lora)], 1)
+        parts = parts - self._centre
+        return functional.rms_norm(parts, (parts.shape[1],), eps=1e-8) if self.shape.rms else parts
+
+    @property
+    def centre(self) -> Tensor:
+        """What is taken off the features, ``(features,)``."""
+        return self._centre
+
+    @centre.setter
+    def centre(self, value: Tensor) -> None:
+        self._centre, self._ready = value, None
+
+    @torch.no_grad()
+    def _frozen(self) -> tuple[Tensor, Tensor]:
+        """What a head alone sees of every record, and its squared length with the bias' one; made once for a centre."""
+        if self._ready is None:
+            every = self.pooled(np.arange(len(self.kept.encoded)), {})
+            self._ready = every, (every**2).sum(1) + 1
+        return self._ready
+
+    @torch.no_grad()
+    def frozen_features(self, rows: I64) -> Tensor:
+        """Pooled features of the base as it is, before centre and scaling, ``(n, features)``."""
+        if not self.shape.layers:
+            return self._lower[rows]
+        return torch.cat([self._lower[rows], torch.from_numpy(self.kept.means[self.depth][rows])], 1)
+
+    def gradients(self, rows: I64, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """Per-sample gradients ``(n, d) float32`` and losses ``(n,)``."""
+        lora, leaves = self._spread(vector, len(rows), grad=True)
+        x = self.pooled(rows, lora)
+        logits = torch.bmm(leaves[-2], x.unsqueeze(-1)).squeeze(-1) + leaves[-1]
+        losses = functional.cross_entropy(logits, self.classes[rows], reduction="none")
+        found = torch.autograd.grad(losses.sum(), leaves)
+        return torch.cat([g.reshape(len(rows), -1).float() for g in found], 1), losses.detach()
+
+    def _head_sum(self, rows: I64, vector: Tensor, clip: float | None) -> Tensor:
+        # A head alone: one record's gradient is an outer product, whose norm needs no gradient.
+        every, squares = self._frozen()
+        x, weight, bias = every[rows], *self._head(vector)
+        error = torch.softmax(x @ weight.T + bias, 1) - functional.one_hot(self.classes[rows], len(bias)).float()
+        if clip is not None:
+            norms = error.norm(dim=1) * squares[rows].sqrt()
+            error = error * (clip / norms.clamp(min=1e-12)).clamp(max=1)[:, None]
+        return torch.cat([(error.T @ x).reshape(-1), error.sum(0)])
+
+    def _head(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        count = len(self.kept.labels)
+        return vector[-count * (self.features + 1) : -count].view(count, self.features), vector[-count:]
+
+    def clipped_sum(self, rows: I64, vector: Tensor, clip: float | None) -> Tensor:
+        """Sum of the rows' gradients, each clipped to ``clip`` (None: not), ``(d,) float32``."""
+        if not len(rows):
+            return torch.zeros(len(self.start))
+        if not self.shape.layers:
+            return self._head_sum(rows, vector, clip)
+        total = torch.zeros(len(self.start))
+        for part in chunks(rows, self.kept.lengths, RECORDS):
+            found, _ = self.gradients(part, vector)
+            share = torch.ones(len(part)) if clip is None else (clip / found.norm(dim=1).clamp(min=1e-12)).clamp(max=1)
+            total += share @ found
+        return total
+
+    @torch.no_grad()
+    def accuracy(self, rows: I64, vector: Tensor) -> float:
+        """Share of right classes."""
+        right, (weight, bias) = 0, self._head(vector)
+        if not self.shape.layers:
+            guess = (self._frozen()[0][rows] @ weight.T + bias).argmax(1)
+            return int((guess == self.classes[rows]).sum()) / len(rows)
+        for part in chunks(rows, self.kept.lengths, 2 * RECORDS):
+            lora, _ = self._spread(vector, len(part), grad=False)
+            right += int(((self.pooled(part, lora) @ weight.T + bias).argmax(1) == self.classes[part]).sum())
+        return right / len(rows)
