@@ -1,5 +1,10 @@
 """The bench's engine against the product: the same start, the same clipped sums, the same scores."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +21,7 @@ from bench.federated import NoiseTable, Training, partition, simulate
 LABELS = ("billing", "delivery", "login")
 
 
-def rows(count, seed):
+def rows(count: int, seed: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(seed)
     words = "invoice parcel password late wrong lost please help refund account the my is".split()
     return [
@@ -26,7 +31,7 @@ def rows(count, seed):
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory):
+def kept(tmp_path_factory: pytest.TempPathFactory) -> kept_states.Kept:
     return kept_states.keep(
         find_base("minilm", "test"), rows(40, 0), rows(12, 1), 16, tmp_path_factory.mktemp("kept"), exact=True
     )
@@ -35,7 +40,9 @@ def kept(tmp_path_factory):
 @pytest.mark.parametrize(
     ("targets", "layers", "freeze_a"), [(("query", "value"), (4, 5), False), (("dense",), (5,), True)]
 )
-def test_the_engines_clipped_sum_is_the_trainers(kept, targets, layers, freeze_a):
+def test_the_engines_clipped_sum_is_the_trainers(
+    kept: kept_states.Kept, targets: tuple[str, ...], layers: tuple[int, ...], freeze_a: bool
+) -> None:
     engine = Engine(kept, Shape(layers, targets, 4, 8.0, freeze_a, pool=(6,)), torch.float32)
     task = TaskSpec("text-classification", LABELS, 16, targets, layers, 4, 8.0, freeze_a)
     torch.manual_seed(0)
@@ -56,7 +63,7 @@ def test_the_engines_clipped_sum_is_the_trainers(kept, targets, layers, freeze_a
     assert abs(got - (guess == kept.classes[40:]).mean()) < 1e-9
 
 
-def test_a_head_alone_clips_as_per_sample_gradients_do(kept):
+def test_a_head_alone_clips_as_per_sample_gradients_do(kept: kept_states.Kept) -> None:
     engine = Engine(kept, Shape(pool=(0, 6), rms=True), torch.float32)
     vector = torch.randn(len(engine.start), generator=torch.Generator().manual_seed(0))
     chosen = np.arange(17)
@@ -65,7 +72,7 @@ def test_a_head_alone_clips_as_per_sample_gradients_do(kept):
     assert torch.allclose(engine.clipped_sum(chosen, vector, 0.5), share @ each, atol=1e-5)
 
 
-def test_a_private_run_states_its_noise_and_is_repeatable(kept, tmp_path):
+def test_a_private_run_states_its_noise_and_is_repeatable(kept: kept_states.Kept, tmp_path: Path) -> None:
     engine = Engine(kept, Shape(pool=(0, 6), centre=True, rms=True))
     sites = partition(kept, 2, None, 0)
     training = Training(rounds=2, steps=2, batch=8)
