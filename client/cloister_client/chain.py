@@ -13,6 +13,7 @@ elsewhere sees that. It knows no budgets: ``budget`` does.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -139,10 +140,15 @@ class Chain:
         self._last = last
 
     def _connect(self) -> tuple[sqlite3.Connection, os.stat_result, int]:
-        db = None
+        db = folder = None
         try:
-            # The file's mode before SQLite writes to it: its -wal and -shm take the same.
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            folder = os.open(self.path.parent, os.O_RDONLY | os.O_CLOEXEC)
+            # One at a time: two that turn a fresh file to WAL at once do not wait for each other, one is told that it is locked.
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            # The file's mode before SQLite writes to it: its -wal and -shm take the same. Never opened again beside SQLite, since
+            # closing it would drop the locks of this process's other connections.
+            if not self.path.exists():
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             self.path.chmod(0o600)
             db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
             db.execute("PRAGMA journal_mode=WAL")
@@ -153,6 +159,9 @@ class Chain:
             if db is not None:
                 db.close()
             raise self._unusable(error) from error
+        finally:
+            if folder is not None:
+                os.close(folder)
         self.close = weakref.finalize(self, _close, db, os.getpid())
         return db, found, os.getpid()
 
