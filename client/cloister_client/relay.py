@@ -1,8 +1,8 @@
 """The relay: takes Flower's client tasks from the SuperNode and hands their bytes to the agent. No torch, no keys, no text.
 
 Order for a task: bundle's SHA-256 against the site's allow-list -> one frame out of the message -> agent -> one frame back. The bundle
-is never unpacked nor imported. An agent that is away is waited for; one that dies while it works costs a fixed-word
-refusal, and the coordinator decides whether to try again.
+is never unpacked nor imported. A message that cannot be had ends its task alone. An agent that is away is waited for; one
+that dies while it works costs a fixed-word refusal, and the coordinator decides whether to try again.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from cloister_shared.v1 import agent_pb2, agent_pb2_grpc
 from cloister_client.site import Site, read_site
 
 AGENT_WAIT_SECONDS = 60.0
+MESSAGE_SECONDS = 600.0
 MAX_MESSAGE_BYTES = 300 * 1024 * 1024
 
 
@@ -76,7 +77,12 @@ def check_bundle(content: bytes, allowed: tuple[str, ...]) -> None:
 
 
 def handle(task: Task, agent: Agent, allowed: tuple[str, ...]) -> str:
-    """Handles one acquired task; returns a word for the log."""
+    """Handles one acquired task; returns a word for the log.
+
+    Raises:
+        VerificationError: The task's message cannot be had.
+        httpx.HTTPError: The SuperNode cannot be reached, or has given the task up.
+    """
     message, bundle = task.pull_message()
     word = "done"
     try:
@@ -110,6 +116,8 @@ def serve(site: Site, stop: threading.Event) -> None:
                     word = handle(task, agent, allowed)
                 print(f"task {taken[0]}: {word} in {time.monotonic() - started:.1f} s", flush=True)
                 continue
+        except VerificationError as error:
+            print(f"task dropped: {error}", flush=True)
         except (httpx.TransportError, httpx.HTTPStatusError) as error:
             print(f"SuperNode: {type(error).__name__}; waiting", flush=True)
             stop.wait(1.0)
@@ -123,6 +131,7 @@ def main() -> None:
     site = read_site(parser.parse_args().home)
     die_with_parent()
     pace.quicken_pulls()
+    pace.bound_pulls(MESSAGE_SECONDS)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())

@@ -27,7 +27,7 @@ def quicken_supernode() -> None:
 
 
 def bound_pulls(seconds: float) -> None:
-    """Bounds the wait for a reply that was announced and is not uploaded: it costs its sender, not the round."""
+    """Bounds the wait for a message that was announced and does not come: it costs its sender, not the round."""
     from flwr.supercore.inflatable import inflatable_utils
 
     inflatable_utils.pull_objects.__kwdefaults__["max_time"] = seconds

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import httpx
-from cloister_shared.errors import StateError
+from cloister_shared.errors import StateError, VerificationError
 from flwr.common.constant import SubStatus
 from flwr.common.serde import context_from_proto, context_to_proto, run_from_proto
 from flwr.proto.runtime_pb2 import (
@@ -22,6 +22,7 @@ from flwr.proto.runtime_pb2 import (
     PushTaskOutputRequest,
     SendTaskHeartbeatRequest,
 )
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -115,8 +116,18 @@ class Task:
         return run_from_proto(answer.run)
 
     def pull_message(self) -> tuple[Any, bytes]:
-        """Pulls a client task's input: the message and the bundle's bytes, as delivered."""
-        message, self.context, _, bundle = pull_task_input(self.client)
+        """Pulls a client task's input: the message and the bundle's bytes, as delivered.
+
+        Raises:
+            VerificationError: The message is gone or does not become whole: its run ended while it was on the way.
+            httpx.HTTPError: The SuperNode cannot be reached, or has given the task up.
+        """
+        try:
+            message, self.context, _, bundle = pull_task_input(self.client)
+        except (ObjectPullError, RuntimeError) as error:
+            raise VerificationError(
+                "the task's message cannot be had", where="SuperNode", got=str(error)[:120]
+            ) from error
         return message, bytes(bundle.content)
 
     def push(self, answer: Any) -> None:
