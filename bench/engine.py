@@ -2,9 +2,6 @@
 
 Every trained matrix is spread to one copy per record (no memory: an expanded view) and applied with ``bmm``, so that autograd's
 own gradient of the copies is the per-sample gradient. ``tests/bench/test_engine.py`` holds it against the product's ``Trainer``.
-
-Beyond the product's model (mean of the last states) it knows three changes to what the head sees, for the tables: means of lower
-states beside (``pool``), their mean taken off (``centre``), and every record scaled to root mean square 1 (``rms``).
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from cloister_model.build import build, read_vector, schema_of
+from cloister_model.features import hashed_words, join
 from cloister_shared.plan import TaskSpec
 from cloister_shared.vectors import F32, Schema
 from torch import Tensor
@@ -33,7 +31,7 @@ _INSIDE = (
 )
 _NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
 RECORDS = 64  # a physical batch
-WORDS = 3.4  # length of a bag of words: that of MiniLM's two blocks of means once their mean is off
+OWN = 1000  # of the test records, unlabelled: the coordinator's own text that the centre is made of, as in the product
 
 
 @dataclass(frozen=True)
@@ -46,10 +44,8 @@ class Shape:
         rank: LoRA's rank.
         alpha: LoRA's scale numerator.
         freeze_a: Whether A is public and not trained.
-        pool: Which states' means the head sees, side by side: 0 is the embeddings', the number of layers the last layer's.
-        centre: Whether their mean over the sites' records, released privately, is taken off.
-        hashed: Width of a block of hashed, sublinear, rank-weighted word-piece counts beside them; 0 for none.
-        rms: Whether each record's features are scaled to root mean square 1 after that.
+        words: Width of the block of hashed words; 0 for none.
+        centre: Whether what the coordinator's own text has in the mean is taken off.
     """
 
     layers: tuple[int, ...] = ()
@@ -57,25 +53,8 @@ class Shape:
     rank: int = 8
     alpha: float = 16.0
     freeze_a: bool = False
-    pool: tuple[int, ...] = (6,)
-    hashed: int = 0
-    centre: bool = False
-    rms: bool = False
-
-
-def hashed_words(kept: Kept, width: int) -> F32:
-    """Bags of word pieces as the base's tokeniser numbers them, hashed with signs into ``(n, width)``, each of length ``WORDS``.
-
-    Counts are sublinear. A piece weighs the logarithm of its number: BERT's vocabulary is sorted by frequency, so that this stands
-    for an inverse document frequency that nobody's text was asked for.
-    """
-    out = np.zeros((len(kept.encoded), width), dtype=np.float32)
-    for row, ids in enumerate(kept.encoded.ids):
-        pieces, counts = np.unique(np.array(ids, dtype=np.int64), return_counts=True)
-        code = (pieces * 2654435761 + 97) % 4294967291
-        weight = (1 + np.log(counts)) * np.log(np.maximum(pieces - 990, 2)) * (1 - 2 * ((code >> 7) & 1))
-        np.add.at(out[row], code % width, weight.astype(np.float32))
-    return np.asarray(WORDS * out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-6), dtype=np.float32)
+    words: int = 4096
+    centre: bool = True
 
 
 class Engine:
@@ -94,9 +73,9 @@ class Engine:
 
     def __init__(self, kept: Kept, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> None:
         self.kept, self.shape, self.dtype = kept, shape, dtype
-        self.depth, width = len(kept.means) - 1, kept.means.shape[2]
+        self.depth, width = kept.depth, kept.means.shape[2]
         self.classes = torch.from_numpy(kept.classes)
-        self.features = len(shape.pool) * width + shape.hashed
+        self.features = shape.words + 2 * width
         self.heads = len(kept.labels) * (self.features + 1)
         heads = (("head.weight", (len(kept.labels), self.features)), ("head.bias", (len(kept.labels),)))
         self._fixed: dict[tuple[int, str, str], Tensor] = {}
@@ -107,12 +86,12 @@ class Engine:
             adapters, start = self._model(kept, shape)
         self.schema = Schema(adapters + heads)
         self.start: F32 = np.concatenate([start, np.zeros(sum(int(np.prod(s)) for _, s in heads), dtype=np.float32)])
-        self._centre: Tensor = torch.zeros(self.features)
+        self.centre = torch.zeros(2 * width)
+        if shape.centre:
+            own = slice(kept.train, kept.train + OWN)
+            self.centre = torch.from_numpy(kept.means[:, own].mean(axis=1).reshape(-1))
         self._ready: tuple[Tensor, Tensor] | None = None
-        words = [hashed_words(kept, shape.hashed)] if shape.hashed else []
-        lower = [kept.means[level] for level in shape.pool if not shape.layers or level < self.depth]
-        # In the head's order: hashed words, lower states, and the last layer's where that is not frozen.
-        self._lower = torch.from_numpy(np.concatenate([*words, *lower, kept.means[0][:, :0]], axis=1))
+        self._means = torch.from_numpy(kept.means)
         self._states = kept.states(min(shape.layers)) if shape.layers else None
         self._mixed = (
             self._keep_mixed() if shape.layers and not set(shape.targets) & {"query", "key", "value"} else None
@@ -223,42 +202,26 @@ class Engine:
         weights = mask.unsqueeze(-1).float()
         return (h.float() * weights).sum(1) / weights.sum(1)
 
-    def pooled(self, rows: I64, lora: dict[tuple[int, str, str], Tensor]) -> Tensor:
+    def seen(self, rows: I64, lora: dict[tuple[int, str, str], Tensor]) -> Tensor:
         """What the head sees, ``(n, features) float32``."""
-        parts = self._lower[rows]
-        if self.shape.layers and self.depth in self.shape.pool:
-            parts = torch.cat([parts, self._last(rows, lora)], 1)
-        parts = parts - self._centre
-        return functional.rms_norm(parts, (parts.shape[1],), eps=1e-8) if self.shape.rms else parts
-
-    @property
-    def centre(self) -> Tensor:
-        """What is taken off the features, ``(features,)``."""
-        return self._centre
-
-    @centre.setter
-    def centre(self, value: Tensor) -> None:
-        self._centre, self._ready = value, None
+        ids, mask, _ = self.kept.encoded.batch(rows)
+        words = hashed_words(ids, mask, self.shape.words) if self.shape.words else None
+        last = self._last(rows, lora) if self.shape.layers else self._means[1, rows]
+        return join(words, self._means[0, rows], last, self.centre)
 
     @torch.no_grad()
     def _frozen(self) -> tuple[Tensor, Tensor]:
-        """What a head alone sees of every record, and its squared length with the bias' one; made once for a centre."""
+        """What a head alone sees of every record, and its squared length with the bias' one; made once."""
         if self._ready is None:
-            every = self.pooled(np.arange(len(self.kept.encoded)), {})
+            count = len(self.kept.encoded)
+            every = torch.cat([self.seen(np.arange(at, min(at + 500, count)), {}) for at in range(0, count, 500)])
             self._ready = every, (every**2).sum(1) + 1
         return self._ready
-
-    @torch.no_grad()
-    def frozen_features(self, rows: I64) -> Tensor:
-        """Pooled features of the base as it is, before centre and scaling, ``(n, features)``."""
-        if not self.shape.layers:
-            return self._lower[rows]
-        return torch.cat([self._lower[rows], torch.from_numpy(self.kept.means[self.depth][rows])], 1)
 
     def gradients(self, rows: I64, vector: Tensor) -> tuple[Tensor, Tensor]:
         """Per-sample gradients ``(n, d) float32`` and losses ``(n,)``."""
         lora, leaves = self._spread(vector, len(rows), grad=True)
-        x = self.pooled(rows, lora)
+        x = self.seen(rows, lora)
         logits = torch.bmm(leaves[-2], x.unsqueeze(-1)).squeeze(-1) + leaves[-1]
         losses = functional.cross_entropy(logits, self.classes[rows], reduction="none")
         found = torch.autograd.grad(losses.sum(), leaves)
@@ -300,5 +263,5 @@ class Engine:
             return int((guess == self.classes[rows]).sum()) / len(rows)
         for part in chunks(rows, self.kept.lengths, 2 * RECORDS):
             lora, _ = self._spread(vector, len(part), grad=False)
-            right += int(((self.pooled(part, lora) @ weight.T + bias).argmax(1) == self.classes[part]).sum())
+            right += int(((self.seen(part, lora) @ weight.T + bias).argmax(1) == self.classes[part]).sum())
         return right / len(rows)

@@ -20,15 +20,11 @@ from cloister.demo_text import split
 from cloister_model.text import Record
 from cloister_server.aggregation import aggregate
 from cloister_shared.plan import Rule
-from cloister_shared.privacy import DpSgd, calibrate, coarse_rate, epsilon
+from cloister_shared.privacy import calibrate, coarse_rate
 from torch import Tensor
 
 from bench.engine import Engine
 from bench.kept import I64, Kept
-
-# The release of the features' mean: one whole-batch Gaussian step per site, charged beside the training.
-CENTRE_NOISE = 10.0
-CENTRE_CLIP = 6.0
 
 
 @dataclass(frozen=True)
@@ -40,23 +36,19 @@ class Training:
         steps: DP-SGD steps per round and site.
         batch: Expected records per step and site.
         clip: Clipping norm; without privacy nothing is clipped.
-        adapter_rate: LoRA's learning rate in the first round.
-        head_rate: The head's.
-        head_sgd: Whether the head is trained by plain SGD; else by Adam, as LoRA is.
+        adapter_rate: LoRA's learning rate (Adam).
+        head_rate: The head's (SGD).
         head_rounds: So many rounds train the head alone first, LoRA and its gradients left out.
-        schedule: ``constant``, or ``linear``: rates fall by the same amount each round, LoRA's from its own first one.
         rule: Aggregation rule.
     """
 
     rounds: int = 10
     steps: int = 10
     batch: int = 512
-    clip: float = 8.0
+    clip: float = 4.0
     adapter_rate: float = 1e-3
-    head_rate: float = 0.01
-    head_sgd: bool = False
+    head_rate: float = 0.5
     head_rounds: int = 0
-    schedule: str = "linear"
     rule: Rule = "average"
 
 
@@ -78,29 +70,13 @@ class NoiseTable:
         self.path = path
         self.known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
 
-    def sigma(self, rate: float, steps: int, target: float, delta: float, centre: bool) -> float:
-        """The least noise multiplier for all steps, and the centre's release beside them where there is one."""
-        key = f"{rate:.8g} {steps} {target:g} {delta:g} {CENTRE_NOISE if centre else 0:g}"
+    def sigma(self, rate: float, steps: int, target: float, delta: float) -> float:
+        """The least noise multiplier for all steps."""
+        key = f"{rate:.8g} {steps} {target:g} {delta:g}"
         if key not in self.known:
-            sigma = calibrate(rate, steps, target, delta)
-            release = [DpSgd(CENTRE_NOISE, 1.0, 1)] if centre else []
-            while epsilon([DpSgd(sigma, rate, steps), *release], delta) > target:
-                sigma = round(max(sigma + 0.01, sigma * 1.005), 2)
-            self.known[key] = sigma
+            self.known[key] = calibrate(rate, steps, target, delta)
             self.path.write_text(json.dumps(self.known, indent=0))
         return self.known[key]
-
-
-def private_centre(engine: Engine, sites: list[I64], private: bool, rng: np.random.Generator) -> Tensor:
-    """Mean of the frozen features over all sites' records: clipped sums, each with noise where ``private``, over declared sizes."""
-    total = torch.zeros(engine.features)
-    for rows in sites:
-        features = engine.frozen_features(rows)
-        if private:
-            features = features * (CENTRE_CLIP / features.norm(dim=1, keepdim=True)).clamp(max=1)
-            total += torch.from_numpy(rng.normal(0, CENTRE_NOISE * CENTRE_CLIP, engine.features)).float()
-        total += features.sum(0)
-    return total / sum(map(len, sites))
 
 
 @dataclass
@@ -138,28 +114,19 @@ def simulate(
     began, rng = time.process_time(), np.random.default_rng([seed, 20261122])
     whole, alone = engine, Engine(engine.kept, replace(engine.shape, layers=())) if training.head_rounds else engine
     shape, test = engine.shape, np.arange(engine.kept.train, len(engine.kept.encoded))
-    engine.centre = private_centre(engine, sites, target is not None, rng) if shape.centre else engine.centre * 0
     world = []
     for rows in sites:
         rate = coarse_rate(min(1.0, training.batch / len(rows)))
         count = training.steps * training.rounds
-        world.append(
-            _Site(rows, rate, 0.0 if target is None else table.sigma(rate, count, target, delta, shape.centre))
-        )
-    alone.centre = engine.centre
+        world.append(_Site(rows, rate, 0.0 if target is None else table.sigma(rate, count, target, delta)))
     weights = np.array([len(s.rows) for s in world], dtype=np.float64)
     vector, scores, residual = engine.start.copy(), list[float](), 0.0
     share = (weights / weights.sum()).astype(np.float32)
     for number in range(training.rounds):
         early = number < training.head_rounds
         engine, of = (alone, slice(-whole.heads, None)) if early else (whole, slice(None))
-        linear = training.schedule == "linear"
-        later = training.rounds - training.head_rounds
-        fall = 1 - number / training.rounds if linear else 1.0
-        rates = torch.full(
-            (len(vector),), training.adapter_rate * (1 - (number - training.head_rounds) / later if linear else 1.0)
-        )
-        rates[-engine.heads :] = training.head_rate * fall
+        rates = torch.full((len(vector),), training.adapter_rate)
+        rates[-engine.heads :] = training.head_rate
         updates = np.stack([_local(engine, training, s, vector[of], rates[of], target is not None, rng) for s in world])
         if shape.layers and not early:
             made = aggregate(training.rule, vector, updates, weights, engine.schema)
@@ -211,7 +178,6 @@ def _local(
         first = 0.9 * first + 0.1 * mean
         second = 0.999 * second + 0.001 * mean * mean
         move = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
-        if training.head_sgd:
-            move[-heads:] = mean[-heads:]
+        move[-heads:] = mean[-heads:]
         vector = vector - rates * move
     return np.asarray((vector - start).numpy(), dtype=np.float32)

@@ -3,7 +3,7 @@
 The product keeps the same states inside one agent (``cloister_client.activations``); here one file serves every simulated site:
 
     FOLDER/KEY/states-L.f16  what enters layer L of every record, ``(tokens, hidden) float16``, no padding
-    FOLDER/KEY/means.npy     mean over a record's tokens of the states that enter each layer and leave the last, ``(layers + 1, n, hidden)``
+    FOLDER/KEY/means.npy     what the product's ``Adapted.means`` gives for the base as it is, ``(2, n, hidden)``
 
 The key is a digest of the base, the texts and ``max_tokens``. The lower layers run under bf16 autocast.
 """
@@ -21,11 +21,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from cloister_model.base import BaseModel
+from cloister_model.features import mean, weights
 from cloister_model.tokens import Encoded, encode
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.vectors import F32
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 I64 = npt.NDArray[np.int64]
 
@@ -41,7 +42,8 @@ class Kept:
         train: How many are for training; the rest is the test split.
         lengths: Tokens of each record, ``(n,)``.
         starts: Where each record's rows begin in the states, ``(n,)``.
-        means: Mean-pooled states that enter each layer, and those that leave the last, ``(layers + 1, n, hidden)``.
+        means: Means of the static embeddings and of the last states, ``(2, n, hidden)``.
+        depth: Layers.
         folder: Where the states lie.
         exact: Whether they are float32, computed in float32.
     """
@@ -53,6 +55,7 @@ class Kept:
     lengths: I64
     starts: I64
     means: F32
+    depth: int
     folder: Path
     exact: bool
 
@@ -96,13 +99,14 @@ def keep(
     encoded = encode(base, [r["text"] for r in rows], [labels.index(r["label"]) for r in rows], tokens)
     lengths = np.array([len(ids) for ids in encoded.ids], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
-    key = digest(canonical(["bench-kept/1", base.digest, tokens, [list(ids) for ids in encoded.ids]]))[:16]
+    key = digest(canonical(["bench-kept/2", base.digest, tokens, [list(ids) for ids in encoded.ids]]))[:16]
     folder = cache / (key + "-exact" * exact)
     if not (folder / "means.npy").exists():
         folder.mkdir(parents=True, exist_ok=True)
         _compute(base, encoded, lengths, starts, folder, exact)
     means = np.load(folder / "means.npy")
-    return Kept(base, labels, encoded, len(train), lengths, starts, means, folder, exact)
+    depth = int(AutoConfig.from_pretrained(str(base.path), local_files_only=True).num_hidden_layers)
+    return Kept(base, labels, encoded, len(train), lengths, starts, means, depth, folder, exact)
 
 
 def chunks(rows: I64, lengths: I64, size: int) -> Iterator[I64]:
@@ -124,7 +128,7 @@ def _type(exact: bool) -> type[np.floating[Any]]:
 def _compute(base: BaseModel, encoded: Encoded, lengths: I64, starts: I64, folder: Path, exact: bool) -> None:
     model = AutoModel.from_pretrained(str(base.path), local_files_only=True, use_safetensors=True).eval()
     depth, width = int(model.config.num_hidden_layers), int(model.config.hidden_size)
-    means = np.zeros((depth + 1, len(encoded), width), dtype=np.float32)
+    means = np.zeros((2, len(encoded), width), dtype=np.float32)
     files = [
         np.memmap(_path(folder, layer, exact), _type(exact), "w+", shape=(int(lengths.sum()), width))
         for layer in range(depth)
@@ -133,12 +137,11 @@ def _compute(base: BaseModel, encoded: Encoded, lengths: I64, starts: I64, folde
         ids, mask, _ = encoded.batch(rows)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not exact):
             states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-        weights = mask.unsqueeze(-1).float()
-        for layer, state in enumerate(states):
-            means[layer, rows] = ((state.float() * weights).sum(1) / weights.sum(1)).numpy()
-            if layer < depth:
-                for i, row in enumerate(rows):
-                    files[layer][starts[row] : starts[row] + lengths[row]] = state[i, : lengths[row]].float().numpy()
+        means[0, rows] = mean(model.get_input_embeddings()(ids), weights(ids, mask)).numpy()
+        means[1, rows] = mean(states[-1].float(), mask).numpy()
+        for layer, state in enumerate(states[:-1]):
+            for i, row in enumerate(rows):
+                files[layer][starts[row] : starts[row] + lengths[row]] = state[i, : lengths[row]].float().numpy()
     for file in files:
         file.flush()
     np.save(folder / "means.npy", means)

@@ -3,7 +3,9 @@
 Here: structure, finiteness, and a bound per parameter that follows from the plan. Adam's step t (Kingma and Ba 2015, algorithm 1)
 is ``rate * m / sqrt(v)`` with bias corrections, and by Cauchy and Schwarz, with ``c = b1^2 / b2``, no gradients make it larger than
 ``rate * (1 - b1) sqrt((1 - c^t) / ((1 - b2)(1 - c))) * sqrt(1 - b2^t) / (1 - b1^t)``: an honest update stays within the sum over its steps,
-1.006 rates a step at 6 steps, 7.27 at most. Peer statistics, canaries and reputation are not here yet.
+1.006 rates a step at 6 steps, 7.27 at most. The head's SGD moves by ``rate`` times sums of clipped gradients and noise over the plan's
+denominator: ``sgd_reach`` allows four times the declared units and twelve standard deviations. Peer statistics, canaries and
+reputation are not here yet.
 
 Every bound comes from the plan and an update is judged alone: so this may stay on under client-level noise, where a check that compares
 clients would let one of them move more of the sum than its own clip.
@@ -28,6 +30,13 @@ def adam_reach(steps: int) -> float:
     return float((moment * np.sqrt(1 - _BETA2**t) / (1 - _BETA1**t)).sum()) * 1.01
 
 
+def sgd_reach(training: TrainingSpec) -> float:
+    """How far a round of SGD moves a parameter, in learning rates, at a site with up to four times its declared units."""
+    batch, steps = training.expected_batch, training.steps
+    most = 4 * batch + 12 * (4 * batch) ** 0.5 + 12
+    return float(training.clipping_norm / batch * (steps * most + 12 * training.noise_multiplier * steps**0.5))
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What admission found.
@@ -50,11 +59,12 @@ def admit_update(update: F32, schema: Schema, training: TrainingSpec) -> Verdict
     bad = int(np.count_nonzero(~np.isfinite(update)))
     if bad:
         return Verdict("not-finite", float(bad), 0.0, f"{bad} numbers are NaN or infinite, limit 0")
-    reach = adam_reach(training.steps)
+    reach = {False: adam_reach(training.steps) * training.adapter_rate, True: sgd_reach(training) * training.head_rate}
+    if training.head_only:
+        reach[False] = 0.0
     worst, limit_there, name_there = 0.0, 1.0, ""
     for name, part in schema.split(update).items():
-        rate = training.head_rate if name.startswith("head.") else training.adapter_rate
-        limit = rate * reach + 1e-6
+        limit = reach[name.startswith("head.")] + 1e-6
         peak = float(np.abs(part).max())
         if peak / limit > worst / limit_there or not name_there:
             worst, limit_there, name_there = peak, limit, name

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from cloister_model.build import lora_config
 from cloister_shared.encoding import digest, write_durably
 from cloister_shared.errors import InputError, VerificationError
@@ -57,15 +58,31 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 base = "BASE"  # the folder of the pinned base model
-labels = json.load(open("cloister.json"))["labels"]
+card = json.load(open("cloister.json"))
+labels = card["labels"]
 tokenizer = AutoTokenizer.from_pretrained(base)
 model = PeftModel.from_pretrained(AutoModel.from_pretrained(base), ".").eval()
-head = load_file("head.safetensors")
-batch = tokenizer(["some text"], truncation=True, max_length=MAX_TOKENS, padding=True, return_tensors="pt")
+head = load_file("head.safetensors")  # weight, bias, centre
+batch = tokenizer(["some text"], truncation=True, max_length=card["max_tokens"], padding=True, return_tensors="pt")
+ids, mask = batch["input_ids"], batch["attention_mask"]
 with torch.no_grad():
-    hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-mask = batch["attention_mask"].unsqueeze(-1).float()
-logits = (hidden * mask).sum(1) / mask.sum(1) @ head["weight"].T + head["bias"]
+    last = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    embedded = model.get_input_embeddings()(ids)
+
+# What the head sees: hashed words, the mean of the embeddings weighed by rarity, the mean of the last states.
+rarity = torch.log((ids - 990).clamp(min=2).double()) * mask
+mean = lambda states, share: (states * share.unsqueeze(-1)).sum(1) / share.sum(1, keepdim=True)
+means = torch.cat([mean(embedded, rarity.float()), mean(last, mask.float())], 1) - head["centre"]
+blocks = list(means.chunk(2, dim=1))
+if card["words"]:
+    count = ((ids.unsqueeze(2) == ids.unsqueeze(1)) & (mask.unsqueeze(1) != 0)).sum(2).clamp(min=1).double()
+    code = (ids * 2654435761 + 97) % 4294967291
+    each = (1 + count.log()) / count * rarity * (1 - 2 * ((code >> 7) & 1))
+    words = torch.zeros(len(ids), card["words"], dtype=torch.float64).scatter_add_(1, code % card["words"], each)
+    blocks.insert(0, words.float())
+scale = 28 / len(blocks) ** 0.5
+seen = torch.cat([torch.nn.functional.normalize(b, dim=1, eps=0.1) * scale for b in blocks], 1)
+logits = seen @ head["weight"].T + head["bias"]
 print(labels[logits.argmax(-1).item()])
 ```"""
 _CAUSAL = """```python
@@ -132,11 +149,15 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
     schema = Schema.from_list(json.loads(run.tensors), "registry")
     vector = from_safetensors(store.adapter(row.adapter), schema, "registered adapter")
     clients = store.clients(run.id, number)
-    raw = json.loads(run.task)
-    task = TaskSpec(**(raw | {n: tuple(raw[n]) for n in ("labels", "target_modules", "layers")}))
+    task = TaskSpec.from_dict(json.loads(run.task))
     frozen = frozen_parts(run)
     parts = schema.split(vector) | frozen
-    tensors = (*((n, a.shape) for n, a in frozen.items()), *schema.tensors)
+    if task.labels:
+        centre = np.frombuffer(bytes.fromhex(task.centre), dtype="<f4").astype(np.float32)
+        # In the head's order its features are words, then the two means that the centre is of.
+        wide = parts["head.weight"].shape[1] - task.words
+        parts["head.centre"] = centre if len(centre) else np.zeros(wide, dtype=np.float32)
+    tensors = (*((n, a.shape) for n, a in parts.items() if n not in dict(schema.tensors)), *schema.tensors)
     out.parent.mkdir(parents=True, exist_ok=True)
     temp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -167,7 +188,7 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
             "frozen_a": FROZEN_FORMAT if frozen else None,
             "labels": list(task.labels),
             "max_tokens": task.max_tokens,
-            "pooling": "mean" if task.labels else None,
+            "words": task.words if task.labels else None,
             "metrics": metrics,
             "vector": digest(vector.tobytes()),
             "client_level": said,
@@ -184,7 +205,7 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
             ],
         }
         write_durably(temp / "cloister.json", json.dumps(record, indent=1, sort_keys=True).encode() + b"\n", mode=0o644)
-        loading = _CLASSIFY.replace("MAX_TOKENS", str(task.max_tokens)) if task.labels else _CAUSAL
+        loading = _CLASSIFY if task.labels else _CAUSAL
         card = _CARD.format(
             federation=run.federation,
             run=run.id[:8],

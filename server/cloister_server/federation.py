@@ -22,11 +22,14 @@ from cloister_shared.cards import (
 )
 from cloister_shared.encoding import write_durably
 from cloister_shared.errors import InputError, VerificationError
-from cloister_shared.plan import LINEAR_RULES, MAX_SCALE, REPORTS, RULES, TASK_KINDS, Rule, TaskSpec
+from cloister_shared.plan import LINEAR_RULES, MAX_SCALE, MAX_WORDS, REPORTS, RULES, TASK_KINDS, Rule, TaskSpec
 from cloister_shared.settings import Table, read_toml
 from cloister_shared.signing import SigningKey, read_secret
 from cloister_shared.tls import make_tls
 
+# The recipe for a head on features of length 28, and for LoRA: bench/results has the tables they come from.
+WORDS, HEAD_RATE = 4096, 0.6
+CLIPPING_NORM = {"text-classification": 4.0, "causal-lm": 1.0}
 # What the rule "auto" is, by whether sites add noise: set from measured tables (README), not by taste.
 AUTO: dict[bool, Rule] = {True: "average", False: "average"}
 
@@ -80,8 +83,9 @@ class Federation:
         reports: Un-noised numbers asked of sites beside their updates; each site's policy permits them or refuses.
         unit_records: Most records of one unit in a step, where a site's unit is a field.
         clipping_norm: L2 bound on one record's gradient.
-        adapter_rate: Learning rate of LoRA.
-        head_rate: Learning rate of the head.
+        adapter_rate: Learning rate of LoRA (Adam).
+        head_rate: Learning rate of the head (SGD).
+        head_rounds: So many rounds train the head alone first; at most all.
         epsilon: Target for a whole run, or None where ``noise_multiplier`` is given.
         noise_multiplier: Noise multiplier, or None where ``epsilon`` is given.
         delta: Delta of every record-level statement.
@@ -105,6 +109,7 @@ class Federation:
     clipping_norm: float
     adapter_rate: float
     head_rate: float
+    head_rounds: int
     epsilon: float | None
     noise_multiplier: float | None
     delta: float
@@ -132,6 +137,7 @@ def _task(table: Table, rule: Rule) -> TaskSpec:
             rank=(rank := table.integer("rank", 1, 256, 8)),
             alpha=table.number("alpha", 1e-3, MAX_SCALE * rank, 2.0 * rank),
             freeze_a=rule == "freeze-a",
+            words=0 if causal else table.integer("words", 0, MAX_WORDS, WORDS),
         )
     except VerificationError as error:
         raise InputError(error.what, where=table.where, got=error.got) from error
@@ -188,9 +194,10 @@ def read_federation(path: Path) -> Federation:
         batch=training.integer("batch", 1, 1_000_000),
         reports=training.texts("reports", [], choices=REPORTS),
         unit_records=training.integer("unit_records", 1, 1000, 16),
-        clipping_norm=training.number("clipping_norm", 1e-6, 1e6, 1.0),
+        clipping_norm=training.number("clipping_norm", 1e-6, 1e6, CLIPPING_NORM[spec.kind]),
         adapter_rate=training.number("adapter_rate", 0, 10, 1e-3),
-        head_rate=training.number("head_rate", 0, 10, 3e-2),
+        head_rate=training.number("head_rate", 0, 10, HEAD_RATE),
+        head_rounds=0 if spec.kind == "causal-lm" else training.integer("head_rounds", 0, 100_000, 0),
         epsilon=privacy.number("epsilon", 1e-3, 1000) if "epsilon" in privacy.written else None,
         noise_multiplier=privacy.number("noise_multiplier", 0.1, 1000)
         if "noise_multiplier" in privacy.written
@@ -203,6 +210,13 @@ def read_federation(path: Path) -> Federation:
     )
     for part in (task, training, aggregation, client_level, privacy, waiting, held, table):
         part.finish()
+    if federation.head_rounds > federation.rounds:
+        raise InputError(
+            "more rounds for the head alone than rounds",
+            where=f"{path} [training] head_rounds",
+            expected=f"<= {federation.rounds}",
+            got=str(federation.head_rounds),
+        )
     if federation.client_level is not None and federation.reports:
         raise InputError(
             "un-noised numbers of one client would stand beside client-level noise",

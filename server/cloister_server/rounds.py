@@ -22,7 +22,7 @@ from cloister_flower.frames import frame_of
 from cloister_shared.cards import SiteCard
 from cloister_shared.encoding import digest, parse_record
 from cloister_shared.errors import CloisterError, RefusedError, VerificationError
-from cloister_shared.plan import Plan, PlanCore, Receipt, TrainingSpec, closing_bytes
+from cloister_shared.plan import Plan, PlanCore, Receipt, TaskSpec, TrainingSpec, closing_bytes
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, open_envelope, seal
 from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import (
@@ -90,6 +90,7 @@ class Context:
         signing: The coordinator's key.
         store: The registry.
         run: The run's row.
+        task: What is learnt, with the run's centre.
         schema: The adapter's schema.
         members: The sites, by name.
         judge: Who scores candidates.
@@ -100,6 +101,7 @@ class Context:
     signing: SigningKey
     store: Store
     run: Run
+    task: TaskSpec
     schema: Schema
     members: tuple[Member, ...]
     judge: Judge
@@ -217,7 +219,9 @@ def make_candidate(
     rows = np.stack([updates[c] for c in order])
     if level is None:
         weights = np.array([cores[c].weight for c in order], dtype=np.float64)
-        return aggregate(context.federation.rule, parent, rows, weights, context.schema), None
+        # Where LoRA rested, there are no products to put in a mean's place.
+        rested = all(core.training.head_only for core in cores.values())
+        return aggregate("average" if rested else context.federation.rule, parent, rows, weights, context.schema), None
     charged = charge(context.store, level, row, len(cores), order)
     mean = noised_mean(rows, level.clipping_norm, level.noise_multiplier, len(cores))
     return Aggregate(np.asarray(parent + mean, dtype=np.float32), 0.0), charged
@@ -242,8 +246,8 @@ def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
             base=context.run.base,
             schema=context.schema.digest,
             parent=parent_digest,
-            task=context.federation.task,
-            training=member.training,
+            task=context.task,
+            training=replace(member.training, head_only=number <= context.federation.head_rounds),
             update_norm=None if level is None else level.clipping_norm,
             reports=context.federation.reports,
         )

@@ -9,21 +9,22 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from cloister_flower.bundle import build_bundle
 from cloister_flower.control import Control
 from cloister_flower.grid import Link
-from cloister_model.base import find_base
-from cloister_model.build import Adapted, build, frozen_schema, read_vector, schema_of
+from cloister_model.base import BaseModel, find_base
+from cloister_model.build import Adapted, build, frozen_schema, read_vector, schema_of, set_centre
+from cloister_model.scores import centre_of
 from cloister_model.text import Source, read
-from cloister_model.tokens import encode
+from cloister_model.tokens import Encoded, encode
 from cloister_shared import __version__
 from cloister_shared.cards import SiteCard
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.frozen_a import frozen_digest
-from cloister_shared.plan import PlanCore, TrainingSpec
+from cloister_shared.plan import PlanCore, TaskSpec, TrainingSpec
 from cloister_shared.privacy import DpSgd, epsilon
 from cloister_shared.vectors import Schema, to_safetensors
 
@@ -94,8 +95,9 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
     base = find_base(federation.base, f"{federation.path} base")
     base.check(coordinator.card.base, f"{federation.path} base")
     model = build(base, federation.task, str(federation.path))
+    own = read_held_out(federation, base)
     schema, first = schema_of(model), read_vector(model)
-    judge = make_judge(federation, base, model)
+    judge: Judge = NoJudge() if own is None else HeldOutJudge(model, federation.task, own)
     with Control(coordinator.card.address, coordinator.ca, coordinator.token) as control:
         control.wait_up(wait)
         run = find_unfinished(store, schema.digest, federation, base.digest) if resume else None
@@ -104,13 +106,16 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
             now, end = foresee(store, level, left)
             tell("client_level", epsilon=now, epsilon_end=end, rounds=left, **asdict(level))
         if run is None:
+            task = replace(
+                federation.task, centre=centre_of(model, own) if own is not None and model.head is not None else ""
+            )
             run = Run(
                 id=secrets.token_hex(16),
                 federation=federation.name,
                 created=time.time(),
                 rounds=federation.rounds,
                 base=base.digest,
-                task=json.dumps(asdict(federation.task)),
+                task=json.dumps(asdict(task)),
                 rule=federation.rule,
                 tensors=json.dumps(schema.as_list()),
                 code=f"cloister {__version__}",
@@ -119,6 +124,8 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
             store.start_run(run, to_safetensors(first, schema, {"run": run.id, "round": "0", "base": base.digest}))
         elif run.flower_run is not None:
             control.stop_if_running(int(run.flower_run))
+        task = TaskSpec.from_dict(json.loads(run.task))
+        set_centre(model, task, f"run {run.id[:8]}")
         tell("run", run=run.id, rounds=run.rounds, parameters=schema.size, resumed=resume)
         online = wait_online(control, cards, federation.min_clients, wait, tell)
         members = []
@@ -151,7 +158,9 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
     link = Link(coordinator.card.address, coordinator.ca, coordinator.secret, flower_run)
     failed = True
     try:
-        run_rounds(Context(federation, coordinator.signing, store, run, schema, tuple(members), judge, tell), link)
+        run_rounds(
+            Context(federation, coordinator.signing, store, run, task, schema, tuple(members), judge, tell), link
+        )
         failed = False
     finally:
         link.close(failed=failed)
@@ -214,7 +223,8 @@ def find_unfinished(store: Store, schema: str, federation: Federation, base: str
             where=str(store.home),
             mend="restore the task's settings",
         )
-    if json.loads(run.task) != json.loads(json.dumps(asdict(federation.task))) or run.base != base:
+    # The centre is the run's own: held-out text that grew since must not move what the head sees.
+    if replace(TaskSpec.from_dict(json.loads(run.task)), centre="") != federation.task or run.base != base:
         raise InputError(
             "the settings are not those of the run",
             where=str(federation.path),
@@ -223,22 +233,21 @@ def find_unfinished(store: Store, schema: str, federation: Federation, base: str
     return run
 
 
-def make_judge(federation: Federation, base: Any, model: Any) -> Judge:
-    """A judge on the held-out text, or none.
+def read_held_out(federation: Federation, base: BaseModel) -> Encoded | None:
+    """The coordinator's held-out text, tokenised; None where there is none.
 
     Raises:
         InputError: The held-out text is not as it must be.
     """
     if federation.held_out is None:
-        return NoJudge()
+        return None
     labels = federation.task.labels
     records = tuple(
         read(Source(federation.held_out.path, federation.held_out.text, federation.held_out.label), labels or None)
     )
-    data = encode(
+    return encode(
         base,
         [r.text for r in records],
         [labels.index(r.label) if labels else 0 for r in records],
         federation.task.max_tokens,
     )
-    return HeldOutJudge(model, federation.task, data)

@@ -22,29 +22,42 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from cloister_model.base import BaseModel
+from cloister_model.features import hashed_words, join, mean, weights
 
 
 class Adapted(nn.Module):
-    """Encoder or decoder with LoRA, and a head on its mean-pooled states where the task is classification.
+    """Encoder or decoder with LoRA, and a head on ``features`` of a record where the task is classification.
 
     Attributes:
         encoder: The PEFT model; its base parameters are frozen.
-        head: ``Linear(hidden, labels)`` or None.
+        head: ``Linear(words + 2 hidden, labels)`` or None.
+        words: Width of the hashed words; 0 for none.
+        centre: ``(2 hidden,)``, what is taken off the means; zeros where the task names none.
     """
 
-    def __init__(self, encoder: Any, head: nn.Linear | None) -> None:
+    centre: Tensor
+
+    def __init__(self, encoder: Any, head: nn.Linear | None, words: int, centre: Tensor) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
+        self.words = words
+        self.register_buffer("centre", centre, persistent=False)
+
+    def means(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Means of the static embeddings and of the last states, ``(n, hidden)`` each, float32 or wider."""
+        hidden: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        with torch.no_grad():
+            embedded: Tensor = self.encoder.get_base_model().get_input_embeddings()(input_ids)
+        wide = self.centre.dtype
+        return mean(embedded.to(wide), weights(input_ids, attention_mask)), mean(hidden.to(wide), attention_mask)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits: ``(n, labels)`` for classification, ``(n, tokens, vocabulary)`` for a causal language model."""
-        out = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
         if self.head is None:
-            return cast(Tensor, out.logits)
-        hidden: Tensor = out.last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        return cast(Tensor, self.head(((hidden * mask).sum(1) / mask.sum(1).clamp(min=1)).to(self.head.weight.dtype)))
+            return cast(Tensor, self.encoder(input_ids=input_ids, attention_mask=attention_mask).logits)
+        words = hashed_words(input_ids, attention_mask, self.words) if self.words else None
+        return cast(Tensor, self.head(join(words, *self.means(input_ids, attention_mask), self.centre)))
 
 
 def _quiet_config(base: BaseModel) -> Any:
@@ -81,7 +94,7 @@ def build(base: BaseModel, task: TaskSpec, where: str) -> Adapted:
     """Builds the model on the CPU in float32, LoRA's B and the head at zero; A is random, or ``frozen_a``'s and not trained.
 
     Raises:
-        InputError: The base has no such modules or layers.
+        InputError: The base has no such modules or layers, or the task's centre is of another size.
     """
     config = _quiet_config(base)
     if task.kind == "causal-lm" and not any(
@@ -137,12 +150,26 @@ def build(base: BaseModel, task: TaskSpec, where: str) -> Adapted:
         for name, parameter in _a_of(encoder).items():
             parameter.requires_grad_(False)
             parameter.data.copy_(torch.from_numpy(frozen_a(base.digest, name, tuple(parameter.shape))))
-    head = None
+    head, hidden = None, int(config.hidden_size)
     if task.kind == "text-classification":
-        head = nn.Linear(int(config.hidden_size), len(task.labels))
+        head = nn.Linear(task.words + 2 * hidden, len(task.labels))
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-    return Adapted(encoder, head)
+    model = Adapted(encoder, head, task.words, torch.zeros(2 * hidden))
+    set_centre(model, task, where)
+    return model
+
+
+def set_centre(model: Adapted, task: TaskSpec, where: str) -> None:
+    """Puts the task's centre into the model.
+
+    Raises:
+        InputError: It is of another size than this base's.
+    """
+    values, size = np.frombuffer(bytes.fromhex(task.centre), dtype="<f4"), len(model.centre)
+    if len(values) not in (0, size):
+        raise InputError("the centre is of another base", where=where, expected=f"{size} numbers", got=str(len(values)))
+    model.centre.copy_(torch.from_numpy(values.astype(np.float32)) if len(values) else torch.zeros(size))
 
 
 def _name(parameter: str) -> str:

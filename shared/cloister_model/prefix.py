@@ -1,8 +1,9 @@
 """The frozen layers below the lowest trained one, run apart from the rest.
 
-``enter`` computes the states that go into the lowest trained layer; inside ``given`` the model's own forward takes such states
-instead of computing them. Both swap the model's list of layers for one of the same length with stand-ins and run the model's
-own code, so that masks, positions and attention stay its own. Nothing is kept here: the client's ``activations`` does.
+``enter`` computes the states that go into the lowest trained layer, or that leave the last where only a head is trained; inside
+``given`` the model's own forward takes such states instead of computing them. Both swap the model's list of layers for one
+of the same length with stand-ins and run the model's own code, so that masks, positions and attention stay its own.
+Nothing is kept here: the client's ``activations`` does.
 """
 
 from __future__ import annotations
@@ -39,6 +40,20 @@ class _Caught(nn.Module):
         return hidden
 
 
+class _Last(nn.Module):
+    """Stands in for the last layer where that is frozen too: runs it and keeps what comes out."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.states: Tensor | None = None
+
+    def forward(self, *given: Any, **named: Any) -> Tensor:
+        out: Tensor = self.layer(*given, **named)
+        self.states = out
+        return out
+
+
 class Prefix:
     """The first ``depth`` layers of a model.
 
@@ -54,14 +69,15 @@ class Prefix:
         self._inner, self._owner, self._name = inner, owner, name
         self._whole: nn.ModuleList = getattr(owner, name)
         above = len(self._whole) - depth
-        self._given, self._caught = _Given(), _Caught()
+        self._given: _Given = _Given()
+        self._caught: _Caught | _Last = _Caught() if above else _Last(self._whole[-1])
         # Of the same length as the model's own: some forwards look things up by a layer's position.
         self._upper = nn.ModuleList([self._given] * depth + list(self._whole[depth:]))
-        self._lower = nn.ModuleList(list(self._whole[:depth]) + [self._caught] * above)
+        self._lower = nn.ModuleList(list(self._whole[: depth if above else -1]) + [self._caught] * max(above, 1))
 
     @torch.no_grad()
     def enter(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The states that enter layer ``depth``: ``(n, tokens, hidden)``, in the model's dtype (autocast: what it makes of it)."""
+        """The states that enter layer ``depth``, or leave the last: ``(n, tokens, hidden)``; in the model's or autocast's dtype."""
         setattr(self._owner, self._name, self._lower)
         try:
             self._inner(input_ids=input_ids, attention_mask=attention_mask)
@@ -87,8 +103,8 @@ def frozen_prefix(model: Adapted) -> Prefix | None:
     """The model's frozen layers.
 
     Returns:
-        None where layer 0 is trained, the architecture is not one of ``FAMILIES``, or layers are checkpointed (reentrant
-        checkpointing takes its gradients by way of the embeddings' output).
+        All layers where only the head is trained. None where layer 0 is trained, the architecture is not one of ``FAMILIES``, or
+        layers are checkpointed (reentrant checkpointing takes its gradients by way of the embeddings' output).
     """
     outer = model.encoder.get_base_model()
     inner = outer.base_model
@@ -106,7 +122,7 @@ def frozen_prefix(model: Adapted) -> Prefix | None:
     held = [{id(p) for p in layer.parameters() if p.requires_grad} for layer in layers]
     # A trained parameter outside the layers might lie below them (embeddings): only the head is known to lie above.
     apart = {id(p) for n, p in model.named_parameters() if p.requires_grad and not n.startswith("head.")}
-    lowest = next((i for i, inside in enumerate(held) if inside), 0)
+    lowest = next((i for i, inside in enumerate(held) if inside), depth)
     if lowest == 0 or apart - set().union(*held):
         return None
     return Prefix(inner, owner, name, lowest)

@@ -74,3 +74,17 @@ def score(model: Adapted, task: TaskSpec, data: Encoded, *, batch: int = 64, dev
     loss = float((log_sum - logits[np.arange(len(truth)), truth]).mean())
     guess = logits.argmax(1)
     return Scores(loss, float((guess == truth).mean()), macro_f1(truth, guess, len(task.labels)), None)
+
+
+@torch.no_grad()
+def centre_of(model: Adapted, data: Encoded, *, batch: int = 64, most: int = 1000) -> str:
+    """The centre for a task: means over the first ``most`` of somebody's own records, before any training, as ``TaskSpec.centre``.
+
+    A function of ``data``, which it gives away in part: for the coordinator's own text, never for a site's.
+    """
+    model.eval()
+    total, count = torch.zeros(len(model.centre), dtype=torch.float64), min(len(data), most)
+    for at in range(0, count, batch):
+        ids, mask, _ = data.batch(range(at, min(at + batch, count)), str(model.centre.device))
+        total += torch.cat(model.means(ids, mask), 1).double().sum(0).cpu()
+    return (total / count).numpy().astype("<f4").tobytes().hex()

@@ -14,6 +14,8 @@ import struct
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+import numpy as np
+
 from cloister_shared.encoding import canonical, digest, parse_record
 from cloister_shared.errors import VerificationError
 from cloister_shared.privacy import DpSgd
@@ -32,6 +34,8 @@ Rule = Literal["average", "freeze-a", "exact"]
 RULES: tuple[Rule, ...] = ("average", "freeze-a", "exact")
 LINEAR_RULES: tuple[Rule, ...] = ("average", "freeze-a")
 MAX_LABELS = 1000
+# Hashed words of a head, the base's width, and a centre's largest number.
+MAX_WORDS, MAX_HIDDEN, MAX_CENTRE = 1 << 16, 1 << 14, 100.0
 # Largest LoRA scale alpha / rank; see ``vectors.bounded``.
 MAX_SCALE = 4.0
 
@@ -76,6 +80,8 @@ class TaskSpec:
         rank: LoRA rank; 1 to 256.
         alpha: LoRA scale numerator, at most 4 ranks; the update is ``alpha / rank * B A``.
         freeze_a: Whether A is not trained (FFA-LoRA, Sun et al. 2024): then it is ``frozen_a``'s everywhere and never sent.
+        words: Width of the block of hashed words that a classification head sees; 0 for none.
+        centre: Little-endian float32, hex: what is taken off the means that the head sees; empty for nothing.
     """
 
     kind: TaskKind
@@ -86,6 +92,8 @@ class TaskSpec:
     rank: int
     alpha: float
     freeze_a: bool = False
+    words: int = 0
+    centre: str = ""
 
     def __post_init__(self) -> None:
         _must(self.kind in TASK_KINDS, "unknown task", self.kind)
@@ -108,6 +116,43 @@ class TaskSpec:
         _must(isinstance(self.freeze_a, bool), "freeze_a is neither true nor false", self.freeze_a)
         for layer in self.layers:
             _integer(layer, 0, 1000, "layer")
+        _integer(self.words, 0, MAX_WORDS if self.labels else 0, "words")
+        self._check_centre()
+
+    @classmethod
+    def from_dict(cls, value: Any) -> TaskSpec:
+        """Reads the JSON form strictly.
+
+        Raises:
+            VerificationError: A field is missing, unknown, of another type or out of range.
+        """
+        try:
+            record = dict(value)
+            # Defaults are for code that makes plans; one that is read says everything.
+            _must(set(record) == {f.name for f in fields(cls)}, "other fields than a task's", sorted(record))
+            for name in ("labels", "target_modules", "layers"):
+                _must(isinstance(record[name], list), f"{name} is not a list", record[name])
+                record[name] = tuple(record[name])
+            return cls(**record)
+        except (TypeError, ValueError) as error:
+            raise VerificationError("task is malformed", got=str(error)[:200]) from error
+
+    def _check_centre(self) -> None:
+        _must(
+            isinstance(self.centre, str) and len(self.centre) % 8 == 0 and len(self.centre) <= 16 * MAX_HIDDEN,
+            "centre is not hex of float32 numbers",
+            self.centre,
+        )
+        _must(not self.centre or bool(self.labels), "a centre without a head", self.centre)
+        try:
+            values = np.frombuffer(bytes.fromhex(self.centre), dtype="<f4")
+        except ValueError:
+            values = np.full(1, np.nan, dtype=np.float32)
+        _must(
+            self.centre == values.tobytes().hex() and bool((np.abs(values) <= MAX_CENTRE).all()),
+            f"centre is not finite numbers to {MAX_CENTRE:g}",
+            self.centre,
+        )
 
 
 @dataclass(frozen=True)
@@ -121,10 +166,11 @@ class TrainingSpec:
         noise_multiplier: Standard deviation of the noise over the clipping norm.
         clipping_norm: L2 bound on the summed gradient of one unit's records.
         adapter_rate: Learning rate of LoRA's parameters.
-        head_rate: Learning rate of the classification head.
+        head_rate: Learning rate of the classification head, which plain SGD trains.
         delta: Delta at which epsilon is stated.
         unit: What one privacy unit is: a ``record``, or all records that share a ``field`` (say, a patient's).
         unit_records: At most so many records of a unit are used, the first ones; 1 to 1000, and 1 where the unit is a record.
+        head_only: Whether LoRA rests in this round: no gradient, no noise, no move; only the head is trained.
     """
 
     steps: int
@@ -137,6 +183,7 @@ class TrainingSpec:
     delta: float
     unit: str = "record"
     unit_records: int = 1
+    head_only: bool = False
 
     def __post_init__(self) -> None:
         _integer(self.steps, 1, 100_000, "steps")
@@ -149,6 +196,7 @@ class TrainingSpec:
         _number(self.delta, 1e-10, 0.5, "delta")
         _must(self.unit in UNITS, "unknown privacy unit", self.unit)
         _integer(self.unit_records, 1, 1000 if self.unit == "field" else 1, "unit_records")
+        _must(isinstance(self.head_only, bool), "head_only is neither true nor false", self.head_only)
 
     @property
     def event(self) -> DpSgd:
@@ -213,6 +261,9 @@ class PlanCore:
         _number(self.weight, 1e-9, 1e9, "weight")
         _must(self.rule in RULES, "unknown aggregation rule", self.rule)
         _must(
+            not self.training.head_only or bool(self.task.labels), "only the head of a task without one", self.task.kind
+        )
+        _must(
             (self.rule == "freeze-a") == self.task.freeze_a, "rule and task disagree on whether A is frozen", self.rule
         )
         if self.update_norm is not None:
@@ -245,24 +296,17 @@ class PlanCore:
             record = dict(value)
             if record.pop("format") != FORMAT:
                 raise VerificationError("plan of another format", expected=FORMAT)
-            task, training = dict(record.pop("task")), dict(record.pop("training"))
-            for owner, kind in ((record | {"task": 0, "training": 0}, cls), (task, TaskSpec)):
-                # Defaults are for code that makes plans; one that is read says everything.
+            task, training = TaskSpec.from_dict(record.pop("task")), dict(record.pop("training"))
+            for owner, kind in ((record | {"task": 0, "training": 0}, cls), (training, TrainingSpec)):
                 _must(
                     set(owner) == {f.name for f in fields(kind)},
                     f"other fields than a {kind.__name__}'s",
                     sorted(owner),
                 )
-            for owner, name in (
-                (task, "labels"),
-                (task, "target_modules"),
-                (task, "layers"),
-                (record, "cohort"),
-                (record, "reports"),
-            ):
-                _must(isinstance(owner[name], list), f"{name} is not a list", owner[name])
-                owner[name] = tuple(owner[name])
-            return cls(task=TaskSpec(**task), training=TrainingSpec(**training), **record)
+            for name in ("cohort", "reports"):
+                _must(isinstance(record[name], list), f"{name} is not a list", record[name])
+                record[name] = tuple(record[name])
+            return cls(task=task, training=TrainingSpec(**training), **record)
         except (TypeError, KeyError, ValueError) as error:
             raise VerificationError("plan is malformed", got=str(error)[:200]) from error
 

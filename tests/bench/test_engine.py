@@ -43,8 +43,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> kept_states.Kept:
 def test_the_engines_clipped_sum_is_the_trainers(
     kept: kept_states.Kept, targets: tuple[str, ...], layers: tuple[int, ...], freeze_a: bool
 ) -> None:
-    engine = Engine(kept, Shape(layers, targets, 4, 8.0, freeze_a, pool=(6,)), torch.float32)
-    task = TaskSpec("text-classification", LABELS, 16, targets, layers, 4, 8.0, freeze_a)
+    engine = Engine(kept, Shape(layers, targets, 4, 8.0, freeze_a, words=64), torch.float32)
+    centre = engine.centre.numpy().astype("<f4").tobytes().hex()
+    task = TaskSpec("text-classification", LABELS, 16, targets, layers, 4, 8.0, freeze_a, 64, centre)
     torch.manual_seed(0)
     model = build(kept.base, task, "test")
     trainer = Trainer(model, task, choose_device("cpu"))
@@ -64,7 +65,7 @@ def test_the_engines_clipped_sum_is_the_trainers(
 
 
 def test_a_head_alone_clips_as_per_sample_gradients_do(kept: kept_states.Kept) -> None:
-    engine = Engine(kept, Shape(pool=(0, 6), rms=True), torch.float32)
+    engine = Engine(kept, Shape(words=32), torch.float32)
     vector = torch.randn(len(engine.start), generator=torch.Generator().manual_seed(0))
     chosen = np.arange(17)
     each, _ = engine.gradients(chosen, vector)
@@ -73,7 +74,7 @@ def test_a_head_alone_clips_as_per_sample_gradients_do(kept: kept_states.Kept) -
 
 
 def test_a_private_run_states_its_noise_and_is_repeatable(kept: kept_states.Kept, tmp_path: Path) -> None:
-    engine = Engine(kept, Shape(pool=(0, 6), centre=True, rms=True))
+    engine = Engine(kept, Shape(words=32))
     sites = partition(kept, 2, None, 0)
     training = Training(rounds=2, steps=2, batch=8)
     table = NoiseTable(tmp_path / "noise.json")

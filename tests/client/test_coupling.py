@@ -6,6 +6,7 @@ change what the others give. Measured by a reviewer before the limits stood: 27 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ import torch
 from cloister_client.train import Trainer
 from cloister_model.base import find_base
 from cloister_model.build import build, load_vector, schema_of
+from cloister_model.scores import centre_of
 from cloister_model.tokens import Encoded, encode
 from cloister_shared.errors import VerificationError
-from cloister_shared.plan import MAX_SCALE, TaskSpec
+from cloister_shared.plan import MAX_CENTRE, MAX_SCALE, TaskSpec
 from cloister_shared.vectors import ADAPTER_LIMIT, F32, HEAD_LIMIT, Schema, bounded, check_bounded, limits_of
 
 from support.client_oracle import make_trainer
@@ -40,15 +42,19 @@ def summed(trainer: Trainer, parent: F32, data: Encoded) -> np.ndarray:
     return np.concatenate([p.summed_grad.detach().double().numpy().reshape(-1) for p in optimiser.params])
 
 
-def coupling(layers: tuple[int, ...], seed: int, scale: float) -> float:
+def coupling(layers: tuple[int, ...], seed: int, scale: float, centre: str = "none") -> float:
     """How far a longer record moves the sum beyond its own clipped gradient, in clipping norms."""
     torch.set_num_threads(1)
     base = find_base("minilm", "test")
-    task = TaskSpec("text-classification", ("a", "b"), 64, ("query", "value"), layers, RANK, MAX_SCALE * RANK)
-    trainer = Trainer(build(base, task, "test"), task, CPU)
+    task = TaskSpec("text-classification", ("a", "b"), 64, ("query", "value"), layers, RANK, MAX_SCALE * RANK, words=64)
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, 8)) for _ in range(24)]
     longer = f"{texts[0]} {texts[1]}"
+    if centre == "far":
+        task = replace(task, centre=rng.choice([-MAX_CENTRE, MAX_CENTRE], 768).astype("<f4").tobytes().hex())
+    elif centre == "one record":  # whose block then is all rounding, and stretched
+        task = replace(task, centre=centre_of(build(base, task, "test"), encode(base, texts[:1], [0], 64)))
+    trainer = Trainer(build(base, task, "test"), task, CPU)
     parent = signs(schema_of(trainer.model), seed, scale)
     less = summed(trainer, parent, encode(base, texts, [0] * 24, 64))
     more = summed(trainer, parent, encode(base, [*texts, longer], [0] * 25, 64))
@@ -59,6 +65,11 @@ def coupling(layers: tuple[int, ...], seed: int, scale: float) -> float:
 @pytest.mark.parametrize("layers", [(), (4, 5)])
 def test_a_longer_record_moves_nothing_but_its_own_share(layers: tuple[int, ...]) -> None:
     assert max(coupling(layers, seed, 1.0) for seed in (0, 1)) < 2e-3
+
+
+@pytest.mark.parametrize("centre", ["far", "one record"])
+def test_a_centre_of_the_coordinators_choice_couples_nothing(centre: str) -> None:
+    assert max(coupling((4, 5), seed, 1.0, centre) for seed in (0, 1)) < 2e-3
 
 
 def test_the_check_sees_weights_that_are_too_large() -> None:

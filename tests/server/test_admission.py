@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from cloister_server.admission import adam_reach, admit_update
+from cloister_server.admission import adam_reach, admit_update, sgd_reach
 from cloister_shared.errors import VerificationError
 from cloister_shared.plan import TrainingSpec
 from cloister_shared.vectors import F32, Schema
@@ -72,7 +74,7 @@ def test_every_number_that_is_not_finite_is_counted() -> None:
 )
 @pytest.mark.parametrize("sign", [1, -1])
 def test_out_of_bounds_is_refused_with_evidence(at: int, rate: float, name: str, sign: int) -> None:
-    bound = rate * adam_reach(STEPS)
+    bound = rate * (sgd_reach(spec()) if "head" in name else adam_reach(STEPS))
     found = admit_update(one(at, sign * 1.5 * bound), SCHEMA, spec())
     assert found.code == "out-of-bounds"
     assert found.observed == pytest.approx(1.5 * bound, rel=1e-5)
@@ -81,17 +83,30 @@ def test_out_of_bounds_is_refused_with_evidence(at: int, rate: float, name: str,
     assert f"{STEPS} steps" in found.what
 
 
-@pytest.mark.parametrize(("at", "rate"), [(0, RATE), (11, HEAD_RATE)])
-def test_just_within_is_accepted(at: int, rate: float) -> None:
-    found = admit_update(one(at, 0.999 * rate * adam_reach(STEPS)), SCHEMA, spec())
+@pytest.mark.parametrize("at", [0, 11])
+def test_just_within_is_accepted(at: int) -> None:
+    bound = RATE * adam_reach(STEPS) if at == 0 else HEAD_RATE * sgd_reach(spec())
+    found = admit_update(one(at, 0.999 * bound), SCHEMA, spec())
     assert found.code == "accepted"
     assert 0 < found.observed <= found.limit
 
 
-def test_the_adapter_is_held_to_its_own_rate() -> None:
-    """What the head may do, LoRA may not."""
-    assert admit_update(one(6, 10 * RATE * adam_reach(STEPS)), SCHEMA, spec()).code == "accepted"
-    assert admit_update(one(0, 10 * RATE * adam_reach(STEPS)), SCHEMA, spec()).code == "out-of-bounds"
+def test_lora_does_not_move_in_a_round_of_the_head_alone() -> None:
+    resting = replace(spec(), head_only=True)
+    assert admit_update(one(6, 10 * RATE), SCHEMA, resting).code == "accepted"
+    assert admit_update(one(0, 0.1 * RATE), SCHEMA, resting).code == "out-of-bounds"
+
+
+def test_the_heads_bound_holds_for_sums_that_all_point_one_way_and_for_its_noise() -> None:
+    """A site with four times what it declared, every gradient at the clipping norm, and the noise that was drawn."""
+    rng, training = np.random.default_rng(0), spec()
+    for _ in range(2000):
+        moved = 0.0
+        for _ in range(STEPS):
+            units = rng.binomial(4 * 100, training.sample_rate)
+            noise = rng.normal(0, training.noise_multiplier * training.clipping_norm)
+            moved += HEAD_RATE * (units * training.clipping_norm + noise) / training.expected_batch
+        assert abs(moved) <= HEAD_RATE * sgd_reach(training)
 
 
 def test_zero_is_accepted_and_huge_finite_is_not() -> None:

@@ -69,7 +69,8 @@ def test_defaults_are_filled_in(tmp_path: Path) -> None:
     federation = read_federation(write_federation(tmp_path / "F.toml", tmp_path, **changes))
     assert federation.base == "minilm"
     assert federation.task.target_modules == ("query", "value")
-    assert (federation.task.rank, federation.clipping_norm, federation.adapter_rate) == (8, 1.0, 1e-3)
+    assert (federation.task.rank, federation.clipping_norm, federation.adapter_rate) == (8, 4.0, 1e-3)
+    assert (federation.task.words, federation.head_rounds, federation.task.centre) == (4096, 0, "")
 
 
 def test_a_language_model_has_no_labels(tmp_path: Path) -> None:

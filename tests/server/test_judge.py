@@ -14,7 +14,7 @@ from cloister_model.scores import score
 from cloister_model.tokens import Encoded, encode
 from cloister_server.federation import read_federation
 from cloister_server.judge import HeldOutJudge, NoJudge
-from cloister_server.run import make_judge
+from cloister_server.run import read_held_out
 from cloister_shared.errors import InputError, VerificationError
 from cloister_shared.plan import TaskSpec
 from cloister_shared.vectors import F32
@@ -107,7 +107,9 @@ def test_the_judge_reads_the_held_out_text(tmp_path: Path, tiny_bert: Path, bert
     (tmp_path / "h.csv").write_text("body,topic\n" + "".join(f"{r.text},{r.label}\n" for r in site_text(1)))
     path = settings_of(tmp_path, tiny_bert, '[held_out]\npath = "h.csv"\ntext = "body"\nlabel = "topic"')
     model = build(bert, CLASSIFY, "test")
-    judge = make_judge(read_federation(path), bert, model)
+    own = read_held_out(read_federation(path), bert)
+    assert own is not None
+    judge = HeldOutJudge(model, CLASSIFY, own)
     candidate = vector(schema_of(model).size, 3)
     other = HeldOutJudge(build(bert, CLASSIFY, "test"), CLASSIFY, data_of(bert, CLASSIFY))
     assert judge.judge(candidate)[0] == other.judge(candidate)[0]
@@ -115,7 +117,8 @@ def test_the_judge_reads_the_held_out_text(tmp_path: Path, tiny_bert: Path, bert
 
 def test_without_held_out_text_there_is_no_judge(tmp_path: Path, tiny_bert: Path, bert: BaseModel) -> None:
     federation = read_federation(write_federation(tmp_path / "F.toml", tiny_bert))
-    assert isinstance(make_judge(federation, bert, build(bert, CLASSIFY, "test")), NoJudge)
+    assert read_held_out(federation, bert) is None
+    assert NoJudge().judge(vector(3, 0)) == ({}, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -135,4 +138,4 @@ def test_bad_held_out_text_is_an_input_error(
     write(tmp_path / "h.jsonl")
     path = settings_of(tmp_path, tiny_bert, '[held_out]\npath = "h.jsonl"\ntext = "text"\nlabel = "label"')
     with pytest.raises(InputError, match=r"h\.jsonl"):
-        make_judge(read_federation(path), bert, build(bert, CLASSIFY, "test"))
+        read_held_out(read_federation(path), bert)

@@ -86,8 +86,8 @@ def test_only_lora_and_head_are_trained(bert: Adapted, gpt2: Adapted) -> None:
         for ab in "AB"
     }
     shapes = {n: tuple(p.shape) for n, p in trained(bert).items()}
-    assert shapes["head.weight"] == (3, 32)
-    assert schema_of(bert).size == 2 * 2 * (2 * 32 + 32 * 2) + 3 * 32 + 3
+    assert shapes["head.weight"] == (3, 64)
+    assert schema_of(bert).size == 2 * 2 * (2 * 32 + 32 * 2) + 3 * 64 + 3
     for made in (bert, gpt2):
         assert all(p.dtype == torch.float32 for p in made.parameters())
 

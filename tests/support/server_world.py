@@ -175,6 +175,7 @@ class World:
             self.coordinator.signing,
             self.store,
             self.run,
+            federation.task,
             self.schema,
             self.members if members is None else members,
             self.judge,
