@@ -195,7 +195,7 @@ class Ledger:
             for (block,) in db.execute("SELECT id FROM block ORDER BY id").fetchall():
                 history, recent = history_of(db, block), self._recent(db, block, now)
                 if (history, recent) not in known:
-                    known[history, recent] = self._admit(history, recent, core.training.event, where)
+                    known[history, recent] = self._admit(history, recent, core.events, where)
                 found = known[history, recent]
                 if isinstance(found, RefusedError):
                     refusals.append(found)
@@ -238,13 +238,13 @@ class Ledger:
             )
 
     def _admit(
-        self, history: tuple[DpSgd, ...], recent: tuple[DpSgd, ...], event: DpSgd, where: str
+        self, history: tuple[DpSgd, ...], recent: tuple[DpSgd, ...], events: tuple[DpSgd, ...], where: str
     ) -> float | RefusedError:
         limits = self.limits
         try:
             if limits.period_days:
-                admit(recent, [event], limits.period_cap, limits.delta, f"{where}, any {limits.period_days} days")
-            return admit(history, [event], limits.cap, limits.delta, where)
+                admit(recent, events, limits.period_cap, limits.delta, f"{where}, any {limits.period_days} days")
+            return admit(history, events, limits.cap, limits.delta, where)
         except RefusedError as error:
             return error
         except StateError as error:
@@ -280,12 +280,15 @@ class Ledger:
             "INSERT INTO charge VALUES (?, ?, ?, ?, ?)",
             ((entry, block, bound, self.limits.cap, self.limits.delta) for block, bound in admitted.items()),
         )
+        numbers = [(n.name, n.noise_multiplier) for n in core.noised]
+        db.executemany("INSERT INTO noised VALUES (?, ?, ?)", ((entry, *number) for number in numbers))
         names = ("entry", "run", "round", "plan", "base", "noise_multiplier", "sample_rate", "steps")
         charged = {
             "blocks": sorted(admitted),
             "admitted": [admitted[block] for block in sorted(admitted)],
             "cap": self.limits.cap,
             "delta": self.limits.delta,
+            "noised": [list(number) for number in numbers],
         }
         events.append({"event": "reserve", "at": now} | charged | dict(zip(names, values, strict=True)))
         return Reservation(entry, tuple(sorted(admitted)), left_out)

@@ -81,6 +81,12 @@ CREATE TABLE IF NOT EXISTS charge (
   delta REAL NOT NULL,
   PRIMARY KEY (entry, block)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS noised (
+  entry INTEGER NOT NULL REFERENCES entry (id),
+  name TEXT NOT NULL,
+  noise_multiplier REAL NOT NULL CHECK (noise_multiplier > 0),
+  PRIMARY KEY (entry, name)
+) WITHOUT ROWID;
 CREATE UNIQUE INDEX IF NOT EXISTS one_open_or_spent ON entry (plan) WHERE state IN ('reserved', 'spent');
 CREATE TRIGGER IF NOT EXISTS entry_stays BEFORE DELETE ON entry BEGIN SELECT RAISE(ABORT, 'entries are for good'); END;
 CREATE TRIGGER IF NOT EXISTS entry_not_replaced BEFORE INSERT ON entry WHEN EXISTS (SELECT 1 FROM entry WHERE id = NEW.id
@@ -98,6 +104,7 @@ for _table, _key in (
     ("text", "tag = NEW.tag"),
     ("block", "id = NEW.id OR name = NEW.name"),
     ("charge", "entry = NEW.entry AND block = NEW.block"),
+    ("noised", "entry = NEW.entry AND name = NEW.name"),
 ):
     SCHEMA += f"""CREATE TRIGGER IF NOT EXISTS {_table}_stays BEFORE DELETE ON {_table} BEGIN SELECT RAISE(ABORT, 'for good'); END;
 CREATE TRIGGER IF NOT EXISTS {_table}_fixed BEFORE UPDATE ON {_table} BEGIN SELECT RAISE(ABORT, 'for good'); END;
@@ -319,6 +326,7 @@ class _Story:
     def __init__(self) -> None:
         self.entries: dict[int, tuple[Any, ...]] = {}
         self.charges: dict[tuple[int, int], tuple[float, float, float]] = {}
+        self.noised: dict[tuple[int, str], float] = {}
         self.blocks: dict[int, tuple[Any, ...]] = {}
         self.texts: dict[int, str] = {}
 
@@ -347,6 +355,7 @@ class _Story:
             self.entries[record["entry"]] = ("reserved", None, record["at"], None, record["plan"], *facts)
             for block, admitted in zip(record["blocks"], record["admitted"], strict=True):
                 self.charges[record["entry"], block] = (admitted, record["cap"], record["delta"])
+            self.noised |= {(record["entry"], name): sigma for name, sigma in record["noised"]}
         elif kind in self.CLOSED:
             state, _, reserved_at, _, *rest = self.entries[record["entry"]]
             if state != "reserved":
@@ -368,6 +377,8 @@ class _Story:
         )
         charges = db.execute("SELECT entry, block, admitted, cap, delta FROM charge")
         yield "charge", {(row[0], row[1]): tuple(row[2:]) for row in charges}, self.charges
+        numbers = db.execute("SELECT entry, name, noise_multiplier FROM noised")
+        yield "noised", {(row[0], row[1]): row[2] for row in numbers}, self.noised
         counts = dict.fromkeys(self.blocks, 0)
         hashes = {block: hashlib.sha256() for block in self.blocks}
         for tag, block in db.execute("SELECT tag, block FROM unit ORDER BY tag"):

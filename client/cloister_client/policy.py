@@ -147,6 +147,9 @@ def check(policy: Policy, core: PlanCore) -> None:
         refuse("max_rank", "the LoRA rank is too large", f"<= {policy.max_rank}", core.task.rank)
     if core.training.noise_multiplier < policy.least_noise:
         refuse("least_noise", "too little noise", f">= {policy.least_noise}", core.training.noise_multiplier)
+    if quiet := [n for n in core.noised if n.noise_multiplier < policy.least_noise]:
+        what = f"too little noise on {quiet[0].name}"
+        refuse("least_noise", what, f">= {policy.least_noise}", quiet[0].noise_multiplier)
     if core.training.delta != policy.delta:
         refuse("delta", "the plan states another delta than the policy", policy.delta, core.training.delta)
     if odd := sorted(set(core.reports) - set(policy.nonprivate_releases)):

@@ -1,12 +1,13 @@
 """The one gate that everything leaving the agent passes, with a type for each kind of release.
 
 - ``NoisedUpdate``: differentially private; passes where the ledger holds its charge, and the digest that was spent for.
+- ``NoisedMetric`` and ``AccountedCount``: sums with Gaussian noise of their own, reserved with the round and kept with its update, whose
+  digest covers them.
 - ``NonPrivateRelease``: an un-noised number about the text; passes where the plan asked for it by name and the policy permits the
   name, and is chained in the ledger before it leaves. No budget covers it.
 - ``Refusal``: a rule's name and its public limits; of a rule that is not the policy's or the budget's, the name alone.
 
-``WIRE`` declares every field that the agent's service answers with. A noised metric or a count would need an event of its own in a
-reservation; neither leaves the agent yet, so neither has a type here. It seals nothing and opens no socket.
+``WIRE`` declares every field that the agent's service answers with. It seals nothing and opens no socket.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from cloister_client.policy import Policy
 CODES = ("unreadable", "busy", "failed")
 # Every field of every message that the agent's service sends, and what may be in it.
 WIRE = {
-    "ExecuteReply.envelope": "a sealed NoisedUpdate with NonPrivateReleases, a sealed Refusal, or nothing",
+    "ExecuteReply.envelope": "a sealed NoisedUpdate, with NoisedMetrics and a count or NonPrivateReleases; a sealed Refusal; nothing",
     "ExecuteReply.code": f"nothing, or one of {', '.join(CODES)}",
     "ReadyReply.version": "the package's version",
 }
 # What the sealed plaintexts are made of; no other codec travels to the coordinator.
-CODECS = {Codec.UPDATE_F32: "NoisedUpdate, NonPrivateRelease", Codec.REFUSAL: "Refusal"}
+CODECS = {Codec.UPDATE_F32: "NoisedUpdate, NoisedMetric, AccountedCount, NonPrivateRelease", Codec.REFUSAL: "Refusal"}
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,36 @@ class NoisedUpdate:
     """An update made by DP-SGD.
 
     Attributes:
-        data: ``(d,) float32`` bytes.
+        data: ``(d,) float32`` bytes; then, where the plan asked for noised numbers, canonical JSON of them.
     """
 
     data: bytes
+
+
+@dataclass(frozen=True)
+class NoisedMetric:
+    """A sum of bounded scores over the units, with noise.
+
+    Attributes:
+        name: Its name.
+        value: The noised sum.
+    """
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
+class AccountedCount:
+    """How many units there are, with noise.
+
+    Attributes:
+        value: The noised count; any real number.
+        name: ``units``.
+    """
+
+    value: float
+    name: str = "units"
 
 
 @dataclass(frozen=True)
@@ -72,6 +99,11 @@ class Refusal:
     what: str
     expected: str = ""
     got: str = ""
+
+
+def with_numbers(update: bytes, numbers: tuple[NoisedMetric | AccountedCount, ...]) -> bytes:
+    """An update's bytes and the noised numbers made with it: what is kept, spent for, and sent, together."""
+    return update + (canonical({"noised": {n.name: n.value for n in numbers}}) if numbers else b"")
 
 
 def refusal(error: CloisterError) -> tuple[Codec, bytes]:

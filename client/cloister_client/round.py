@@ -28,8 +28,9 @@ from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import F32, clipped, vector_to_bytes
 
 from cloister_client.budget import Ledger
+from cloister_client.numbers import noised_numbers
 from cloister_client.policy import Policy, check
-from cloister_client.release import NoisedUpdate, NonPrivateRelease, refusal, release
+from cloister_client.release import NoisedUpdate, NonPrivateRelease, refusal, release, with_numbers
 from cloister_client.train import Device, Trainer
 from cloister_client.units import Units
 
@@ -245,7 +246,7 @@ def work(desk: Desk, core: PlanCore, rest: bytes) -> tuple[bytes, tuple[NonPriva
     try:
         data = desk.text(core.task, reservation.blocks)
         vector, loss = _train(desk, trainer, core, parent, data)
-        update = vector_to_bytes(vector)
+        update = with_numbers(vector_to_bytes(vector), noised_numbers(trainer, core, data))
         write_durably(desk.kept / f"{core.digest}.f32", update)
         desk.ledger.spend(entry, digest(update))
     except BaseException as error:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from cloister_shared.privacy import DpSgd, grouped
 
 CHARGED = "('reserved', 'spent', 'lost')"
+# Every Gaussian release of an entry, a row each: its training, and each noised number (``number`` 1: one step at rate 1).
+COSTS = """(SELECT id AS entry, run, base, state, reserved_at, noise_multiplier, sample_rate, steps, 0 AS number FROM entry
+  UNION ALL SELECT id, run, base, state, reserved_at, noised.noise_multiplier, 1.0, 1, 1 FROM entry JOIN noised ON id = noised.entry)"""
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def history_of(db: sqlite3.Connection, block: int, *, after: float = 0.0, closed
     """What a block was charged, grouped; reserved after a time (seconds since 1970), or without open reservations."""
     states = "('spent', 'lost')" if closed else CHARGED
     rows = db.execute(
-        "SELECT noise_multiplier, sample_rate, SUM(steps) FROM charge JOIN entry ON id = entry"  # noqa: S608
+        f"SELECT noise_multiplier, sample_rate, SUM(steps) FROM charge JOIN {COSTS} USING (entry)"  # noqa: S608
         f" WHERE block = ? AND state IN {states} AND reserved_at > ? GROUP BY noise_multiplier, sample_rate",
         (block, after),
     )
@@ -116,8 +119,8 @@ def history_of(db: sqlite3.Connection, block: int, *, after: float = 0.0, closed
 def shares_of(db: sqlite3.Connection, block: int) -> list[tuple[str, str, int, tuple[DpSgd, ...]]]:
     """Run, base, number of entries and history of each run and model in a block, oldest first."""
     rows = db.execute(
-        "SELECT run, base, noise_multiplier, sample_rate, SUM(steps), COUNT(*) FROM charge JOIN entry ON id = entry"  # noqa: S608
-        f" WHERE block = ? AND state IN {CHARGED} GROUP BY run, base, noise_multiplier, sample_rate ORDER BY MIN(id)",
+        f"SELECT run, base, noise_multiplier, sample_rate, SUM(steps), SUM(1 - number) FROM charge JOIN {COSTS} USING (entry)"  # noqa: S608
+        f" WHERE block = ? AND state IN {CHARGED} GROUP BY run, base, noise_multiplier, sample_rate ORDER BY MIN(entry)",
         (block,),
     )
     out: dict[tuple[str, str], tuple[int, list[DpSgd]]] = {}

@@ -34,7 +34,7 @@ def spending(store: Store, cores: dict[str, PlanCore]) -> dict[str, tuple[float,
     out = {}
     for client, core in cores.items():
         history, delta = charged_events(store, client, (core.run, core.round)), core.training.delta
-        out[client] = epsilon(history, delta), epsilon([*history, core.training.event], delta)
+        out[client] = epsilon(history, delta), epsilon([*history, *core.events], delta)
     return out
 
 
@@ -46,6 +46,8 @@ def charged_events(store: Store, client: str, now: tuple[str, int] | None = None
         times = c.charged if (c.run, c.number) == now or c.verdict != "open" else max(1, c.charged)
         if times:
             history.append(DpSgd(c.noise_multiplier, c.sample_rate, c.steps * times))
+            numbers = json.loads(c.core).get("noised", [])
+            history += [DpSgd(number["noise_multiplier"], 1.0, times) for number in numbers]
     return history
 
 

@@ -345,7 +345,10 @@ def show(
 
 
 def _told(report: str) -> str:
-    return ", ".join(f"{name} {value:.4g} (not private)" for name, value in loads(report or "{}").items())
+    return ", ".join(
+        f"{name.removeprefix('noised_')} {value:.4g} ({'noised' if name.startswith('noised_') else 'not private'})"
+        for name, value in loads(report or "{}").items()
+    )
 
 
 @rounds_app.command()

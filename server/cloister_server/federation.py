@@ -22,7 +22,18 @@ from cloister_shared.cards import (
 )
 from cloister_shared.encoding import write_durably
 from cloister_shared.errors import InputError, VerificationError
-from cloister_shared.plan import LINEAR_RULES, MAX_SCALE, MAX_WORDS, REPORTS, RULES, TASK_KINDS, Rule, TaskSpec
+from cloister_shared.plan import (
+    LINEAR_RULES,
+    MAX_SCALE,
+    MAX_WORDS,
+    NOISED,
+    REPORTS,
+    RULES,
+    TASK_KINDS,
+    NoisedNumber,
+    Rule,
+    TaskSpec,
+)
 from cloister_shared.settings import Table, read_toml
 from cloister_shared.signing import SigningKey, read_secret
 from cloister_shared.tls import make_tls
@@ -81,6 +92,7 @@ class Federation:
         steps: DP-SGD steps per round and site.
         batch: Expected privacy units per step and site.
         reports: Un-noised numbers asked of sites beside their updates; each site's policy permits them or refuses.
+        noised: Numbers asked of sites with noise.
         unit_records: Most records of one unit in a step, where a site's unit is a field.
         clipping_norm: L2 bound on one record's gradient.
         adapter_rate: Learning rate of LoRA (Adam).
@@ -105,6 +117,7 @@ class Federation:
     steps: int
     batch: int
     reports: tuple[str, ...]
+    noised: tuple[NoisedNumber, ...]
     unit_records: int
     clipping_norm: float
     adapter_rate: float
@@ -161,6 +174,11 @@ def _client_level(table: Table, rule: Rule) -> ClientLevel | None:
     )
 
 
+def _noised(table: Table) -> tuple[NoisedNumber, ...]:
+    bound = {"loss": table.number("loss_bound", 1e-3, 1e3, 4.0), "units": 1.0}
+    return tuple(NoisedNumber(n, table.number(n, 0.1, 1e6), bound[n]) for n in NOISED if n in table.written)
+
+
 def read_federation(path: Path) -> Federation:
     """Reads FEDERATION.toml.
 
@@ -168,8 +186,8 @@ def read_federation(path: Path) -> Federation:
         InputError: A key is missing, unknown, of another type or out of range.
     """
     table = read_toml(path, "federation")
-    task, training, aggregation, privacy, waiting, held = (
-        table.table(n) for n in ("task", "training", "aggregation", "privacy", "round", "held_out")
+    task, training, aggregation, privacy, waiting, held, numbers = (
+        table.table(n) for n in ("task", "training", "aggregation", "privacy", "round", "held_out", "noised")
     )
     rule = _rule(aggregation, private=True)
     client_level = privacy.table("client_level")
@@ -193,6 +211,7 @@ def read_federation(path: Path) -> Federation:
         steps=training.integer("steps", 1, 100_000),
         batch=training.integer("batch", 1, 1_000_000),
         reports=training.texts("reports", [], choices=REPORTS),
+        noised=_noised(numbers),
         unit_records=training.integer("unit_records", 1, 1000, 16),
         clipping_norm=training.number("clipping_norm", 1e-6, 1e6, CLIPPING_NORM[spec.kind]),
         adapter_rate=training.number("adapter_rate", 0, 10, 1e-3),
@@ -208,8 +227,15 @@ def read_federation(path: Path) -> Federation:
         min_clients=waiting.integer("min_clients", 1, 1_000_000, 2),
         held_out=held_out,
     )
-    for part in (task, training, aggregation, client_level, privacy, waiting, held, table):
+    for part in (task, training, aggregation, client_level, privacy, waiting, held, numbers, table):
         part.finish()
+    if federation.noised and (federation.reports or federation.client_level is not None):
+        raise InputError(
+            "noised numbers stand neither beside un-noised ones nor beside client-level noise, which does not cover them",
+            where=f"{path} [noised]",
+            expected="no [training] reports, no [privacy.client_level]",
+            got=", ".join(n.name for n in federation.noised),
+        )
     if federation.head_rounds > federation.rounds:
         raise InputError(
             "more rounds for the head alone than rounds",

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from cloister_shared.cards import SiteCard
+from cloister_shared.errors import InputError
 from cloister_shared.plan import TrainingSpec
 from cloister_shared.privacy import DpSgd, calibrate, coarse_rate, epsilon
 
@@ -21,7 +22,7 @@ def training_for(federation: Federation, card: SiteCard) -> TrainingSpec:
     rate = coarse_rate(min(1.0, federation.batch / card.records))
     sigma = federation.noise_multiplier
     if sigma is None:
-        sigma = calibrate(rate, federation.steps * federation.rounds, federation.epsilon or 0.0, federation.delta)
+        sigma = _calibrate(federation, rate, federation.steps, federation.rounds)
     return TrainingSpec(
         steps=federation.steps,
         sample_rate=rate,
@@ -34,6 +35,34 @@ def training_for(federation: Federation, card: SiteCard) -> TrainingSpec:
         unit=card.unit,
         unit_records=federation.unit_records if card.unit == "field" else 1,
     )
+
+
+def _calibrate(federation: Federation, rate: float, steps: int, rounds: int) -> float:
+    """The least noise multiplier that keeps a whole run within the target, its noised numbers included.
+
+    Raises:
+        InputError: The numbers alone pass the target.
+    """
+    target, delta = federation.epsilon or 0.0, federation.delta
+    sigma = calibrate(rate, steps * rounds, target, delta)
+    if not federation.noised:
+        return sigma
+    numbers = _numbers(federation, rounds)
+    if (alone := epsilon(numbers, delta)) >= target:
+        raise InputError(
+            "the noised numbers alone pass the target",
+            where=f"{federation.path} [noised]",
+            expected=f"< {target:g} for {rounds} rounds",
+            got=f"{alone:.3f}",
+            mend="more noise on them, or fewer rounds",
+        )
+    while epsilon([DpSgd(sigma, rate, steps * rounds), *numbers], delta) > target:
+        sigma = round(max(sigma + 0.01, sigma * 1.01), 2)
+    return sigma
+
+
+def _numbers(federation: Federation, rounds: int) -> list[DpSgd]:
+    return [replace(n.event, steps=rounds) for n in federation.noised]
 
 
 @dataclass(frozen=True)
@@ -80,20 +109,22 @@ class Knob:
     noise_multiplier: float | None
 
 
-def _event(spec: TrainingSpec, rounds: int) -> DpSgd:
-    return DpSgd(spec.noise_multiplier, spec.sample_rate, spec.steps * rounds)
+def run_events(federation: Federation, spec: TrainingSpec, rounds: int) -> list[DpSgd]:
+    """What ``rounds`` rounds cost one site."""
+    training = DpSgd(spec.noise_multiplier, spec.sample_rate, spec.steps * rounds)
+    return [training, *_numbers(federation, rounds)]
 
 
 def forecast(federation: Federation, card: SiteCard, history: Iterable[DpSgd]) -> Forecast:
     """One site's forecast; ``history`` is what was charged before."""
     spec, before = training_for(federation, card), tuple(history)
     delta, rounds = federation.delta, federation.rounds
-    after = epsilon([*before, _event(spec, rounds)], delta)
+    after = epsilon([*before, *run_events(federation, spec, rounds)], delta)
     able = rounds if after <= card.epsilon_cap else 0
     low, high = 0, rounds
     while able == 0 and high - low > 1:
         middle = (low + high) // 2
-        fits = epsilon([*before, _event(spec, middle)], delta) <= card.epsilon_cap
+        fits = epsilon([*before, *run_events(federation, spec, middle)], delta) <= card.epsilon_cap
         low, high = (middle, high) if fits else (low, middle)
     return Forecast(
         card.name,
@@ -101,7 +132,7 @@ def forecast(federation: Federation, card: SiteCard, history: Iterable[DpSgd]) -
         card.records,
         spec.sample_rate,
         spec.noise_multiplier,
-        epsilon([_event(spec, rounds)], delta),
+        epsilon(run_events(federation, spec, rounds), delta),
         epsilon(before, delta),
         after,
         card.epsilon_cap,
@@ -126,10 +157,10 @@ def knobs(federation: Federation, card: SiteCard) -> tuple[Knob, ...]:
     return tuple(
         Knob(
             name,
-            epsilon([_event(changed, count)], federation.delta),
+            epsilon(run_events(federation, changed, count), federation.delta),
             None
             if target is None or "noise" in name
-            else calibrate(changed.sample_rate, changed.steps * count, target, federation.delta),
+            else _calibrate(federation, changed.sample_rate, changed.steps, count),
         )
         for name, changed, count in changes
     )

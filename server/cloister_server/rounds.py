@@ -250,6 +250,7 @@ def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
             training=replace(member.training, head_only=number <= context.federation.head_rounds),
             update_norm=None if level is None else level.clipping_norm,
             reports=context.federation.reports,
+            noised=context.federation.noised,
         )
         spec = core.training
         entries.append(
@@ -390,25 +391,28 @@ def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]
 
 
 def read_report(data: bytes, core: PlanCore, where: str) -> dict[str, float]:
-    """The un-noised numbers beside an update, by name; none where there are none.
+    """The numbers beside an update: un-noised ones by their name, noised ones by ``noised_`` and theirs; none where there are none.
 
     Raises:
         VerificationError: Other numbers than the plan asked for.
     """
-    if not data:
+    if not data and not core.noised:
         return {}
     record = parse_record(data, where)
-    told = record.get("nonprivate")
+    kind, asked = ("noised", {n.name for n in core.noised}) if core.noised else ("nonprivate", set(core.reports))
+    told = record.get(kind)
     if (
         not isinstance(told, dict)
-        or set(record) != {"nonprivate"}
-        or not set(told) <= set(core.reports)
+        or set(record) != {kind}
+        or not set(told) <= asked
+        or (core.noised and set(told) != asked)
         or not all(isinstance(v, float) for v in told.values())
     ):
         raise VerificationError(
-            "other numbers than were asked for", where=where, expected=", ".join(core.reports) or "none"
+            "other numbers than were asked for", where=where, expected=", ".join(sorted(asked)) or "none"
         )
-    return {str(name): float(value) for name, value in told.items()}
+    prefix = "noised_" if core.noised else ""
+    return {f"{prefix}{name}": float(value) for name, value in told.items()}
 
 
 def close(context: Context, link: Exchange) -> None:

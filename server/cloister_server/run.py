@@ -25,13 +25,13 @@ from cloister_shared.cards import SiteCard
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.frozen_a import frozen_digest
 from cloister_shared.plan import PlanCore, TaskSpec, TrainingSpec
-from cloister_shared.privacy import DpSgd, epsilon
+from cloister_shared.privacy import epsilon
 from cloister_shared.vectors import Schema, to_safetensors
 
 from cloister_server.accounting import foresee
 from cloister_server.federation import Coordinator, Federation
 from cloister_server.judge import HeldOutJudge, Judge, NoJudge
-from cloister_server.planning import training_for
+from cloister_server.planning import run_events, training_for
 from cloister_server.rounds import Context, Member, Tell, run_rounds
 from cloister_server.store import Run, Store
 
@@ -132,10 +132,7 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
         for card in cards:
             if card.name in online:
                 training = earlier_training(store, run.id, card) or training_for(federation, card)
-                cost = epsilon(
-                    [DpSgd(training.noise_multiplier, training.sample_rate, training.steps * run.rounds)],
-                    training.delta,
-                )
+                cost = epsilon(run_events(federation, training, run.rounds), training.delta)
                 tell(
                     "member",
                     site=card.name,

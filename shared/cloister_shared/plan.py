@@ -30,6 +30,7 @@ TaskKind = Literal["text-classification", "causal-lm"]
 TASK_KINDS = ("text-classification", "causal-lm")
 UNITS = ("record", "field")
 REPORTS = ("loss",)
+NOISED = ("loss", "units")
 Rule = Literal["average", "freeze-a", "exact"]
 RULES: tuple[Rule, ...] = ("average", "freeze-a", "exact")
 LINEAR_RULES: tuple[Rule, ...] = ("average", "freeze-a")
@@ -205,6 +206,32 @@ class TrainingSpec:
 
 
 @dataclass(frozen=True)
+class NoisedNumber:
+    """A sum over all units of a client that is asked for with noise: a Gaussian release of its own, charged with the round.
+
+    Attributes:
+        name: ``loss``: each unit's mean loss under the trained adapter, cut at ``bound``. ``units``: how many there are.
+        noise_multiplier: Standard deviation of the noise over ``bound``.
+        bound: What one unit can move the sum by: nats for ``loss``; 1 for ``units``.
+    """
+
+    name: str
+    noise_multiplier: float
+    bound: float
+
+    def __post_init__(self) -> None:
+        _must(self.name in NOISED, "unknown noised number", self.name)
+        _number(self.noise_multiplier, 1e-6, 1e6, "noise_multiplier of a number")
+        _number(self.bound, 1e-3, 1e3, "bound of a number")
+        _must(self.name != "units" or self.bound == 1, "a unit counts as 1", self.bound)
+
+    @property
+    def event(self) -> DpSgd:
+        """What it costs: every unit takes part, once."""
+        return DpSgd(self.noise_multiplier, 1.0, 1)
+
+
+@dataclass(frozen=True)
 class PlanCore:
     """The work of one client in one round.
 
@@ -224,6 +251,7 @@ class PlanCore:
         training: How, and under which privacy parameters.
         update_norm: L2 bound that the whole update is clipped to, at the client and again at the aggregator; None for none.
         reports: Un-noised numbers asked for beside the update; a client's policy permits each by name or refuses the plan.
+        noised: Numbers asked for with noise, each under another name; none beside ``reports``.
     """
 
     federation: str
@@ -241,6 +269,7 @@ class PlanCore:
     training: TrainingSpec
     update_norm: float | None = None
     reports: tuple[str, ...] = ()
+    noised: tuple[NoisedNumber, ...] = ()
 
     def __post_init__(self) -> None:
         _must(
@@ -273,8 +302,18 @@ class PlanCore:
             "unknown reports",
             self.reports,
         )
+        _must(
+            len({n.name for n in self.noised}) == len(self.noised) and not (self.noised and self.reports),
+            "noised numbers repeat, or stand beside reports",
+            self.noised,
+        )
         for name in ("base", "schema", "parent"):
             _hex(getattr(self, name), 32, name)
+
+    @property
+    def events(self) -> tuple[DpSgd, ...]:
+        """What one round costs: its training and every noised number."""
+        return (self.training.event, *(n.event for n in self.noised))
 
     def to_bytes(self) -> bytes:
         """Canonical form."""
@@ -303,9 +342,10 @@ class PlanCore:
                     f"other fields than a {kind.__name__}'s",
                     sorted(owner),
                 )
-            for name in ("cohort", "reports"):
+            for name in ("cohort", "reports", "noised"):
                 _must(isinstance(record[name], list), f"{name} is not a list", record[name])
                 record[name] = tuple(record[name])
+            record["noised"] = tuple(NoisedNumber(**number) for number in record["noised"])
             return cls(task=task, training=TrainingSpec(**training), **record)
         except (TypeError, KeyError, ValueError) as error:
             raise VerificationError("plan is malformed", got=str(error)[:200]) from error

@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 from cloister_model.build import frozen_schema
 from cloister_server.aggregation import aggregate
-from cloister_server.rounds import run_rounds
+from cloister_server.federation import read_federation
+from cloister_server.planning import forecast, training_for
+from cloister_server.rounds import read_report, run_rounds
 from cloister_server.run import find_unfinished
-from cloister_shared.errors import InputError, RefusedError
+from cloister_shared.errors import InputError, RefusedError, VerificationError
 from cloister_shared.frozen_a import frozen_tensors
 from cloister_shared.plan import RULES, PlanCore
+from cloister_shared.privacy import DpSgd, epsilon
 from cloister_shared.vectors import F32, from_safetensors, vector_from_bytes
 
-from support.server_world import Loopback, World, make_world
+from support.server_world import Loopback, World, make_world, write_federation
 
 
 def ruled(rule: str) -> dict[str, str]:
@@ -109,3 +112,71 @@ def test_a_run_is_not_resumed_under_another_rule(tmp_path: Path, tiny_bert: Path
         find_unfinished(world.store, world.schema.digest, replace(federation, rule="average"), world.run.base)
     assert (caught.value.expected, caught.value.got) == ("exact", "average")
     world.store.close()
+
+
+def test_noised_numbers_come_charged_and_the_same_on_a_retry(tmp_path: Path, tiny_bert: Path) -> None:
+    numbers = {"[aggregation]": "[noised]\nloss = 5.0\nunits = 3.0"}
+    world = make_world(tmp_path, tiny_bert, rounds=1, settings=numbers)
+    link = Loopback(world.desks)
+    link.behaviours = dict.fromkeys((200, 300), lambda *_: None)
+    with pytest.raises(RefusedError):
+        run_rounds(world.context(), link)
+    (kept,) = world.desks[100].kept.glob("*.f32")
+    first = kept.read_bytes()
+    link.behaviours = {}
+    run_rounds(world.context(), link)
+    told = {c.name: json.loads(c.report) for c in world.store.clients(world.run.id, 1)}
+    assert {frozenset(t) for t in told.values()} == {frozenset({"noised_loss", "noised_units"})}
+    # The first site was asked twice, and sent what it had kept: other noise on the same numbers would be another release.
+    size = 4 * world.schema.size
+    mine = next(c for c in world.store.clients(world.run.id, 1) if c.client == world.id_of(100))
+    assert json.loads(first[size:])["noised"] == {
+        n.removeprefix("noised_"): v for n, v in json.loads(mine.report).items()
+    }
+    # Both ledgers agree on what it cost: the site's and the coordinator's.
+    core = PlanCore.from_dict(json.loads(mine.core))
+    assert len(core.events) == 3
+    assert world.desks[100].ledger.standing().epsilon == epsilon(core.events, 1e-5)
+    assert mine.epsilon >= epsilon(core.events, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b'{"noised":{"loss":1.5}}', b'{"noised":{"loss":1.5,"units":2.0,"more":1.0}}', b'{"noised":{"loss":"a","units":2.0}}',
+     b'{"nonprivate":{"loss":1.5,"units":2.0}}'],
+)  # fmt: skip
+def test_numbers_other_than_those_asked_for_are_unreadable(tmp_path: Path, tiny_bert: Path, data: bytes) -> None:
+    world = make_world(tmp_path, tiny_bert, rounds=1, settings={"[aggregation]": "[noised]\nloss = 5.0\nunits = 3.0"})
+    run_rounds(world.context(), Loopback(world.desks))
+    core = PlanCore.from_dict(json.loads(world.store.clients(world.run.id, 1)[0].core))
+    good = b'{"noised":{"loss":1.5,"units":2.0}}'
+    assert read_report(good, core, "test") == {"noised_loss": 1.5, "noised_units": 2.0}
+    with pytest.raises(VerificationError):
+        read_report(data, core, "test")
+
+
+def test_the_noise_of_a_run_with_a_target_leaves_room_for_its_numbers(tmp_path: Path, tiny_bert: Path) -> None:
+    target = {"noise_multiplier": "", "epsilon": "epsilon = 4.0"}
+    card = make_world(tmp_path, tiny_bert, rounds=1).members[0].card
+    plain = read_federation(write_federation(tmp_path / "a.toml", tiny_bert, **target))
+    asked = read_federation(
+        write_federation(tmp_path / "b.toml", tiny_bert, **target, **{"[aggregation]": "[noised]\nloss = 5.0"})
+    )
+    without, with_it = (training_for(f, card).noise_multiplier for f in (plain, asked))
+    assert with_it > without
+    spec = training_for(asked, card)
+    whole = [DpSgd(spec.noise_multiplier, spec.sample_rate, 3 * spec.steps), DpSgd(5.0, 1.0, 3)]
+    assert 3.8 < epsilon(whole, 1e-5) <= 4.0
+    assert forecast(asked, card, []).epsilon == epsilon(whole, 1e-5)
+    loud = write_federation(tmp_path / "c.toml", tiny_bert, **target, **{"[aggregation]": "[noised]\nloss = 0.3"})
+    with pytest.raises(InputError, match="alone pass the target"):
+        training_for(read_federation(loud), card)
+
+
+@pytest.mark.parametrize(
+    "beside", ["[privacy.client_level]\nnoise_multiplier = 1.0\nclipping_norm = 0.5\nepsilon_cap = 20"]
+)
+def test_noised_numbers_do_not_stand_beside_client_level_noise(tmp_path: Path, tiny_bert: Path, beside: str) -> None:
+    path = write_federation(tmp_path / "d.toml", tiny_bert, **{"[aggregation]": f"{beside}\n[noised]\nunits = 3.0"})
+    with pytest.raises(InputError, match="noised numbers"):
+        read_federation(path)

@@ -15,6 +15,7 @@ import pytest
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import VerificationError
 from cloister_shared.plan import (
+    NoisedNumber,
     Plan,
     PlanCore,
     Receipt,
@@ -51,6 +52,7 @@ CORE = PlanCore(
     task=TASK,
     training=TRAINING,
     update_norm=2.5,
+    noised=(NoisedNumber("loss", 8.0, 2.0), NoisedNumber("units", 6.0, 1.0)),
 )
 RECEIPT = Receipt("0" * 31 + "1", 1, "2" * 64, "3" * 64, "accepted", "4" * 64)
 PLAN = Plan(CORE, 1, ROUND_KEY, 1_700_000_000, (RECEIPT,))
@@ -198,6 +200,12 @@ BAD: dict[str, tuple[Any, ...]] = {
     "core.task.alpha": (*NOT_NUMBERS, 0, 1e5),
     "core.task.words": (*NOT_INTEGERS, -1, (1 << 16) + 1),
     "core.task.centre": (None, 5, "0", "00", "zz" * 4, "000000C0", "0000c07f", "0000807f", "0000ca42", "00" * 131076),
+    "core.noised": (None, 5, "a", {}, [5], [{}], [{"name": "loss", "noise_multiplier": 8.0, "bound": 2.0}] * 2),
+    "core.noised.0.name": (None, 5, "units", "accuracy"),
+    "core.noised.0.noise_multiplier": (*NOT_NUMBERS, 0, 1e7),
+    "core.noised.0.bound": (*NOT_NUMBERS, 0, 1e4),
+    "core.noised.1.bound": (2, 0.5),
+    "core.reports": (None, "loss", ["loss"], ["accuracy"]),
     "core.training": (None, 5, "a", [], {}),
     "core.training.head_only": (None, 0, 1, "", "true"),
     "core.training.steps": (*NOT_INTEGERS, 0, 100_001),
