@@ -39,6 +39,7 @@ class Training:
         adapter_rate: LoRA's learning rate (Adam).
         head_rate: The head's (SGD).
         head_rounds: So many rounds train the head alone first, LoRA and its gradients left out.
+        schedule: As the product's: ``constant`` or ``linear``.
         rule: Aggregation rule.
     """
 
@@ -49,6 +50,7 @@ class Training:
     adapter_rate: float = 1e-3
     head_rate: float = 0.5
     head_rounds: int = 0
+    schedule: str = "constant"
     rule: Rule = "average"
 
 
@@ -127,6 +129,7 @@ def simulate(
         engine, of = (alone, slice(-whole.heads, None)) if early else (whole, slice(None))
         rates = torch.full((len(vector),), training.adapter_rate)
         rates[-engine.heads :] = training.head_rate
+        rates *= 1.0 if training.schedule == "constant" else 1 - number / training.rounds
         updates = np.stack([_local(engine, training, s, vector[of], rates[of], target is not None, rng) for s in world])
         if shape.layers and not early:
             made = aggregate(training.rule, vector, updates, weights, engine.schema)

@@ -41,6 +41,7 @@ from cloister_shared.tls import make_tls
 # The recipe for a head on features of length 28, and for LoRA: bench/results has the tables they come from.
 WORDS, HEAD_RATE = 4096, 0.6
 CLIPPING_NORM = {"text-classification": 4.0, "causal-lm": 1.0}
+SCHEDULES = ("constant", "linear")
 # What the rule "auto" is, by whether sites add noise: set from measured tables (README), not by taste.
 AUTO: dict[bool, Rule] = {True: "average", False: "average"}
 
@@ -97,6 +98,7 @@ class Federation:
         clipping_norm: L2 bound on one record's gradient.
         adapter_rate: Learning rate of LoRA (Adam).
         head_rate: Learning rate of the head (SGD).
+        schedule: How both rates go over a run: ``constant``, or ``linear`` to a last round's share of the first.
         head_rounds: So many rounds train the head alone first; at most all.
         epsilon: Target for a whole run, or None where ``noise_multiplier`` is given.
         noise_multiplier: Noise multiplier, or None where ``epsilon`` is given.
@@ -122,6 +124,7 @@ class Federation:
     clipping_norm: float
     adapter_rate: float
     head_rate: float
+    schedule: str
     head_rounds: int
     epsilon: float | None
     noise_multiplier: float | None
@@ -216,6 +219,7 @@ def read_federation(path: Path) -> Federation:
         clipping_norm=training.number("clipping_norm", 1e-6, 1e6, CLIPPING_NORM[spec.kind]),
         adapter_rate=training.number("adapter_rate", 0, 10, 1e-3),
         head_rate=training.number("head_rate", 0, 10, HEAD_RATE),
+        schedule=training.text("schedule", "constant", choices=SCHEDULES),
         head_rounds=0 if spec.kind == "causal-lm" else training.integer("head_rounds", 0, 100_000, 0),
         epsilon=privacy.number("epsilon", 1e-3, 1000) if "epsilon" in privacy.written else None,
         noise_multiplier=privacy.number("noise_multiplier", 0.1, 1000)

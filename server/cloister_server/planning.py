@@ -37,6 +37,20 @@ def training_for(federation: Federation, card: SiteCard) -> TrainingSpec:
     )
 
 
+def in_round(federation: Federation, spec: TrainingSpec, number: int) -> TrainingSpec:
+    """A site's training in round ``number``: the rates where the schedule has them, LoRA resting in the head's own rounds.
+
+    Neither changes what a round costs.
+    """
+    share = 1.0 if federation.schedule == "constant" else 1 - (number - 1) / federation.rounds
+    return replace(
+        spec,
+        adapter_rate=federation.adapter_rate * share,
+        head_rate=federation.head_rate * share,
+        head_only=number <= federation.head_rounds,
+    )
+
+
 def _calibrate(federation: Federation, rate: float, steps: int, rounds: int) -> float:
     """The least noise multiplier that keeps a whole run within the target, its noised numbers included.
 

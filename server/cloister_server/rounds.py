@@ -40,6 +40,7 @@ from cloister_server.admission import admit_update
 from cloister_server.aggregation import Aggregate, aggregate, noised_mean
 from cloister_server.federation import Federation
 from cloister_server.judge import Judge
+from cloister_server.planning import in_round
 from cloister_server.store import Commit, NoisedSum, Round, RoundClient, Run, Store
 
 Tell = Callable[..., None]
@@ -247,7 +248,7 @@ def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
             schema=context.schema.digest,
             parent=parent_digest,
             task=context.task,
-            training=replace(member.training, head_only=number <= context.federation.head_rounds),
+            training=in_round(context.federation, member.training, number),
             update_norm=None if level is None else level.clipping_norm,
             reports=context.federation.reports,
             noised=context.federation.noised,

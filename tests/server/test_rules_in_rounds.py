@@ -180,3 +180,23 @@ def test_noised_numbers_do_not_stand_beside_client_level_noise(tmp_path: Path, t
     path = write_federation(tmp_path / "d.toml", tiny_bert, **{"[aggregation]": f"{beside}\n[noised]\nunits = 3.0"})
     with pytest.raises(InputError, match="noised numbers"):
         read_federation(path)
+
+
+def test_rates_fall_and_lora_rests_as_the_settings_say(tmp_path: Path, tiny_bert: Path) -> None:
+    rates = {
+        "rounds": 'rounds = 4\nschedule = "linear"\nhead_rounds = 1',
+        "[aggregation]": '[aggregation]\nrule = "exact"',
+    }
+    world = make_world(tmp_path, tiny_bert, rounds=4, settings=rates)
+    run_rounds(world.context(), Loopback(world.desks))
+    cores = [PlanCore.from_dict(json.loads(world.store.clients(world.run.id, n)[0].core)) for n in (1, 2, 3, 4)]
+    assert [c.training.head_only for c in cores] == [True, False, False, False]
+    assert [c.training.head_rate for c in cores] == pytest.approx([3e-2 * s for s in (1, 0.75, 0.5, 0.25)])
+    assert [c.training.adapter_rate for c in cores] == pytest.approx([1e-3 * s for s in (1, 0.75, 0.5, 0.25)])
+    # LoRA as it was, to the bit, though the rule re-factors products; then it moves.
+    heads = sum(int(np.prod(shape)) for name, shape in world.schema.tensors if name.startswith("head."))
+    first, one, two = (adapter(world, n)[:-heads] for n in (0, 1, 2))
+    assert np.array_equal(first, one)
+    assert not np.array_equal(one, two)
+    # What it cost does not depend on either.
+    assert {c.training.event for c in cores} == {cores[0].training.event}
