@@ -7,13 +7,14 @@ own gradient of the copies is the per-sample gradient. ``tests/bench/test_engine
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from cloister_model.build import build, read_vector, schema_of
-from cloister_model.features import hashed_words, join
-from cloister_shared.plan import TaskSpec
+from cloister_model.features import hashed_words, raw, scaled
+from cloister_model.scores import centred
+from cloister_shared.plan import TaskSpec, centre_and_spread
 from cloister_shared.vectors import F32, Schema
 from torch import Tensor
 from torch.nn import functional
@@ -69,6 +70,7 @@ class Engine:
         schema: Names and shapes of the trained parameters, as the product's.
         heads: How many of the parameters are the head's: the last ones.
         start: The parameters that a run starts from.
+        task: As the product would state it, with its centre.
     """
 
     def __init__(self, kept: Kept, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -78,6 +80,17 @@ class Engine:
         self.features = shape.words + 2 * width
         self.heads = len(kept.labels) * (self.features + 1)
         heads = (("head.weight", (len(kept.labels), self.features)), ("head.bias", (len(kept.labels),)))
+        self.task = TaskSpec(
+            kind="text-classification",
+            labels=kept.labels,
+            max_tokens=128,
+            target_modules=shape.targets,
+            layers=shape.layers,
+            rank=shape.rank,
+            alpha=shape.alpha,
+            freeze_a=shape.freeze_a,
+            words=shape.words,
+        )
         self._fixed: dict[tuple[int, str, str], Tensor] = {}
         self._inside: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         adapters: tuple[tuple[str, tuple[int, ...]], ...] = ()
@@ -86,23 +99,21 @@ class Engine:
             adapters, start = self._model(kept, shape)
         self.schema = Schema(adapters + heads)
         self.start: F32 = np.concatenate([start, np.zeros(sum(int(np.prod(s)) for _, s in heads), dtype=np.float32)])
-        self.centre = torch.zeros(2 * width)
-        if shape.centre:
-            own = slice(kept.train, kept.train + OWN)
-            self.centre = torch.from_numpy(kept.means[:, own].mean(axis=1).reshape(-1))
-        self._ready: tuple[Tensor, Tensor] | None = None
         self._means = torch.from_numpy(kept.means)
+        if shape.centre:
+            own = np.arange(kept.train, min(kept.train + OWN, len(kept.encoded)))
+            self.task = centred(self.task, raw(self._words(own), *self._means[:, own]).double().numpy())
+        scale = centre_and_spread(self.task, self.features, "bench")
+        self._centre, self._divisor = (torch.from_numpy(values) for values in scale)
+        self._ready: tuple[Tensor, Tensor] | None = None
         self._states = kept.states(min(shape.layers)) if shape.layers else None
         self._mixed = (
             self._keep_mixed() if shape.layers and not set(shape.targets) & {"query", "key", "value"} else None
         )
 
     def _model(self, kept: Kept, shape: Shape) -> tuple[tuple[tuple[str, tuple[int, ...]], ...], F32]:
-        task = TaskSpec(
-            "text-classification", kept.labels, 64, shape.targets, shape.layers, shape.rank, shape.alpha, shape.freeze_a
-        )
         torch.manual_seed(0)
-        model = build(kept.base, task, "bench")
+        model = build(kept.base, replace(self.task, words=0), "bench")
         inner = model.encoder.get_base_model()
         for layer in range(min(shape.layers), self.depth):
             for name in (*_INSIDE, *_NORMS):
@@ -202,12 +213,14 @@ class Engine:
         weights = mask.unsqueeze(-1).float()
         return (h.float() * weights).sum(1) / weights.sum(1)
 
+    def _words(self, rows: I64) -> Tensor | None:
+        ids, mask, _ = self.kept.encoded.batch(rows)
+        return hashed_words(ids, mask, self.shape.words) if self.shape.words else None
+
     def seen(self, rows: I64, lora: dict[tuple[int, str, str], Tensor]) -> Tensor:
         """What the head sees, ``(n, features) float32``."""
-        ids, mask, _ = self.kept.encoded.batch(rows)
-        words = hashed_words(ids, mask, self.shape.words) if self.shape.words else None
         last = self._last(rows, lora) if self.shape.layers else self._means[1, rows]
-        return join(words, self._means[0, rows], last, self.centre)
+        return scaled(raw(self._words(rows), self._means[0, rows], last), self._centre, self._divisor)
 
     @torch.no_grad()
     def _frozen(self) -> tuple[Tensor, Tensor]:

@@ -12,13 +12,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from cloister_model.build import lora_config
 from cloister_shared.encoding import digest, write_durably
 from cloister_shared.errors import InputError, VerificationError
 from cloister_shared.frozen_a import FORMAT as FROZEN_FORMAT
 from cloister_shared.frozen_a import frozen_digest, frozen_tensors
-from cloister_shared.plan import TaskSpec
+from cloister_shared.plan import TaskSpec, centre_and_spread
 from cloister_shared.privacy import ACCOUNTANT, NEIGHBOURS
 from cloister_shared.vectors import F32, Schema, from_safetensors, to_safetensors
 
@@ -62,7 +61,7 @@ card = json.load(open("cloister.json"))
 labels = card["labels"]
 tokenizer = AutoTokenizer.from_pretrained(base)
 model = PeftModel.from_pretrained(AutoModel.from_pretrained(base), ".").eval()
-head = load_file("head.safetensors")  # weight, bias, centre
+head = load_file("head.safetensors")  # weight, bias, centre, spread
 batch = tokenizer(["some text"], truncation=True, max_length=card["max_tokens"], padding=True, return_tensors="pt")
 ids, mask = batch["input_ids"], batch["attention_mask"]
 with torch.no_grad():
@@ -72,16 +71,15 @@ with torch.no_grad():
 # What the head sees: hashed words, the mean of the embeddings weighed by rarity, the mean of the last states.
 rarity = torch.log((ids - 990).clamp(min=2).double()) * mask
 mean = lambda states, share: (states * share.unsqueeze(-1)).sum(1) / share.sum(1, keepdim=True)
-means = torch.cat([mean(embedded, rarity.float()), mean(last, mask.float())], 1) - head["centre"]
-blocks = list(means.chunk(2, dim=1))
+blocks = [mean(embedded, rarity.float()), mean(last, mask.float())]
 if card["words"]:
     count = ((ids.unsqueeze(2) == ids.unsqueeze(1)) & (mask.unsqueeze(1) != 0)).sum(2).clamp(min=1).double()
     code = (ids * 2654435761 + 97) % 4294967291
     each = (1 + count.log()) / count * rarity * (1 - 2 * ((code >> 7) & 1))
     words = torch.zeros(len(ids), card["words"], dtype=torch.float64).scatter_add_(1, code % card["words"], each)
-    blocks.insert(0, words.float())
-scale = 28 / len(blocks) ** 0.5
-seen = torch.cat([torch.nn.functional.normalize(b, dim=1, eps=0.1) * scale for b in blocks], 1)
+    blocks.insert(0, torch.nn.functional.normalize(words, dim=1).float())
+seen = (torch.cat(blocks, 1) - head["centre"]) / head["spread"]
+seen = 28 * torch.nn.functional.normalize(seen, dim=1, eps=0.3)
 logits = seen @ head["weight"].T + head["bias"]
 print(labels[logits.argmax(-1).item()])
 ```"""
@@ -153,10 +151,8 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
     frozen = frozen_parts(run)
     parts = schema.split(vector) | frozen
     if task.labels:
-        centre = np.frombuffer(bytes.fromhex(task.centre), dtype="<f4").astype(np.float32)
-        # In the head's order its features are words, then the two means that the centre is of.
-        wide = parts["head.weight"].shape[1] - task.words
-        parts["head.centre"] = centre if len(centre) else np.zeros(wide, dtype=np.float32)
+        centre, spread = centre_and_spread(task, parts["head.weight"].shape[1], "registered task")
+        parts |= {"head.centre": centre, "head.spread": spread}
     tensors = (*((n, a.shape) for n, a in parts.items() if n not in dict(schema.tensors)), *schema.tensors)
     out.parent.mkdir(parents=True, exist_ok=True)
     temp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

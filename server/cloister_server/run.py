@@ -17,7 +17,8 @@ from cloister_flower.control import Control
 from cloister_flower.grid import Link
 from cloister_model.base import BaseModel, find_base
 from cloister_model.build import Adapted, build, frozen_schema, read_vector, schema_of, set_centre
-from cloister_model.scores import centre_of
+from cloister_model.public_text import SENTENCES
+from cloister_model.scores import with_centre
 from cloister_model.text import Source, read
 from cloister_model.tokens import Encoded, encode
 from cloister_shared import __version__
@@ -106,9 +107,9 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
             now, end = foresee(store, level, left)
             tell("client_level", epsilon=now, epsilon_end=end, rounds=left, **asdict(level))
         if run is None:
-            task = replace(
-                federation.task, centre=centre_of(model, own) if own is not None and model.head is not None else ""
-            )
+            task = federation.task
+            if model.head is not None:
+                task = with_centre(model, task, public_text(base, task) if own is None else own)
             run = Run(
                 id=secrets.token_hex(16),
                 federation=federation.name,
@@ -221,13 +222,18 @@ def find_unfinished(store: Store, schema: str, federation: Federation, base: str
             mend="restore the task's settings",
         )
     # The centre is the run's own: held-out text that grew since must not move what the head sees.
-    if replace(TaskSpec.from_dict(json.loads(run.task)), centre="") != federation.task or run.base != base:
+    if replace(TaskSpec.from_dict(json.loads(run.task)), centre="", spread=()) != federation.task or run.base != base:
         raise InputError(
             "the settings are not those of the run",
             where=str(federation.path),
             mend="restore [task] and base, or start a new run",
         )
     return run
+
+
+def public_text(base: BaseModel, task: TaskSpec) -> Encoded:
+    """Public sentences in the place of the coordinator's own."""
+    return encode(base, SENTENCES, [0] * len(SENTENCES), task.max_tokens)
 
 
 def read_held_out(federation: Federation, base: BaseModel) -> Encoded | None:

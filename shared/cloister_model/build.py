@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from cloister_shared.errors import InputError
 from cloister_shared.frozen_a import frozen_a
-from cloister_shared.plan import TaskSpec
+from cloister_shared.plan import TaskSpec, centre_and_spread
 from cloister_shared.vectors import F32, Schema
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from cloister_model.base import BaseModel
-from cloister_model.features import hashed_words, join, mean, weights
+from cloister_model.features import hashed_words, mean, raw, scaled, weights
 
 
 class Adapted(nn.Module):
@@ -32,17 +32,20 @@ class Adapted(nn.Module):
         encoder: The PEFT model; its base parameters are frozen.
         head: ``Linear(words + 2 hidden, labels)`` or None.
         words: Width of the hashed words; 0 for none.
-        centre: ``(2 hidden,)``, what is taken off the means; zeros where the task names none.
+        centre: ``(words + 2 hidden,)``, what is taken off the features; zeros where the task names none.
+        spread: ``(words + 2 hidden,)``, what they are divided by; ones where the task names none.
     """
 
     centre: Tensor
+    spread: Tensor
 
-    def __init__(self, encoder: Any, head: nn.Linear | None, words: int, centre: Tensor) -> None:
+    def __init__(self, encoder: Any, head: nn.Linear | None, words: int, hidden: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
         self.words = words
-        self.register_buffer("centre", centre, persistent=False)
+        self.register_buffer("centre", torch.zeros(words + 2 * hidden), persistent=False)
+        self.register_buffer("spread", torch.ones(words + 2 * hidden), persistent=False)
 
     def means(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Means of the static embeddings and of the last states, ``(n, hidden)`` each, float32 or wider."""
@@ -56,8 +59,12 @@ class Adapted(nn.Module):
         """Logits: ``(n, labels)`` for classification, ``(n, tokens, vocabulary)`` for a causal language model."""
         if self.head is None:
             return cast(Tensor, self.encoder(input_ids=input_ids, attention_mask=attention_mask).logits)
+        return cast(Tensor, self.head(scaled(self.features(input_ids, attention_mask), self.centre, self.spread)))
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The blocks as they are, ``(n, words + 2 hidden)``."""
         words = hashed_words(input_ids, attention_mask, self.words) if self.words else None
-        return cast(Tensor, self.head(join(words, *self.means(input_ids, attention_mask), self.centre)))
+        return raw(words, *self.means(input_ids, attention_mask))
 
 
 def _quiet_config(base: BaseModel) -> Any:
@@ -155,21 +162,21 @@ def build(base: BaseModel, task: TaskSpec, where: str) -> Adapted:
         head = nn.Linear(task.words + 2 * hidden, len(task.labels))
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-    model = Adapted(encoder, head, task.words, torch.zeros(2 * hidden))
+    model = Adapted(encoder, head, task.words, hidden)
     set_centre(model, task, where)
     return model
 
 
 def set_centre(model: Adapted, task: TaskSpec, where: str) -> None:
-    """Puts the task's centre into the model.
+    """Puts the task's centre and spread into the model.
 
     Raises:
-        InputError: It is of another size than this base's.
+        InputError: They are of another size than this base's.
     """
-    values, size = np.frombuffer(bytes.fromhex(task.centre), dtype="<f4"), len(model.centre)
-    if len(values) not in (0, size):
-        raise InputError("the centre is of another base", where=where, expected=f"{size} numbers", got=str(len(values)))
-    model.centre.copy_(torch.from_numpy(values.astype(np.float32)) if len(values) else torch.zeros(size))
+    for buffer, values in zip(
+        (model.centre, model.spread), centre_and_spread(task, len(model.centre), where), strict=True
+    ):
+        buffer.copy_(torch.from_numpy(values))
 
 
 def _name(parameter: str) -> str:

@@ -6,14 +6,18 @@ out un-noised.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from cloister_shared.plan import TaskSpec
+from cloister_shared.plan import LEAST_SPREAD, MAX_SPREAD, TaskSpec
 
 from cloister_model.build import Adapted, losses
+from cloister_model.features import BLOCK_WEIGHTS
 from cloister_model.tokens import Encoded
+
+F64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,29 @@ def score(model: Adapted, task: TaskSpec, data: Encoded, *, batch: int = 64, dev
 
 
 @torch.no_grad()
-def centre_of(model: Adapted, data: Encoded, *, batch: int = 64, most: int = 1000) -> str:
-    """The centre for a task: means over the first ``most`` of somebody's own records, before any training, as ``TaskSpec.centre``.
+def with_centre(model: Adapted, task: TaskSpec, data: Encoded, *, batch: int = 64, most: int = 1000) -> TaskSpec:
+    """``task`` with a centre and spreads made of the first ``most`` of somebody's own records, before any training.
 
     A function of ``data``, which it gives away in part: for the coordinator's own text, never for a site's.
     """
     model.eval()
-    total, count = torch.zeros(len(model.centre), dtype=torch.float64), min(len(data), most)
-    for at in range(0, count, batch):
-        ids, mask, _ = data.batch(range(at, min(at + batch, count)), str(model.centre.device))
-        total += torch.cat(model.means(ids, mask), 1).double().sum(0).cpu()
-    return (total / count).numpy().astype("<f4").tobytes().hex()
+    parts = []
+    for at in range(0, min(len(data), most), batch):
+        ids, mask, _ = data.batch(range(at, min(at + batch, len(data), most)), str(model.centre.device))
+        parts.append(model.features(ids, mask).double().cpu())
+    return centred(task, torch.cat(parts).numpy())
+
+
+def centred(task: TaskSpec, features: F64) -> TaskSpec:
+    """``task`` with the centre and spreads of ``(n, words + 2 hidden)`` features from ``features.raw``."""
+    centre = features.mean(axis=0).astype("<f2")
+    off, width = features - centre.astype(np.float64), (features.shape[1] - task.words) // 2
+    blocks = np.split(off, [task.words, task.words + width], axis=1)
+    spread = [
+        float(np.sqrt((block**2).sum(axis=1).mean())) / weight
+        for block, weight in zip(blocks, BLOCK_WEIGHTS, strict=True)
+        if block.shape[1]
+    ]
+    return replace(
+        task, centre=centre.tobytes().hex(), spread=tuple(min(max(s, LEAST_SPREAD), MAX_SPREAD) for s in spread)
+    )

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cloister_shared.encoding import canonical, digest, parse_record
-from cloister_shared.errors import VerificationError
+from cloister_shared.errors import InputError, VerificationError
 from cloister_shared.privacy import DpSgd
 from cloister_shared.sealing import SealingKey
 from cloister_shared.signing import SIGNATURE_BYTES, SigningKey, VerifyKey
@@ -36,7 +36,9 @@ RULES: tuple[Rule, ...] = ("average", "freeze-a", "exact")
 LINEAR_RULES: tuple[Rule, ...] = ("average", "freeze-a")
 MAX_LABELS = 1000
 # Hashed words of a head, the base's width, and a centre's largest number.
-MAX_WORDS, MAX_HIDDEN, MAX_CENTRE = 1 << 16, 1 << 14, 100.0
+MAX_WORDS, MAX_HIDDEN, MAX_CENTRE = 1 << 16, 1 << 14, 1000.0
+# A block's spread: a smaller one would stretch the rounding of a block until records of a batch touch each other.
+LEAST_SPREAD, MAX_SPREAD = 0.01, 1000.0
 # Largest LoRA scale alpha / rank; see ``vectors.bounded``.
 MAX_SCALE = 4.0
 
@@ -82,7 +84,8 @@ class TaskSpec:
         alpha: LoRA scale numerator, at most 4 ranks; the update is ``alpha / rank * B A``.
         freeze_a: Whether A is not trained (FFA-LoRA, Sun et al. 2024): then it is ``frozen_a``'s everywhere and never sent.
         words: Width of the block of hashed words that a classification head sees; 0 for none.
-        centre: Little-endian float32, hex: what is taken off the means that the head sees; empty for nothing.
+        centre: Little-endian float16, hex: what is taken off the features that the head sees; empty for nothing.
+        spread: What each block of them is divided by, 0.01 to 1000; empty where there is no centre.
     """
 
     kind: TaskKind
@@ -95,6 +98,7 @@ class TaskSpec:
     freeze_a: bool = False
     words: int = 0
     centre: str = ""
+    spread: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _must(self.kind in TASK_KINDS, "unknown task", self.kind)
@@ -131,7 +135,7 @@ class TaskSpec:
             record = dict(value)
             # Defaults are for code that makes plans; one that is read says everything.
             _must(set(record) == {f.name for f in fields(cls)}, "other fields than a task's", sorted(record))
-            for name in ("labels", "target_modules", "layers"):
+            for name in ("labels", "target_modules", "layers", "spread"):
                 _must(isinstance(record[name], list), f"{name} is not a list", record[name])
                 record[name] = tuple(record[name])
             return cls(**record)
@@ -140,20 +144,46 @@ class TaskSpec:
 
     def _check_centre(self) -> None:
         _must(
-            isinstance(self.centre, str) and len(self.centre) % 8 == 0 and len(self.centre) <= 16 * MAX_HIDDEN,
-            "centre is not hex of float32 numbers",
+            isinstance(self.centre, str)
+            and len(self.centre) <= 4 * (MAX_WORDS + 2 * MAX_HIDDEN)
+            and set(self.centre) <= set("0123456789abcdef")
+            and len(self.centre) % 4 == 0,
+            "centre is not hex of float16 numbers",
             self.centre,
         )
         _must(not self.centre or bool(self.labels), "a centre without a head", self.centre)
-        try:
-            values = np.frombuffer(bytes.fromhex(self.centre), dtype="<f4")
-        except ValueError:
-            values = np.full(1, np.nan, dtype=np.float32)
+        # NaN is within nothing.
         _must(
-            self.centre == values.tobytes().hex() and bool((np.abs(values) <= MAX_CENTRE).all()),
-            f"centre is not finite numbers to {MAX_CENTRE:g}",
+            bool((np.abs(_centre_values(self)) <= MAX_CENTRE).all()),
+            f"centre is not within {MAX_CENTRE:g}",
             self.centre,
         )
+        _must(bool(self.centre) == bool(self.spread) and len(self.spread) <= 3, "spread without centre", self.spread)
+        for number in self.spread:
+            _number(number, LEAST_SPREAD, MAX_SPREAD, "spread")
+
+
+def _centre_values(task: TaskSpec) -> F32:
+    return np.frombuffer(bytes.fromhex(task.centre), dtype="<f2").astype(np.float32)
+
+
+def centre_and_spread(task: TaskSpec, size: int, where: str) -> tuple[F32, F32]:
+    """What is taken off a head's ``size`` features and what they are divided by, ``(size,) float32`` each; 0 and 1 where there is none.
+
+    Raises:
+        InputError: The task's are of another size.
+    """
+    values, blocks = _centre_values(task), [task.words] * bool(task.words) + [(size - task.words) // 2] * 2
+    if not len(values):
+        return np.zeros(size, dtype=np.float32), np.ones(size, dtype=np.float32)
+    if (len(values), len(task.spread)) != (size, len(blocks)):
+        raise InputError(
+            "the centre is of another base",
+            where=where,
+            expected=f"{size} numbers, {len(blocks)} spreads",
+            got=f"{len(values)}, {len(task.spread)}",
+        )
+    return values, np.repeat(np.array(task.spread, dtype=np.float32), blocks)
 
 
 @dataclass(frozen=True)

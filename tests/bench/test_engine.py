@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from cloister_client.train import Trainer, choose_device
 from cloister_model.base import find_base
 from cloister_model.build import build, load_vector
 from cloister_model.scores import predict
-from cloister_shared.plan import TaskSpec, TrainingSpec
+from cloister_shared.plan import TrainingSpec
 
 from bench import kept as kept_states
 from bench.engine import Engine, Shape
@@ -44,8 +45,7 @@ def test_the_engines_clipped_sum_is_the_trainers(
     kept: kept_states.Kept, targets: tuple[str, ...], layers: tuple[int, ...], freeze_a: bool
 ) -> None:
     engine = Engine(kept, Shape(layers, targets, 4, 8.0, freeze_a, words=64), torch.float32)
-    centre = engine.centre.numpy().astype("<f4").tobytes().hex()
-    task = TaskSpec("text-classification", LABELS, 16, targets, layers, 4, 8.0, freeze_a, 64, centre)
+    task = replace(engine.task, max_tokens=16)
     torch.manual_seed(0)
     model = build(kept.base, task, "test")
     trainer = Trainer(model, task, choose_device("cpu"))

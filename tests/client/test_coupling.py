@@ -15,10 +15,10 @@ import torch
 from cloister_client.train import Trainer
 from cloister_model.base import find_base
 from cloister_model.build import build, load_vector, schema_of
-from cloister_model.scores import centre_of
+from cloister_model.scores import with_centre
 from cloister_model.tokens import Encoded, encode
 from cloister_shared.errors import VerificationError
-from cloister_shared.plan import MAX_CENTRE, MAX_SCALE, TaskSpec
+from cloister_shared.plan import LEAST_SPREAD, MAX_CENTRE, MAX_SCALE, TaskSpec
 from cloister_shared.vectors import ADAPTER_LIMIT, F32, HEAD_LIMIT, Schema, bounded, check_bounded, limits_of
 
 from support.client_oracle import make_trainer
@@ -51,9 +51,11 @@ def coupling(layers: tuple[int, ...], seed: int, scale: float, centre: str = "no
     texts = [" ".join(rng.choice(WORDS, 8)) for _ in range(24)]
     longer = f"{texts[0]} {texts[1]}"
     if centre == "far":
-        task = replace(task, centre=rng.choice([-MAX_CENTRE, MAX_CENTRE], 768).astype("<f4").tobytes().hex())
-    elif centre == "one record":  # whose block then is all rounding, and stretched
-        task = replace(task, centre=centre_of(build(base, task, "test"), encode(base, texts[:1], [0], 64)))
+        numbers = rng.choice([-MAX_CENTRE, MAX_CENTRE], 64 + 768)
+        task = replace(task, centre=numbers.astype("<f2").tobytes().hex(), spread=(LEAST_SPREAD,) * 3)
+    elif centre == "one record":  # whose features then are all rounding, and stretched
+        task = with_centre(build(base, task, "test"), task, encode(base, texts[:1], [0], 64))
+        task = replace(task, spread=(LEAST_SPREAD,) * 3)
     trainer = Trainer(build(base, task, "test"), task, CPU)
     parent = signs(schema_of(trainer.model), seed, scale)
     less = summed(trainer, parent, encode(base, texts, [0] * 24, 64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,11 @@ import pytest
 import torch
 from cloister_model.base import find_base
 from cloister_model.build import build
-from cloister_model.features import LENGTH, hashed_words, join, mean, weights
-from cloister_model.scores import centre_of
+from cloister_model.features import BLOCK_WEIGHTS, LENGTH, SHORTEST, hashed_words, mean, raw, scaled, weights
+from cloister_model.scores import with_centre
 from cloister_model.tokens import Encoded
 from cloister_shared.errors import InputError
-from cloister_shared.plan import TaskSpec
+from cloister_shared.plan import TaskSpec, centre_and_spread
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,7 +31,8 @@ def by_hand(ids: list[int], width: int) -> np.ndarray:
         code = (piece * 2654435761 + 97) % 4294967291
         sign = -1 if (code // 128) % 2 else 1
         out[code % width] += sign * (1 + math.log(count)) * math.log(max(piece - 990, 2))
-    return out
+    length = float(np.sqrt((out**2).sum()))
+    return out / max(length, 1e-12)
 
 
 def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,20 +52,19 @@ def test_no_record_is_touched_by_its_company(one: list[int], other: list[int]) -
     assert torch.equal(alone, beside)
 
 
-def test_every_block_has_one_length_and_small_ones_are_not_stretched() -> None:
+def test_every_record_has_one_length_and_one_at_the_centre_is_not_stretched() -> None:
     rng = torch.Generator().manual_seed(0)
-    words, embedded, last = (torch.randn(5, n, generator=rng) * 10 for n in (16, 4, 4))
-    words[3] = 0
-    last[4] = torch.tensor([1.0, 2.0, 3.0, 4.0]) + 1e-3
-    centre = torch.cat([torch.zeros(4), torch.tensor([1.0, 2.0, 3.0, 4.0])])
-    got = join(words, embedded, last, centre)
-    assert got.shape == (5, 24)
-    block = LENGTH / math.sqrt(3)
-    lengths = torch.stack([part.norm(dim=1) for part in torch.split(got, [16, 4, 4], dim=1)])
-    assert torch.allclose(lengths[:, :3], torch.full((3, 3), block))
-    assert lengths[0, 3] == 0
-    assert lengths[2, 4] == pytest.approx(block * 2e-3 / 0.1, rel=1e-3)
-    assert join(None, embedded, last, centre).norm(dim=1)[0] == pytest.approx(LENGTH)
+    blocks = raw(*(torch.randn(5, n, generator=rng) * 10 for n in (16, 4, 4)))
+    assert raw(None, blocks[:, 16:20], blocks[:, 20:]).shape == (5, 8)
+    centre, spread = torch.arange(24.0), torch.tensor([2.0] * 16 + [3.0] * 4 + [5.0] * 4)
+    blocks[3] = centre
+    blocks[4] = centre
+    blocks[4, 20] += 0.05 * SHORTEST * 5
+    got = scaled(blocks, centre, spread)
+    assert got.norm(dim=1)[:3].tolist() == pytest.approx([LENGTH] * 3)
+    assert got.norm(dim=1)[3:].tolist() == pytest.approx([0, 0.05 * LENGTH], rel=1e-4)
+    by_hand = (blocks[0] - centre) / spread
+    assert torch.allclose(got[0], LENGTH * by_hand / by_hand.norm(), atol=1e-5)
 
 
 def test_a_mean_counts_pieces_by_their_weight() -> None:
@@ -80,10 +81,18 @@ def test_the_centre_is_the_mean_of_own_records_and_fits_its_base(tiny_bert: Path
     base = find_base(str(tiny_bert), "test")
     model, data = build(base, TASK, "test"), Encoded(((2, 40, 50), (2, 60), (2, 70, 80, 90, 100)), (0, 0, 0), 0)
     with torch.no_grad():
-        each = [torch.cat(model.means(*data.batch([row])[:2]), 1)[0] for row in range(3)]
-    got = np.frombuffer(bytes.fromhex(centre_of(model, data)), dtype="<f4")
-    np.testing.assert_allclose(got, torch.stack(each).mean(0).numpy(), atol=1e-6)
-    centred = TaskSpec(**(vars(TASK) | {"centre": centre_of(model, data)}))
-    assert np.array_equal(build(base, centred, "test").centre.numpy(), got)
+        each = torch.stack([model.features(*data.batch([row])[:2])[0] for row in range(3)]).double()
+    made = with_centre(model, TASK, data)
+    centre, spread = centre_and_spread(made, 8 + 64, "test")
+    np.testing.assert_allclose(centre, each.mean(0).numpy(), atol=1e-3)  # float16 in the plan
+    off = each - torch.from_numpy(centre)
+    for block, weight, size in zip(torch.split(off, [8, 32, 32], dim=1), BLOCK_WEIGHTS, (0, 8, 40), strict=True):
+        assert spread[size] == pytest.approx(float((block**2).sum(1).mean().sqrt()) / weight, rel=1e-5)
+    built = build(base, made, "test")
+    assert np.array_equal(built.centre.numpy(), centre)
+    assert np.array_equal(built.spread.numpy(), spread)
     with pytest.raises(InputError, match="another base"):
-        build(base, TaskSpec(**(vars(TASK) | {"centre": "00" * 8})), "test")
+        build(base, replace(made, centre="0000" * 5), "test")
+    with pytest.raises(InputError, match="another base"):
+        build(base, replace(made, spread=(1.0,)), "test")
+    assert [v.tolist() for v in centre_and_spread(TASK, 3, "test")] == [[0, 0, 0], [1, 1, 1]]

@@ -34,8 +34,19 @@ COORDINATOR = SigningKey.generate()
 ROUND_KEY = OpeningKey.generate().sealing_key
 SCHEMA = Schema((("a", (2,)), ("b", (1, 2))))
 PARENT: F32 = np.array([0.1, -0.2, 0.05, 0.25], dtype=np.float32)
-CENTRE = np.array([0.5, -1.25], dtype="<f4").tobytes().hex()
-TASK = TaskSpec("text-classification", ("good", "bad"), 64, ("query", "value"), (0, 1), 4, 8.0, words=16, centre=CENTRE)
+CENTRE = np.array([0.5, -1.25], dtype="<f2").tobytes().hex()
+TASK = TaskSpec(
+    "text-classification",
+    ("good", "bad"),
+    64,
+    ("query", "value"),
+    (0, 1),
+    4,
+    8.0,
+    words=16,
+    centre=CENTRE,
+    spread=(0.5, 2.0, 1.0),
+)
 TRAINING = TrainingSpec(10, 0.05, 20.0, 1.1, 1.0, 1e-3, 1e-2, 1e-5)
 CORE = PlanCore(
     federation="demo",
@@ -118,13 +129,13 @@ def test_rule_and_task_agree_on_the_frozen_a(rule: Any, freeze_a: bool) -> None:
 
 
 def test_causal_lm_round_trip() -> None:
-    core = replace(CORE, task=replace(TASK, kind="causal-lm", labels=(), layers=(), words=0, centre=""))
+    core = replace(CORE, task=replace(TASK, kind="causal-lm", labels=(), layers=(), words=0, centre="", spread=()))
     assert PlanCore.from_dict(json.loads(core.to_bytes())) == core
 
 
-@pytest.mark.parametrize("named", [{"words": 16}, {"centre": CENTRE}])
+@pytest.mark.parametrize("named", [{"words": 16}, {"centre": CENTRE, "spread": (1.0, 1.0)}])
 def test_a_task_without_a_head_has_no_features_for_one(named: dict[str, Any]) -> None:
-    bare = replace(TASK, kind="causal-lm", labels=(), words=0, centre="")
+    bare = replace(TASK, kind="causal-lm", labels=(), words=0, centre="", spread=())
     with pytest.raises(VerificationError, match=r"words|centre"):
         replace(bare, **named)
     with pytest.raises(VerificationError, match="only the head"):
@@ -199,7 +210,8 @@ BAD: dict[str, tuple[Any, ...]] = {
     "core.task.freeze_a": (None, 0, 1, "", "true", [], True),
     "core.task.alpha": (*NOT_NUMBERS, 0, 1e5),
     "core.task.words": (*NOT_INTEGERS, -1, (1 << 16) + 1),
-    "core.task.centre": (None, 5, "0", "00", "zz" * 4, "000000C0", "0000c07f", "0000807f", "0000ca42", "00" * 131076),
+    "core.task.centre": (None, 5, "0", "00", "zzzz", "00C0", "007e", "007c", "e863", "", "0000" * 98305),
+    "core.task.spread": (None, 5, [], [0.001] * 3, [1001.0], ["1"], [float("nan")], [1.0] * 4),
     "core.noised": (None, 5, "a", {}, [5], [{}], [{"name": "loss", "noise_multiplier": 8.0, "bound": 2.0}] * 2),
     "core.noised.0.name": (None, 5, "units", "accuracy"),
     "core.noised.0.noise_multiplier": (*NOT_NUMBERS, 0, 1e7),

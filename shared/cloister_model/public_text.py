@@ -1,0 +1,28 @@
+"""A few public sentences: what a head's centre is made of where a coordinator has no text of its own."""
+
+SENTENCES = (
+    "The train to the coast was late again, and nobody at the station could say why.",
+    "Please send the invoice to our new address before the end of the month.",
+    "After two weeks of treatment the patient reported less pain and slept better.",
+    "The committee approved the budget by seven votes to four.",
+    "Mix the flour with warm water, add salt and let the dough rest for an hour.",
+    "A library for reading and writing images in many formats.",
+    "I cannot log in since the update; the application closes without a message.",
+    "Rainfall in the northern valleys was twice the average of the last ten years.",
+    "The witness said that the car had turned left without a signal.",
+    "Interest on the loan is fixed for five years and may be repaid at any time.",
+    "She learned to play the violin from her grandfather.",
+    "The company reported higher sales but lower profit in the third quarter.",
+    "Tools for monitoring network traffic on small servers.",
+    "He scored twice in the second half, and the visitors went home without a point.",
+    "The museum is closed on Mondays and open until nine on Thursdays.",
+    "Check the pressure of the tyres before a long journey.",
+    "The teacher asked the class to compare both poems in a short essay.",
+    "Two samples were stored at room temperature and one was frozen.",
+    "Thank you for your quick answer, the parcel arrived this morning.",
+    "The contract ends when either side gives notice in writing.",
+    "Old walls were found under the market square during road works.",
+    "Turn the valve slowly until the needle points to zero.",
+    "Elections will be held in spring, a year earlier than planned.",
+    "The software is free and comes without any warranty.",
+)
