@@ -335,8 +335,10 @@ def test_a_second_run_starts_from_its_own_parent_with_nothing_left_over(bert: tu
     first = trainer.run(alone, parent, data, lambda *_: None)
     trainer.run(spec(steps=2, head_rate=1.0), parent, data, lambda *_: None)
     again = trainer.run(alone, parent, data, lambda *_: None)
+    heads = sum(p.numel() for n, p in trained(trainer.model).items() if n.startswith("head."))
+    assert float(np.abs(first - again)[-heads:].max()) < 1e-6
     # Adam's first step is about the sign of the gradient: it differs only where the gradient is of the noise's size.
-    assert float(np.mean(np.abs(first - again) > 1e-4)) < 0.1
+    assert float(np.mean(np.abs(first - again)[:-heads] > 1e-4)) < 0.4
 
 
 def test_bf16_autocast_gives_the_clipped_sum_within_five_percent(make: Make) -> None:
