@@ -53,7 +53,7 @@ class Share:
         run: Run id, hex.
         base: Digest of the base model, hex.
         rounds: Entries.
-        steps: DP-SGD steps.
+        steps: DP-SGD steps, and one for each noised number.
         epsilon: Epsilon of these alone.
     """
 
@@ -78,7 +78,7 @@ class Standing:
         delta: Delta of all.
         period_epsilon: Epsilon within the current period; 0 where periods have no cap.
         rounds: Entries in the history.
-        steps: DP-SGD steps in the history.
+        steps: DP-SGD steps in the history, and one for each noised number.
         shares: What each run spent, oldest first.
     """
 
