@@ -6,14 +6,18 @@ own gradient of the copies is the per-sample gradient. ``tests/bench/test_engine
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from cloister_model.build import build, read_vector, schema_of
 from cloister_model.features import hashed_words, raw, scaled
-from cloister_model.scores import centred
+from cloister_model.scores import centred, seen
+from cloister_model.tokens import encode
+from cloister_model.warm_start import warm_head
 from cloister_shared.plan import TaskSpec, centre_and_spread
 from cloister_shared.vectors import F32, Schema
 from torch import Tensor
@@ -47,6 +51,7 @@ class Shape:
         freeze_a: Whether A is public and not trained.
         words: Width of the block of hashed words; 0 for none.
         centre: Whether what the coordinator's own text has in the mean is taken off.
+        public: Labelled JSONL that everybody may see, which the head starts from; empty for none.
     """
 
     layers: tuple[int, ...] = ()
@@ -56,6 +61,7 @@ class Shape:
     freeze_a: bool = False
     words: int = 4096
     centre: bool = True
+    public: str = ""
 
 
 class Engine:
@@ -105,11 +111,21 @@ class Engine:
             self.task = centred(self.task, raw(self._words(own), *self._means[:, own]).double().numpy())
         scale = centre_and_spread(self.task, self.features, "bench")
         self._centre, self._divisor = (torch.from_numpy(values) for values in scale)
+        if shape.public:
+            weight = self._public_head(Path(shape.public))
+            self.start[-self.heads : -len(kept.labels)] = weight.reshape(-1)
         self._ready: tuple[Tensor, Tensor] | None = None
         self._states = kept.states(min(shape.layers)) if shape.layers else None
         self._mixed = (
             self._keep_mixed() if shape.layers and not set(shape.targets) & {"query", "key", "value"} else None
         )
+
+    def _public_head(self, path: Path) -> F32:
+        """As the product's ``own_text.begin``."""
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        classes = [self.kept.labels.index(row["label"]) for row in rows]
+        data = encode(self.kept.base, [row["text"] for row in rows], classes, self.task.max_tokens)
+        return warm_head(seen(build(self.kept.base, self.task, "bench"), data), classes, len(self.kept.labels))
 
     def _model(self, kept: Kept, shape: Shape) -> tuple[tuple[tuple[str, tuple[int, ...]], ...], F32]:
         torch.manual_seed(0)

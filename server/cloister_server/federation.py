@@ -38,27 +38,14 @@ from cloister_shared.settings import Table, read_toml
 from cloister_shared.signing import SigningKey, read_secret
 from cloister_shared.tls import make_tls
 
+from cloister_server.own_text import OwnText
+
 # The recipe for a head on features of length 28, and for LoRA: bench/results has the tables they come from.
 WORDS, HEAD_RATE = 4096, 0.6
 CLIPPING_NORM = {"text-classification": 4.0, "causal-lm": 1.0}
 SCHEDULES = ("constant", "linear")
 # What the rule "auto" is, by whether sites add noise: set from measured tables (README), not by taste.
 AUTO: dict[bool, Rule] = {True: "average", False: "average"}
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The coordinator's own text that candidates are judged on.
-
-    Attributes:
-        path: JSONL, CSV or Parquet, plain or gzipped.
-        text: The text's field.
-        label: The label's field, empty for tasks without.
-    """
-
-    path: Path
-    text: str
-    label: str
 
 
 @dataclass(frozen=True)
@@ -107,6 +94,7 @@ class Federation:
         deadline: Seconds that a round waits.
         min_clients: Fewest accepted updates for a commit.
         held_out: Text to judge on, or None.
+        public: Labelled text for everybody, which the head starts from, or None.
     """
 
     path: Path
@@ -132,7 +120,8 @@ class Federation:
     client_level: ClientLevel | None
     deadline: float
     min_clients: int
-    held_out: HeldOut | None
+    held_out: OwnText | None
+    public: OwnText | None
 
 
 def _rule(table: Table, private: bool) -> Rule:
@@ -182,6 +171,17 @@ def _noised(table: Table) -> tuple[NoisedNumber, ...]:
     return tuple(NoisedNumber(n, table.number(n, 0.1, 1e6), bound[n]) for n in NOISED if n in table.written)
 
 
+def _own_text(table: Table, settings: Path, task: TaskSpec) -> OwnText | None:
+    if not table.written:
+        return None
+    source = Path(table.text("path")).expanduser()
+    return OwnText(
+        source if source.is_absolute() else settings.parent / source,
+        table.text("text"),
+        table.text("label") if task.kind == "text-classification" else "",
+    )
+
+
 def read_federation(path: Path) -> Federation:
     """Reads FEDERATION.toml.
 
@@ -189,20 +189,12 @@ def read_federation(path: Path) -> Federation:
         InputError: A key is missing, unknown, of another type or out of range.
     """
     table = read_toml(path, "federation")
-    task, training, aggregation, privacy, waiting, held, numbers = (
-        table.table(n) for n in ("task", "training", "aggregation", "privacy", "round", "held_out", "noised")
+    task, training, aggregation, privacy, waiting, held, public, numbers = (
+        table.table(n) for n in ("task", "training", "aggregation", "privacy", "round", "held_out", "public", "noised")
     )
     rule = _rule(aggregation, private=True)
     client_level = privacy.table("client_level")
     spec = _task(task, rule)
-    held_out = None
-    if held.written:
-        source = Path(held.text("path")).expanduser()
-        held_out = HeldOut(
-            source if source.is_absolute() else path.parent / source,
-            held.text("text"),
-            held.text("label") if spec.kind == "text-classification" else "",
-        )
     federation = Federation(
         path=path.resolve(),
         name=check_name(table.text("name"), str(path)),
@@ -229,9 +221,10 @@ def read_federation(path: Path) -> Federation:
         client_level=_client_level(client_level, rule),
         deadline=waiting.number("deadline_seconds", 1, 7 * 86400, 1800),
         min_clients=waiting.integer("min_clients", 1, 1_000_000, 2),
-        held_out=held_out,
+        held_out=_own_text(held, path, spec),
+        public=_own_text(public, path, spec),
     )
-    for part in (task, training, aggregation, client_level, privacy, waiting, held, numbers, table):
+    for part in (task, training, aggregation, client_level, privacy, waiting, held, public, numbers, table):
         part.finish()
     if federation.noised and (federation.reports or federation.client_level is not None):
         raise InputError(
@@ -239,6 +232,10 @@ def read_federation(path: Path) -> Federation:
             where=f"{path} [noised]",
             expected="no [training] reports, no [privacy.client_level]",
             got=", ".join(n.name for n in federation.noised),
+        )
+    if federation.public is not None and not spec.labels:
+        raise InputError(
+            "public text starts a head, and this task has none", where=f"{path} [public]", mend="leave it out"
         )
     if federation.head_rounds > federation.rounds:
         raise InputError(

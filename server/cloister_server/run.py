@@ -10,17 +10,14 @@ import json
 import secrets
 import time
 from dataclasses import asdict, replace
+from hashlib import sha256
 from typing import Any
 
 from cloister_flower.bundle import build_bundle
 from cloister_flower.control import Control
 from cloister_flower.grid import Link
-from cloister_model.base import BaseModel, find_base
+from cloister_model.base import find_base
 from cloister_model.build import Adapted, build, frozen_schema, read_vector, schema_of, set_centre
-from cloister_model.public_text import SENTENCES
-from cloister_model.scores import with_centre
-from cloister_model.text import Source, read
-from cloister_model.tokens import Encoded, encode
 from cloister_shared import __version__
 from cloister_shared.cards import SiteCard
 from cloister_shared.errors import InputError, StateError
@@ -32,6 +29,7 @@ from cloister_shared.vectors import Schema, to_safetensors
 from cloister_server.accounting import foresee
 from cloister_server.federation import Coordinator, Federation
 from cloister_server.judge import HeldOutJudge, Judge, NoJudge
+from cloister_server.own_text import begin, check_apart, read_own
 from cloister_server.planning import run_events, training_for
 from cloister_server.rounds import Context, Member, Tell, run_rounds
 from cloister_server.store import Run, Store
@@ -96,9 +94,11 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
     base = find_base(federation.base, f"{federation.path} base")
     base.check(coordinator.card.base, f"{federation.path} base")
     model = build(base, federation.task, str(federation.path))
-    own = read_held_out(federation, base)
-    schema, first = schema_of(model), read_vector(model)
-    judge: Judge = NoJudge() if own is None else HeldOutJudge(model, federation.task, own)
+    held_out = read_own(federation.held_out, federation.task, base)
+    public = None if resume else read_own(federation.public, federation.task, base)
+    check_apart(held_out, public, f"{federation.path} [public]")
+    schema = schema_of(model)
+    judge: Judge = NoJudge() if held_out is None else HeldOutJudge(model, federation.task, held_out)
     with Control(coordinator.card.address, coordinator.ca, coordinator.token) as control:
         control.wait_up(wait)
         run = find_unfinished(store, schema.digest, federation, base.digest) if resume else None
@@ -107,9 +107,7 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
             now, end = foresee(store, level, left)
             tell("client_level", epsilon=now, epsilon_end=end, rounds=left, **asdict(level))
         if run is None:
-            task = federation.task
-            if model.head is not None:
-                task = with_centre(model, task, public_text(base, task) if own is None else own)
+            task = begin(model, federation.task, base, held_out, public)
             run = Run(
                 id=secrets.token_hex(16),
                 federation=federation.name,
@@ -122,7 +120,9 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
                 code=f"cloister {__version__}",
                 config=json.dumps(run_config(federation, model, base.digest)),
             )
-            store.start_run(run, to_safetensors(first, schema, {"run": run.id, "round": "0", "base": base.digest}))
+            store.start_run(
+                run, to_safetensors(read_vector(model), schema, {"run": run.id, "round": "0", "base": base.digest})
+            )
         elif run.flower_run is not None:
             control.stop_if_running(int(run.flower_run))
         task = TaskSpec.from_dict(json.loads(run.task))
@@ -174,12 +174,17 @@ def _noise_of(federation: Federation) -> dict[str, float] | None:
 
 
 def run_config(federation: Federation, model: Adapted, base: str) -> dict[str, Any]:
-    """What a run keeps beyond the task: its settings and client-level noise; for exports, where PEFT transposes and what a frozen A is."""
+    """What a run keeps beyond the task.
+
+    Settings, client-level noise, the digest of the public text that its head started from; for exports, where PEFT transposes and
+    what a frozen A is.
+    """
     frozen = frozen_schema(model)
     return {
         "settings": federation.path.read_text(),
         "client_level": _noise_of(federation),
         "fan_in_fan_out": bool(next(iter(model.encoder.peft_config.values())).fan_in_fan_out),
+        "public": None if federation.public is None else sha256(federation.public.path.read_bytes()).hexdigest(),
         "frozen": None if frozen is None else {"tensors": frozen.as_list(), "digest": frozen_digest(base, frozen)},
     }
 
@@ -229,28 +234,3 @@ def find_unfinished(store: Store, schema: str, federation: Federation, base: str
             mend="restore [task] and base, or start a new run",
         )
     return run
-
-
-def public_text(base: BaseModel, task: TaskSpec) -> Encoded:
-    """Public sentences in the place of the coordinator's own."""
-    return encode(base, SENTENCES, [0] * len(SENTENCES), task.max_tokens)
-
-
-def read_held_out(federation: Federation, base: BaseModel) -> Encoded | None:
-    """The coordinator's held-out text, tokenised; None where there is none.
-
-    Raises:
-        InputError: The held-out text is not as it must be.
-    """
-    if federation.held_out is None:
-        return None
-    labels = federation.task.labels
-    records = tuple(
-        read(Source(federation.held_out.path, federation.held_out.text, federation.held_out.label), labels or None)
-    )
-    return encode(
-        base,
-        [r.text for r in records],
-        [labels.index(r.label) if labels else 0 for r in records],
-        federation.task.max_tokens,
-    )

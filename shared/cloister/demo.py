@@ -41,6 +41,12 @@ from cloister.demo_screen import Screen, tail
 from cloister.demo_text import Shares, own_shares, synthetic_shares, write_records
 
 MARK = "demo"
+_PUBLIC = """
+[public]
+path = "public.jsonl"
+text = "text"
+label = "label"
+"""
 
 
 def federation_toml(shares: Shares, rounds: int, epsilon: float, port: int, steps: int, batch: int) -> str:
@@ -81,7 +87,7 @@ min_clients = {max(1, len(shares.sites) // 2)}
 path = "held-out.jsonl"
 text = "text"
 label = "label"
-"""
+{_PUBLIC if shares.public else ""}"""
 
 
 def make_federation(
@@ -89,6 +95,8 @@ def make_federation(
 ) -> Coordinator:
     """Makes the coordinator's and the sites' folders and exchanges keys by files."""
     write_records(home / "held-out.jsonl", shares.held_out)
+    if shares.public:
+        write_records(home / "public.jsonl", shares.public)
     settings = home / "federation.toml"
     write_durably(settings, federation_toml(shares, rounds, epsilon, free_port(), steps, batch).encode(), mode=0o644)
     federation, base, bundle = read_federation(settings), find_base("minilm", "demo"), build_bundle()[1]
@@ -178,6 +186,7 @@ class Ask:
     """What was asked for: the command's options."""
 
     data: Path | None
+    public: Path | None
     text: str
     label: str
     sites: int
@@ -200,7 +209,7 @@ def run_demo(ask: Ask) -> None:
     shares = (
         synthetic_shares(ask.sites, ask.seed)
         if ask.data is None
-        else own_shares(Source(ask.data, ask.text, ask.label), ask.sites, ask.partition, ask.seed)
+        else own_shares(Source(ask.data, ask.text, ask.label), ask.sites, ask.partition, ask.seed, ask.public)
     )
     if ask.device == "cuda":
         choose_device(ask.device)
@@ -215,7 +224,8 @@ def run_demo(ask: Ask) -> None:
     lines = [
         *([note] if note else []),
         f"Text: {what}: {sum(map(len, shares.sites)):,} records at {ask.sites} sites, "
-        f"{len(shares.held_out)} held out, {len(shares.labels)} labels",
+        f"{len(shares.held_out)} held out, {len(shares.labels)} labels"
+        + (f", and {len(shares.public)} public records that the head starts from" if shares.public else ""),
         "Starting SuperLink, and an agent, a relay and a SuperNode for each site …",
     ]
     console.emit(
@@ -225,6 +235,7 @@ def run_demo(ask: Ask) -> None:
             "synthetic": shares.synthetic,
             "sites": [len(s) for s in shares.sites],
             "held_out": len(shares.held_out),
+            "public": len(shares.public),
             "labels": shares.labels,
         },
         lines,

@@ -20,6 +20,12 @@ def demo(
     data: Annotated[Path | None, typer.Option(help="Your text: JSONL, CSV or Parquet, plain or gzipped.")] = None,
     text: Annotated[str, typer.Option(help="The text's field.")] = "text",
     label: Annotated[str, typer.Option(help="The label's field.")] = "label",
+    public: Annotated[
+        Path | None,
+        typer.Option(
+            help="Labelled text that everybody may see, with the same fields: the head starts from it, at no cost."
+        ),
+    ] = None,
     sites: Annotated[int, typer.Option(min=1, max=64, help="Number of sites.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Number of rounds.")] = 5,
     partition: Annotated[str, typer.Option(help="iid, dirichlet:ALPHA or field:NAME.")] = "iid",
@@ -43,9 +49,13 @@ def demo(
         raise InputError(
             "the made text comes in silos already", where="--partition", expected="--data FILE with it", got=partition
         )
+    if data is None and public is not None:
+        raise InputError(
+            "the made text has no public part", where="--public", expected="--data FILE with it", got=str(public)
+        )
     from cloister_model.quiet import quieten
 
     quieten()
     from cloister.demo import Ask, run_demo
 
-    run_demo(Ask(data, text, label, sites, rounds, partition, epsilon, steps, batch, seed, device))
+    run_demo(Ask(data, public, text, label, sites, rounds, partition, epsilon, steps, batch, seed, device))

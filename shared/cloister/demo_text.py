@@ -29,12 +29,14 @@ class Shares:
         held_out: The coordinator's.
         labels: All labels, sorted.
         synthetic: Whether it was made here.
+        public: Labelled text that everybody may see; may be empty.
     """
 
     sites: tuple[tuple[Record, ...], ...]
     held_out: tuple[Record, ...]
     labels: tuple[str, ...]
     synthetic: bool
+    public: tuple[Record, ...] = ()
 
 
 def synthetic_shares(sites: int, seed: int) -> Shares:
@@ -48,8 +50,8 @@ def synthetic_shares(sites: int, seed: int) -> Shares:
     return Shares(silos, held_out, tuple(sorted({r.label for s in silos for r in s})), True)
 
 
-def own_shares(source: Source, sites: int, partition: str, seed: int) -> Shares:
-    """The user's text: a tenth (at most 1,000 records) held out, the rest partitioned.
+def own_shares(source: Source, sites: int, partition: str, seed: int, public: Path | None = None) -> Shares:
+    """The user's text: a tenth (at most 1,000 records) held out, the rest partitioned; ``public`` has the same fields.
 
     Raises:
         InputError: The file, the partition or the number of sites does not fit.
@@ -72,7 +74,8 @@ def own_shares(source: Source, sites: int, partition: str, seed: int) -> Shares:
             got=f"{len(parts[small[0]])} for site-{small[0] + 1}",
             mend="more records, fewer --sites, or another --partition",
         )
-    return Shares(tuple(tuple(p) for p in parts), tuple(records[:held]), labels, False)
+    known = () if public is None else tuple(read(Source(public, source.text, source.label), labels))
+    return Shares(tuple(tuple(p) for p in parts), tuple(records[:held]), labels, False, known)
 
 
 def split(records: Sequence[Record], sites: int, partition: str, seed: int, where: str) -> list[list[Record]]:

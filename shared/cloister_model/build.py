@@ -59,7 +59,11 @@ class Adapted(nn.Module):
         """Logits: ``(n, labels)`` for classification, ``(n, tokens, vocabulary)`` for a causal language model."""
         if self.head is None:
             return cast(Tensor, self.encoder(input_ids=input_ids, attention_mask=attention_mask).logits)
-        return cast(Tensor, self.head(scaled(self.features(input_ids, attention_mask), self.centre, self.spread)))
+        return cast(Tensor, self.head(self.seen(input_ids, attention_mask)))
+
+    def seen(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What the head sees: the blocks centred, scaled and of one length, ``(n, words + 2 hidden)``."""
+        return scaled(self.features(input_ids, attention_mask), self.centre, self.spread)
 
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The blocks as they are, ``(n, words + 2 hidden)``."""

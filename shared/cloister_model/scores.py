@@ -6,12 +6,14 @@ out un-noised.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from cloister_shared.plan import LEAST_SPREAD, MAX_SPREAD, TaskSpec
+from torch import Tensor
 
 from cloister_model.build import Adapted, losses
 from cloister_model.features import BLOCK_WEIGHTS
@@ -81,17 +83,27 @@ def score(model: Adapted, task: TaskSpec, data: Encoded, *, batch: int = 64, dev
 
 
 @torch.no_grad()
-def with_centre(model: Adapted, task: TaskSpec, data: Encoded, *, batch: int = 64, most: int = 1000) -> TaskSpec:
+def with_centre(model: Adapted, task: TaskSpec, data: Encoded, *, most: int = 1000) -> TaskSpec:
     """``task`` with a centre and spreads made of the first ``most`` of somebody's own records, before any training.
 
     A function of ``data``, which it gives away in part: for the coordinator's own text, never for a site's.
     """
+    return centred(task, _over(model, data, most, model.features))
+
+
+@torch.no_grad()
+def seen(model: Adapted, data: Encoded) -> F64:
+    """What the head sees of each record, ``(n, words + 2 hidden)``."""
+    return _over(model, data, len(data), model.seen)
+
+
+def _over(model: Adapted, data: Encoded, most: int, what: Callable[[Tensor, Tensor], Tensor]) -> F64:
     model.eval()
     parts = []
-    for at in range(0, min(len(data), most), batch):
-        ids, mask, _ = data.batch(range(at, min(at + batch, len(data), most)), str(model.centre.device))
-        parts.append(model.features(ids, mask).double().cpu())
-    return centred(task, torch.cat(parts).numpy())
+    for at in range(0, min(len(data), most), 64):
+        ids, mask, _ = data.batch(range(at, min(at + 64, len(data), most)), str(model.centre.device))
+        parts.append(what(ids, mask).double().cpu())
+    return torch.cat(parts).numpy()
 
 
 def centred(task: TaskSpec, features: F64) -> TaskSpec:

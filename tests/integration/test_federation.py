@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from cloister_flower.bundle import build_bundle
 from cloister_flower.control import Control
 from cloister_flower.grid import Link
 from cloister_server.federation import open_coordinator, read_federation
+from safetensors.numpy import load_file
 
 from support.federation import Federation, bring_up, make_federation, wait_for
 
@@ -262,6 +264,9 @@ def test_missing_site_costs_one_client(lab: Federation) -> None:
 
 def test_export_loads_in_a_process_without_cloister(lab: Federation, tiny_bert: Path, tmp_path: Path) -> None:
     out = tmp_path / "export"
+    lab.done("rounds", "export", "0", "--out", str(tmp_path / "first"))
+    first = load_file(tmp_path / "first" / "head.safetensors")
+    assert np.abs(first["weight"]).max() > 0, "the head did not start from the public text"
     lab.done("rounds", "export", "--out", str(out))
     card = (out / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0].replace('"BASE"', repr(str(tiny_bert)))

@@ -14,7 +14,7 @@ from cloister_model.scores import score
 from cloister_model.tokens import Encoded, encode
 from cloister_server.federation import read_federation
 from cloister_server.judge import HeldOutJudge, NoJudge
-from cloister_server.run import read_held_out
+from cloister_server.own_text import read_own
 from cloister_shared.errors import InputError, VerificationError
 from cloister_shared.plan import TaskSpec
 from cloister_shared.vectors import F32
@@ -107,7 +107,7 @@ def test_the_judge_reads_the_held_out_text(tmp_path: Path, tiny_bert: Path, bert
     (tmp_path / "h.csv").write_text("body,topic\n" + "".join(f"{r.text},{r.label}\n" for r in site_text(1)))
     path = settings_of(tmp_path, tiny_bert, '[held_out]\npath = "h.csv"\ntext = "body"\nlabel = "topic"')
     model = build(bert, CLASSIFY, "test")
-    own = read_held_out(read_federation(path), bert)
+    own = read_own(read_federation(path).held_out, CLASSIFY, bert)
     assert own is not None
     judge = HeldOutJudge(model, CLASSIFY, own)
     candidate = vector(schema_of(model).size, 3)
@@ -117,7 +117,7 @@ def test_the_judge_reads_the_held_out_text(tmp_path: Path, tiny_bert: Path, bert
 
 def test_without_held_out_text_there_is_no_judge(tmp_path: Path, tiny_bert: Path, bert: BaseModel) -> None:
     federation = read_federation(write_federation(tmp_path / "F.toml", tiny_bert))
-    assert read_held_out(federation, bert) is None
+    assert read_own(federation.held_out, CLASSIFY, bert) is None
     assert NoJudge().judge(vector(3, 0)) == ({}, 0.0)
 
 
@@ -138,4 +138,4 @@ def test_bad_held_out_text_is_an_input_error(
     write(tmp_path / "h.jsonl")
     path = settings_of(tmp_path, tiny_bert, '[held_out]\npath = "h.jsonl"\ntext = "text"\nlabel = "label"')
     with pytest.raises(InputError, match=r"h\.jsonl"):
-        read_held_out(read_federation(path), bert)
+        read_own(read_federation(path).held_out, CLASSIFY, bert)

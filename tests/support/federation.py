@@ -129,6 +129,13 @@ class Federation:
                 process.wait()
 
 
+_PUBLIC = """[public]
+path = "public.jsonl"
+text = "text"
+label = "label"
+"""
+
+
 @contextmanager
 def make_federation(
     base: Path,
@@ -149,6 +156,7 @@ def make_federation(
         runtime.mkdir(mode=0o755)
         classify = task == "text-classification"
         make_text(root / "held-out.jsonl", 60, 99, "heldout")
+        make_text(root / "public.jsonl", 12, 98, "public")
         labels = f"labels = {json.dumps(list(LABELS))}" if classify else ""
         settings = root / "federation.toml"
         settings.write_text(
@@ -175,7 +183,7 @@ min_clients = {least}
 path = "held-out.jsonl"
 text = "text"
 {'label = "label"' if classify else ""}
-"""
+{_PUBLIC if classify else ""}"""
         )
         names = tuple(f"site-{i + 1}" for i in range(sites))
         federation = Federation(home, settings, names, runtime)
