@@ -77,6 +77,13 @@ def _ours(layers: tuple[int, ...], data: Encoded, *, keep: bool) -> Step:
     return step
 
 
+def _longest(data: Encoded, part: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A batch padded to its longest and no further, as anybody else would."""
+    ids, mask, labels = data.batch(part)
+    width = int(mask.sum(1).max())
+    return ids[:, :width], mask[:, :width], labels
+
+
 def _opacus(layers: tuple[int, ...], data: Encoded, *, by_length: bool) -> Step:
     task = _task(layers)
     model = GradSampleModule(
@@ -96,7 +103,7 @@ def _opacus(layers: tuple[int, ...], data: Encoded, *, by_length: bool) -> Step:
         parts = _fixed(order)
         for i, part in enumerate(parts):
             optimiser.signal_skip_step(i < len(parts) - 1)
-            torch.autograd.backward(losses(model, task, *data.batch(part)).sum())
+            torch.autograd.backward(losses(model, task, *_longest(data, part)).sum())
             optimiser.step()
             optimiser.zero_grad()
 
@@ -111,7 +118,7 @@ def _plain(layers: tuple[int, ...], data: Encoded) -> Step:
     def step(chosen: Rows) -> None:
         optimiser.zero_grad()
         for part in _fixed(chosen):
-            torch.autograd.backward(losses(model, task, *data.batch(part)).sum() / BATCH)
+            torch.autograd.backward(losses(model, task, *_longest(data, part)).sum() / BATCH)
         optimiser.step()
 
     return step

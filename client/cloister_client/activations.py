@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from cloister_model.prefix import Prefix
-from cloister_model.tokens import Encoded
+from cloister_model.tokens import Encoded, padded
 from torch import Tensor
 
 LIMIT_BYTES = 1 << 30
@@ -97,7 +97,7 @@ class Activations:
             self._data = data
 
     def states(self, data: Encoded, rows: Sequence[int] | np.ndarray[Any, Any], device: str = "cpu") -> Tensor:
-        """States of ``rows``, padded with zeros to the longest.
+        """States of ``rows``, padded with zeros as ``Encoded.batch`` pads them.
 
         Args:
             data: All records; see ``hold``.
@@ -114,7 +114,7 @@ class Activations:
         if fresh is None:
             return self.states(data, wanted, device)
         found = [self._entries[row] if row in self._entries else fresh[row] for row in wanted]
-        out = torch.zeros((len(found), max(map(len, found)), found[0].shape[1]), dtype=self.stored)
+        out = torch.zeros((len(found), padded(max(map(len, found))), found[0].shape[1]), dtype=self.stored)
         for row, state in zip(out, found, strict=True):
             row[: len(state)] = state
         return out.to(device).to(self._given)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cloister_model.tokens import Encoded
+from cloister_model.tokens import Encoded, padded
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def physical_batches(units: Sequence[tuple[int, ...]], data: Encoded, tokens: in
         if not filled or len(unit) > room:
             close()
             # Units come longest first: the first record's length is that of the whole part.
-            room = max(1, min(tokens // len(data.ids[unit[0]]), records))
+            room = max(1, min(tokens // padded(len(data.ids[unit[0]])), records))
         rest = unit
         while len(rest) > room:
             parts.append(Part(rest[:room], (0,) * room, 1, False))

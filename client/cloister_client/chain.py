@@ -355,7 +355,7 @@ class _Story:
             self.entries[record["entry"]] = ("reserved", None, record["at"], None, record["plan"], *facts)
             for block, admitted in zip(record["blocks"], record["admitted"], strict=True):
                 self.charges[record["entry"], block] = (admitted, record["cap"], record["delta"])
-            self.noised |= {(record["entry"], name): sigma for name, sigma in record["noised"]}
+            self.noised |= {(record["entry"], name): sigma for name, sigma in record.get("noised", [])}
         elif kind in self.CLOSED:
             state, _, reserved_at, _, *rest = self.entries[record["entry"]]
             if state != "reserved":

@@ -7,17 +7,17 @@ its update: a retry sends the same numbers, since other noise on them would be a
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import torch
-from cloister_model.tokens import Encoded
+from cloister_model.tokens import Encoded, padded
 from cloister_shared import noise
 from cloister_shared.plan import NoisedNumber, PlanCore
 
 from cloister_client.release import AccountedCount, NoisedMetric
-from cloister_client.train import Trainer
-
-_RECORDS = 64
+from cloister_client.train import PHYSICAL_TOKENS, Trainer
 
 
 def noised_numbers(trainer: Trainer, core: PlanCore, data: Encoded) -> tuple[NoisedMetric | AccountedCount, ...]:
@@ -53,7 +53,12 @@ def unit_losses(trainer: Trainer, data: Encoded, most: int) -> list[float]:
     rows = sorted((row for unit in data.units for row in unit[:most]), key=lambda row: len(data.ids[row]))
     found: dict[int, float] = {}
     trainer.hooked.eval()
-    for at in range(0, len(rows), _RECORDS):
-        part = rows[at : at + _RECORDS]
-        found |= dict(zip(part, trainer.losses(data, part).double().tolist(), strict=True))
+    # Of one padded length, and no more tokens than in training: what one record needs and gives is not the others' affair.
+    for length, alike in itertools.groupby(rows, key=lambda row: padded(len(data.ids[row]))):
+        for part in _chunks(list(alike), max(1, PHYSICAL_TOKENS[trainer.device.name] // length)):
+            found |= dict(zip(part, trainer.losses(data, part).double().tolist(), strict=True))
     return [math.fsum(found[row] for row in unit[:most]) / len(unit[:most]) for unit in data.units]
+
+
+def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
+    return (rows[at : at + size] for at in range(0, len(rows), size))

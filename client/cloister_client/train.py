@@ -23,7 +23,7 @@ from cloister_model.tokens import Encoded
 from cloister_shared import noise
 from cloister_shared.errors import RefusedError, StateError
 from cloister_shared.plan import TaskSpec, TrainingSpec
-from cloister_shared.vectors import ADAPTER_LIMIT, F32, HEAD_LIMIT
+from cloister_shared.vectors import F32, limit_of
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
@@ -136,6 +136,7 @@ class Trainer:
         prefix = frozen_prefix(model)
         self.activations = None if prefix is None else Activations(prefix)
         self.final, self._head_only = None, False
+        self._final_of: F32 | None = None
         if model.head is not None:
             with self._resting():
                 prefix = frozen_prefix(model)
@@ -234,8 +235,7 @@ class Trainer:
     def _bound(self) -> None:
         # Of weights that are private already: post-processing. Larger ones would couple a batch's records; see vectors.limits_of.
         for name, parameter in trained(self.model).items():
-            limit = HEAD_LIMIT if name.startswith("head.") else ADAPTER_LIMIT
-            parameter.clamp_(-limit, limit)
+            parameter.clamp_(-limit_of(name), limit_of(name))
 
     def run(self, spec: TrainingSpec, parent: F32, data: Encoded, progress: Callable[[int, int, float], None]) -> F32:
         """Trains one round.
@@ -262,6 +262,13 @@ class Trainer:
         if used is not None:
             used.hold(data)
         load_vector(self.model, parent)
+        if spec.head_only and self.final is not None:
+            # All layers' states are LoRA's too: those under another LoRA are not what this round's head sees.
+            lora = parent[: -sum(p.numel() for n, p in trained(self.model).items() if n.startswith("head."))]
+            if self._final_of is None or not np.array_equal(lora, self._final_of):
+                self.final.forget()
+                self.final.hold(data)
+                self._final_of = lora.copy()
         with self._resting() if spec.head_only else nullcontext():
             optimiser = self.optimiser(spec)
             for number in range(1, spec.steps + 1):

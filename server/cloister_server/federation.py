@@ -168,7 +168,7 @@ def _client_level(table: Table, rule: Rule) -> ClientLevel | None:
 
 def _noised(table: Table) -> tuple[NoisedNumber, ...]:
     bound = {"loss": table.number("loss_bound", 1e-3, 1e3, 4.0), "units": 1.0}
-    return tuple(NoisedNumber(n, table.number(n, 0.1, 1e6), bound[n]) for n in NOISED if n in table.written)
+    return tuple(NoisedNumber(n, table.number(n, 0.1, 1000), bound[n]) for n in NOISED if n in table.written)
 
 
 def _own_text(table: Table, settings: Path, task: TaskSpec) -> OwnText | None:
@@ -208,7 +208,7 @@ def read_federation(path: Path) -> Federation:
         reports=training.texts("reports", [], choices=REPORTS),
         noised=_noised(numbers),
         unit_records=training.integer("unit_records", 1, 1000, 16),
-        clipping_norm=training.number("clipping_norm", 1e-6, 1e6, CLIPPING_NORM[spec.kind]),
+        clipping_norm=training.number("clipping_norm", 1e-3, 1e6, CLIPPING_NORM[spec.kind]),
         adapter_rate=training.number("adapter_rate", 0, 10, 1e-3),
         head_rate=training.number("head_rate", 0, 10, HEAD_RATE),
         schedule=training.text("schedule", "constant", choices=SCHEDULES),

@@ -14,8 +14,19 @@ from transformers import AutoTokenizer
 
 from cloister_model.base import BaseModel
 
+# As many float32 numbers as the widest vectors of a CPU hold.
+LANES = 16
 # Stands for "every record is a unit of its own"; never a value of ``Encoded.units`` itself, since a unit is not empty.
 EACH_ALONE: tuple[tuple[int, ...], ...] = ((),)
+
+
+def padded(length: int) -> int:
+    """To how many tokens a batch is padded whose longest record has ``length``: the next multiple of ``LANES``.
+
+    A CPU's kernels sum the rest of a row in another order than whole vectors. Without a rest, what a record gives is the same to the bit
+    whatever it is padded to and beside how many others; with one, a longer record moves all others of its batch by their rounding.
+    """
+    return -(-length // LANES) * LANES
 
 
 @dataclass(frozen=True)
@@ -53,9 +64,9 @@ class Encoded:
         return len(self.ids)
 
     def batch(self, rows: Sequence[int] | np.ndarray[Any, Any], device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-        """Pads ``rows`` to their longest: ``(n, t) int64`` ids, the same mask, ``(n,) int64`` labels."""
+        """Pads ``rows`` to ``padded`` of their longest: ``(n, t) int64`` ids, the same mask, ``(n,) int64`` labels."""
         chosen = [self.ids[int(i)] for i in rows]
-        width = max(len(ids) for ids in chosen)
+        width = padded(max(len(ids) for ids in chosen))
         ids = torch.full((len(chosen), width), self.pad, dtype=torch.int64)
         mask = torch.zeros((len(chosen), width), dtype=torch.int64)
         for row, tokens in enumerate(chosen):

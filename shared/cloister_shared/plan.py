@@ -18,7 +18,7 @@ import numpy as np
 
 from cloister_shared.encoding import canonical, digest, parse_record
 from cloister_shared.errors import InputError, VerificationError
-from cloister_shared.privacy import DpSgd
+from cloister_shared.privacy import MAX_SIGMA, DpSgd
 from cloister_shared.sealing import SealingKey
 from cloister_shared.signing import SIGNATURE_BYTES, SigningKey, VerifyKey
 from cloister_shared.vectors import F32, Schema, check_bounded, vector_from_bytes, vector_to_bytes
@@ -195,7 +195,7 @@ class TrainingSpec:
         sample_rate: Probability that a privacy unit is in a batch.
         expected_batch: Denominator of the mean gradient: ``sample_rate`` times the declared number of units.
         noise_multiplier: Standard deviation of the noise over the clipping norm.
-        clipping_norm: L2 bound on the summed gradient of one unit's records.
+        clipping_norm: L2 bound on the summed gradient of one unit's records, 1e-3 to 1e6.
         adapter_rate: Learning rate of LoRA's parameters.
         head_rate: Learning rate of the classification head, which plain SGD trains.
         delta: Delta at which epsilon is stated.
@@ -220,8 +220,8 @@ class TrainingSpec:
         _integer(self.steps, 1, 100_000, "steps")
         _number(self.sample_rate, 1e-9, 1.0, "sample_rate")
         _number(self.expected_batch, 1e-3, 1e9, "expected_batch")
-        _number(self.noise_multiplier, 1e-6, 1000, "noise_multiplier")
-        _number(self.clipping_norm, 1e-6, 1e6, "clipping_norm")
+        _number(self.noise_multiplier, 1e-6, MAX_SIGMA, "noise_multiplier")
+        _number(self.clipping_norm, 1e-3, 1e6, "clipping_norm")
         _number(self.adapter_rate, 0, 10, "adapter_rate")
         _number(self.head_rate, 0, 10, "head_rate")
         _number(self.delta, 1e-10, 0.5, "delta")
@@ -251,7 +251,7 @@ class NoisedNumber:
 
     def __post_init__(self) -> None:
         _must(self.name in NOISED, "unknown noised number", self.name)
-        _number(self.noise_multiplier, 1e-6, 1e6, "noise_multiplier of a number")
+        _number(self.noise_multiplier, 1e-6, MAX_SIGMA, "noise_multiplier of a number")
         _number(self.bound, 1e-3, 1e3, "bound of a number")
         _must(self.name != "units" or self.bound == 1, "a unit counts as 1", self.bound)
 

@@ -7,25 +7,40 @@ change what the others give. Measured by a reviewer before the limits stood: 27 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from cloister_client.train import Trainer
+from cloister_model import build as build_module
+from cloister_model import tokens
 from cloister_model.base import find_base
 from cloister_model.build import build, load_vector, schema_of
 from cloister_model.scores import with_centre
 from cloister_model.tokens import Encoded, encode
 from cloister_shared.errors import VerificationError
 from cloister_shared.plan import LEAST_SPREAD, MAX_CENTRE, MAX_SCALE, TaskSpec
-from cloister_shared.vectors import ADAPTER_LIMIT, F32, HEAD_LIMIT, Schema, bounded, check_bounded, limits_of
+from cloister_shared.vectors import (
+    ADAPTER_LIMIT,
+    BIAS_LIMIT,
+    F32,
+    HEAD_LIMIT,
+    Schema,
+    bounded,
+    check_bounded,
+    limits_of,
+)
+from torch.nn import functional
 
 from support.client_oracle import make_trainer
 from support.client_world import BERT_TASK, CPU, spec
 
 WORDS = "the bill was wrong and late but support fixed my bank after three days".split()
 RANK = 8
+# In clipping norms: what is left of one record's pull on others. The smallest clipping norm that a plan may name.
+COUPLED, CLIP = 1e-4, 1e-3
 
 
 def signs(schema: Schema, seed: int, scale: float = 1.0) -> F32:
@@ -34,10 +49,10 @@ def signs(schema: Schema, seed: int, scale: float = 1.0) -> F32:
     return np.asarray(drawn * limits_of(schema) * scale, dtype=np.float32)
 
 
-def summed(trainer: Trainer, parent: F32, data: Encoded) -> np.ndarray:
+def summed(trainer: Trainer, parent: F32, data: Encoded, clip: float = 1.0) -> np.ndarray:
     trainer.forget()
     load_vector(trainer.model, parent)
-    optimiser = trainer.optimiser(spec(clipping_norm=1.0))
+    optimiser = trainer.optimiser(spec(clipping_norm=clip))
     trainer.accumulate(optimiser, data, data.units)
     return np.concatenate([p.summed_grad.detach().double().numpy().reshape(-1) for p in optimiser.params])
 
@@ -66,23 +81,91 @@ def coupling(layers: tuple[int, ...], seed: int, scale: float, centre: str = "no
 
 @pytest.mark.parametrize("layers", [(), (4, 5)])
 def test_a_longer_record_moves_nothing_but_its_own_share(layers: tuple[int, ...]) -> None:
-    assert max(coupling(layers, seed, 1.0) for seed in (0, 1)) < 2e-3
+    assert max(coupling(layers, seed, 1.0) for seed in (0, 1)) < COUPLED
 
 
 @pytest.mark.parametrize("centre", ["far", "one record"])
 def test_a_centre_of_the_coordinators_choice_couples_nothing(centre: str) -> None:
-    assert max(coupling((4, 5), seed, 1.0, centre) for seed in (0, 1)) < 2e-3
+    assert max(coupling((4, 5), seed, 1.0, centre) for seed in (0, 1)) < COUPLED
 
 
-def test_the_check_sees_weights_that_are_too_large() -> None:
-    assert coupling((4, 5), 0, 4000.0) > 0.1
+def flipped(layers: tuple[int, ...], clip: float, seed: int, gap: float, aligned: bool) -> float:
+    """How far one longer record moves the sum when all others are alike and a parent is chosen for their rounding.
+
+    A reviewer's attack: 128 texts of one unknown character each are other units and the same tokens, so that rounding moves all at once.
+    The head's bias puts their logits ``gap`` apart. ``aligned``: its weight follows the sign of the rounding itself.
+    """
+    torch.set_num_threads(1)
+    base = find_base("minilm", "test")
+    task = TaskSpec("text-classification", ("a", "b"), 64, ("query", "value"), layers, RANK, MAX_SCALE * RANK)
+    few = encode(base, [chr(0x1F300 + i) for i in range(128)], [0] * 128, 64)
+    assert len(set(few.ids)) == 1
+    many = Encoded((*few.ids, *encode(base, ["thanks lot"], [0], 64).ids), (0,) * 129, few.pad)
+    trainer = Trainer(build(base, task, "test"), task, CPU)
+    schema = schema_of(trainer.model)
+    parent, head, rng = signs(schema, seed), trainer.model.head, np.random.default_rng(seed)
+    assert head is not None
+
+    def seen(data: Encoded) -> tuple[np.ndarray, list[float]]:
+        """What the head sees of the first of those that are alike, and how far their logits lie apart."""
+        got: list[tuple[torch.Tensor, torch.Tensor]] = []
+        hook = head.register_forward_hook(lambda _, given, made: got.append((given[0].detach()[1], made.detach()[1])))
+        summed(trainer, parent, data, clip)
+        hook.remove()
+        return got[0][0].double().numpy(), [float(z[0] - z[1]) for _, z in got]
+
+    one = rng.choice([-HEAD_LIMIT, HEAD_LIMIT], 768)
+    features, _ = seen(few)
+    if aligned:
+        one = np.where(seen(many)[0] > features, HEAD_LIMIT, -HEAD_LIMIT)
+    other = -one if aligned else rng.choice([-HEAD_LIMIT, HEAD_LIMIT], 768)
+    for i in np.argsort(-abs(features)):  # the logits near each other, so that the bias reaches
+        between = float((one - other) @ features)
+        if abs(between - (one[i] - other[i]) * features[i]) < abs(between):
+            other[i] = one[i]
+    parent[-2 * 769 : -2] = np.concatenate([one, other])
+    parent[-2:] = 0
+    far = (gap - (seen(few)[1][0] + seen(many)[1][0]) / 2) / 2
+    if abs(far) > BIAS_LIMIT:
+        raise ValueError("the bias does not reach")
+    parent[-2:] = far, -far
+    less, more = summed(trainer, parent, few, clip), summed(trainer, parent, many, clip)
+    alone = summed(trainer, parent, Encoded(many.ids[-1:], (0,), few.pad), clip)
+    return float(np.linalg.norm(more - less - alone)) / clip
+
+
+@pytest.mark.parametrize("layers", [(), (4, 5)])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_records_that_are_alike_do_not_jump_together(layers: tuple[int, ...], aligned: bool) -> None:
+    """Under PyTorch's own cross-entropy, half an ulp below 1, the sum moved by 94 to 152 clipping norms."""
+    half_an_ulp, edge = float(np.log(2.0**24)), float(np.log(40 / CLIP)) + 0.3
+    assert max(flipped(layers, CLIP, 2, gap, aligned) for gap in (half_an_ulp, edge)) < COUPLED
+
+
+def test_the_check_sees_padding_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "LANES", 1)
+    assert flipped((), CLIP, 2, float(np.log(2.0**24)), aligned=True) > 100 * COUPLED
+
+
+def test_the_check_sees_a_gradient_that_jumps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "LANES", 1)
+    monkeypatch.setattr(build_module, "_cross_entropy", partial(functional.cross_entropy, reduction="none"))
+    assert (
+        max(flipped((), CLIP, 2, float(np.log(2.0**24)) + off * 1e-5, aligned=False) for off in (-2, -1, 0, 1, 2)) > 1
+    )
 
 
 def test_a_parent_beyond_the_limits_is_refused_and_one_at_them_is_not(tiny_bert: Path) -> None:
     schema = schema_of(build(find_base(str(tiny_bert), "test"), BERT_TASK, "test"))
     edge = signs(schema, 1)
     check_bounded(edge, schema, "test")
-    for place, value in ((0, ADAPTER_LIMIT * 1.001), (-1, -HEAD_LIMIT * 1.001), (5, np.nan), (5, np.inf)):
+    for place, value in (
+        (0, ADAPTER_LIMIT * 1.001),
+        (-1, -BIAS_LIMIT * 1.001),
+        (-9, HEAD_LIMIT * 1.001),
+        (5, np.nan),
+        (5, np.inf),
+    ):
         bad = edge.copy()
         bad[place] = value
         with pytest.raises(VerificationError, match="larger than may be trained"):
@@ -96,4 +179,4 @@ def test_weights_stay_bounded_at_any_rate(tiny_bert: Path) -> None:
     parent = signs(schema, 2, 0.5)
     update = trainer.run(spec(steps=3, adapter_rate=10.0, head_rate=10.0), parent, data, lambda *_: None)
     check_bounded(np.asarray(np.nextafter(np.abs(parent + update), np.float32(0)), dtype=np.float32), schema, "test")
-    assert np.abs(parent + update).max() > HEAD_LIMIT / 2
+    assert np.abs(parent + update).max() > BIAS_LIMIT / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -44,7 +45,7 @@ def _data(count: int, seed: int = 3) -> Encoded:
 
 
 def _padded(data: Encoded, rows: tuple[int, ...]) -> int:
-    return len(rows) * max(len(data.ids[row]) for row in rows)
+    return len(rows) * 16 * math.ceil(max(len(data.ids[row]) for row in rows) / 16)
 
 
 def test_parts_of_records_hold_each_once_longest_first_within_the_tokens() -> None:

@@ -220,7 +220,7 @@ def test_causal_loss_is_the_mean_over_a_records_own_tokens(gpt2: Adapted, tiny_g
     ids, mask, labels = data.batch([0])
     with torch.no_grad():
         ours = losses(gpt2, LANGUAGE, ids, mask, labels)
-        theirs = gpt2.encoder(input_ids=ids, attention_mask=mask, labels=ids).loss
+        theirs = gpt2.encoder(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
     assert float(ours[0]) == pytest.approx(float(theirs), abs=1e-5)
 
 
@@ -235,9 +235,10 @@ def test_encode_cuts_pads_and_fills(tiny_bert: Path, tiny_gpt2: Path) -> None:
     data = encode(base, [*TEXTS, " "], [0, 1, 2, 0, 1, 2], 6)
     assert [len(ids) for ids in data.ids] == [6, 6, 3, 4, 6, 2]
     ids, mask, labels = data.batch(np.array([2, 0]))
-    assert ids.shape == mask.shape == (2, 6)
-    assert mask.tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
-    assert ids[0, 3:].tolist() == [data.pad] * 3
+    assert ids.shape == mask.shape == (2, 16)
+    assert mask.tolist() == [[1] * 3 + [0] * 13, [1] * 6 + [0] * 10]
+    assert ids[0, 3:].tolist() == [data.pad] * 13
+    assert [padded(n) for n in (1, 15, 16, 17, 32, 33)] == [16, 16, 16, 32, 32, 48]
     assert labels.tolist() == [2, 0]
     assert encode(find_base(str(tiny_gpt2), "w"), [" "], [0], 6).ids == ((0,),)
     assert len(encode(base, [], [], 6)) == 0

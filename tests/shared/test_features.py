@@ -70,10 +70,13 @@ def test_every_record_has_one_length_and_one_at_the_centre_is_not_stretched() ->
 def test_a_mean_counts_pieces_by_their_weight() -> None:
     ids, mask = padded([[101, 2000, 5000], [2000]])
     share = weights(ids, mask)
-    assert share[0].tolist() == pytest.approx([math.log(2), math.log(1010), math.log(4010)])
-    assert share[1, 1:].tolist() == [0, 0]
-    states = torch.tensor([[[1.0], [2.0], [4.0]], [[7.0], [9.0], [9.0]]], dtype=torch.float64)
-    expected = sum(w * v for w, v in zip(share[0].tolist(), (1, 2, 4), strict=True)) / float(share[0].sum())
+    assert share[0, :3].tolist() == pytest.approx([math.log(2), math.log(1010), math.log(4010)])
+    assert not share[0, 3:].any()
+    assert not share[1, 1:].any()
+    states = torch.full((2, ids.shape[1], 1), 9.0, dtype=torch.float64)
+    states[0, :3, 0] = torch.tensor([1.0, 2.0, 4.0])
+    states[1, 0, 0] = 7.0
+    expected = sum(w * v for w, v in zip(share[0, :3].tolist(), (1, 2, 4), strict=True)) / float(share[0].sum())
     assert mean(states, share).flatten().tolist() == pytest.approx([expected, 7.0])
 
 
