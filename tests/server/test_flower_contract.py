@@ -26,7 +26,7 @@ from cloister_flower.grid import Link
 from cloister_shared.errors import StateError, VerificationError
 from cloister_shared.tls import make_tls
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
-from flwr.common.constant import ACCESS_TOKEN_KEY, ISOLATION_MODE_PROCESS, Status
+from flwr.common.constant import ACCESS_TOKEN_KEY, ISOLATION_MODE_PROCESS, Status, SubStatus
 from flwr.proto.control_pb2 import ListNodesRequest, ListNodesResponse, RegisterNodeRequest, RegisterNodeResponse
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import Message as ProtoMessage
@@ -647,6 +647,23 @@ def test_a_task_is_finished_once_and_its_heart_stops() -> None:
     assert task._thread is not None
     assert not task._thread.is_alive()
     assert not task.lost.is_set()
+
+
+def test_a_server_task_that_fails_is_reported() -> None:
+    """Nobody waits for its reply, and the run must end."""
+    said: list[Any] = []
+    client = types.SimpleNamespace(
+        SendTaskHeartbeat=lambda _: types.SimpleNamespace(success=True), PushTaskOutput=said.append, close=lambda: None
+    )
+    with pytest.raises(ZeroDivisionError), tasks.Task(client):
+        raise ZeroDivisionError
+    assert [request.sub_status for request in said] == [SubStatus.FAILED]
+
+
+def test_only_a_client_task_owes_a_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RuntimeHttpClient, "from_server_address", lambda *_: None)
+    assert tasks.Task.attach("a:1", b"", "token", tasks.CLIENT_TASK).owes_reply
+    assert not tasks.Task.attach("a:1", b"", "token", tasks.SERVER_TASK).owes_reply
 
 
 def test_a_task_that_is_not_ours_any_more_is_lost() -> None:
