@@ -1,8 +1,9 @@
 """The relay: takes Flower's client tasks from the SuperNode and hands their bytes to the agent. No torch, no keys, no text.
 
 Order for a task: bundle's SHA-256 against the site's allow-list -> one frame out of the message -> agent -> one frame back. The bundle
-is never unpacked nor imported. A message that cannot be had ends its task alone. An agent that is away is waited for; one
-that dies while it works costs a fixed-word refusal, and the coordinator decides whether to try again.
+is never unpacked nor imported. An agent that is away is waited for; one that dies while it works costs a fixed-word refusal, and
+the coordinator decides whether to try again. What goes wrong with a message here is refused in a fixed word as well. Where no
+word gets through, or the message cannot be had, the task is left to expire: SuperNode then answers by itself.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import grpc
-import httpx
 from cloister_flower import POLL_SECONDS, pace
 from cloister_flower.frames import frame_of, refusal, reply
-from cloister_flower.tasks import CLIENT_TASK, Task, acquire, connect
+from cloister_flower.tasks import CLIENT_TASK, HANDLING_ERRORS, Task, acquire, connect
 from cloister_shared.cards import read_coordinator_card
 from cloister_shared.errors import CloisterError, VerificationError
 from cloister_shared.processes import die_with_parent
@@ -30,7 +31,6 @@ from cloister_shared.v1 import agent_pb2, agent_pb2_grpc
 from cloister_client.site import Site, read_site
 
 AGENT_WAIT_SECONDS = 60.0
-MESSAGE_SECONDS = 600.0
 MAX_MESSAGE_BYTES = 300 * 1024 * 1024
 
 
@@ -76,25 +76,34 @@ def check_bundle(content: bytes, allowed: tuple[str, ...]) -> None:
         )
 
 
+def answer_of(message: Any, bundle: bytes, agent: Agent, allowed: tuple[str, ...]) -> tuple[Any, str]:
+    """The answer to a message, and a word for the log."""
+    try:
+        check_bundle(bundle, allowed)
+        frame = frame_of(message, "message from the coordinator")
+    except VerificationError as error:
+        print(f"refused: {error}", flush=True)
+        return refusal("bundle-or-frame", message), "refused"
+    out, code = agent.execute(frame)
+    return (refusal(code, message), code) if code else (reply(out, message), "done")
+
+
 def handle(task: Task, agent: Agent, allowed: tuple[str, ...]) -> str:
     """Handles one acquired task; returns a word for the log.
 
     Raises:
         VerificationError: The task's message cannot be had.
         httpx.HTTPError: The SuperNode cannot be reached, or has given the task up.
+        ObjectPushError: It took neither the answer nor the refusal.
     """
     message, bundle = task.pull_message()
-    word = "done"
     try:
-        check_bundle(bundle, allowed)
-        frame = frame_of(message, "message from the coordinator")
-    except VerificationError as error:
-        print(f"refused: {error}", flush=True)
-        answer, word = refusal("bundle-or-frame", message), "refused"
-    else:
-        out, code = agent.execute(frame)
-        answer, word = (reply(out, message), "done") if not code else (refusal(code, message), code)
-    task.push(answer)
+        answer, word = answer_of(message, bundle, agent, allowed)
+        task.push(answer)
+    except HANDLING_ERRORS as error:
+        print(f"relay failed: {type(error).__name__}; refusing", flush=True)
+        word = "relay-failed"
+        task.push(refusal(word, message))
     return word
 
 
@@ -118,7 +127,7 @@ def serve(site: Site, stop: threading.Event) -> None:
                 continue
         except VerificationError as error:
             print(f"task dropped: {error}", flush=True)
-        except (httpx.TransportError, httpx.HTTPStatusError) as error:
+        except HANDLING_ERRORS as error:
             print(f"SuperNode: {type(error).__name__}; waiting", flush=True)
             stop.wait(1.0)
         stop.wait(POLL_SECONDS)
@@ -131,7 +140,7 @@ def main() -> None:
     site = read_site(parser.parse_args().home)
     die_with_parent()
     pace.quicken_pulls()
-    pace.bound_pulls(MESSAGE_SECONDS)
+    pace.bound_pulls(pace.MESSAGE_SECONDS)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())

@@ -7,6 +7,8 @@ from typing import Any
 
 from cloister_flower import POLL_SECONDS
 
+MESSAGE_SECONDS = 600.0
+
 
 class _Brisk:
     """Stands in for the ``time`` module inside one flwr module."""
@@ -30,7 +32,9 @@ def bound_pulls(seconds: float) -> None:
     """Bounds the wait for a message that was announced and does not come: it costs its sender, not the round."""
     from flwr.supercore.inflatable import inflatable_utils
 
-    inflatable_utils.pull_objects.__kwdefaults__["max_time"] = seconds
+    # The second hands its own bound down to the first.
+    for pull in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
+        pull.__kwdefaults__["max_time"] = seconds
 
 
 def quicken_pulls() -> None:

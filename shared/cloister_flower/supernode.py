@@ -1,44 +1,20 @@
-"""Starting Flower's SuperNode with our settings: process isolation, TLS on both sides, node authentication, our pace.
-
-A message whose run stops while its objects are on the way is forgotten, task and all. Flower 1.41 leaves such a task pending
-without its objects (its ``RunNotRunningException`` passes the clean-up by, being no ``Exception``), and whoever takes it
-waits for them for hours.
-"""
+"""Starting Flower's SuperNode with our settings: process isolation, TLS on both sides, node authentication, our pace."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from cloister_shared.errors import StateError
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.common.constant import ISOLATION_MODE_PROCESS
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supercore.object_store import ObjectStoreFactory
-from flwr.supercore.run import RunNotRunningException
 from flwr.supernode import start_client_internal as loop
 from flwr.supernode.cli.flower_supernode import SuperNodeLifespanConfig, _start_supernode_http_api
 from flwr.supernode.nodestate import NodeStateFactory
 
 from cloister_flower import pace
-
-
-class _RunEndedError(Exception):
-    """A run ended while a message of it was pulled."""
-
-
-def _pull_objects(*arguments: Any, **named: Any) -> dict[str, bytes]:
-    try:
-        found: dict[str, bytes] = pull_objects(*arguments, **named)
-    except RunNotRunningException as error:
-        raise _RunEndedError("the run is not running any more") from error
-    return found
-
-
-def forget_ended_runs() -> None:
-    """Makes SuperNode's loop in this process clean up after a message whose run ended while it was pulled."""
-    loop.pull_objects = _pull_objects
+from cloister_flower.loop import mend_loop
 
 
 def serve(superlink: str, ca: bytes, key_file: Path, tls: Path, port: int, secret: bytes) -> None:
@@ -60,7 +36,8 @@ def serve(superlink: str, ca: bytes, key_file: Path, tls: Path, port: int, secre
         raise StateError("not a SuperNode key", where=str(key_file), expected="P-384 in OpenSSH form")
     pace.quicken_supernode()
     pace.quicken_pulls()
-    forget_ended_runs()
+    pace.bound_pulls(pace.MESSAGE_SECONDS)
+    mend_loop()
     config = SuperNodeLifespanConfig(
         server_address=superlink,
         root_certificates=ca,

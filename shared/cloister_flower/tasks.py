@@ -2,6 +2,9 @@
 
 Order: ``connect`` with the SuperExec secret -> ``acquire`` polls -> ``Task`` speaks with the task's own token and beats its heart
 -> ``finish``. A task's bundle is handed over as bytes and never unpacked here.
+
+A client task that fails without a reply is not reported as failed: SuperNode would wait for the reply without end. It makes one
+itself for a task whose heart stops, after about a minute.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from flwr.proto.runtime_pb2 import (
     PushTaskOutputRequest,
     SendTaskHeartbeatRequest,
 )
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -31,10 +34,15 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
+from google.protobuf.message import DecodeError
 
 CLIENT_TASK, SERVER_TASK = "flwr-clientapp", "flwr-serverapp"
 _ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 _BEAT_SECONDS = 10.0
+_NO_MESSAGE = "No messages received"
+_MESSAGE_ERRORS = (ObjectPullError, DecodeError, RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+HANDLING_ERRORS = (*_MESSAGE_ERRORS, ObjectPushError, httpx.HTTPError)
+"""What a message, or the service that carries it, can raise through flwr's reader and client."""
 
 
 def connect(address: str, ca: bytes, secret: bytes) -> Any:
@@ -84,11 +92,13 @@ class Task:
         client: Runtime API client with the task's token.
         context: Flower's context; set by who pulls the task's input, handed back at its end.
         lost: Set once the task is no longer ours.
+        owes_reply: A message waits for this task's reply; of client tasks only.
     """
 
     client: Any
     context: Any = None
     lost: threading.Event = field(default_factory=threading.Event)
+    owes_reply: bool = False
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -101,7 +111,8 @@ class Task:
                 False,
                 ca,
                 [RuntimeVersionHttpInterceptor(component_name=component), RuntimeTokenHttpInterceptor(token)],
-            )
+            ),
+            owes_reply=component == CLIENT_TASK,
         )
 
     def pull_run(self) -> Any:
@@ -119,20 +130,22 @@ class Task:
         """Pulls a client task's input: the message and the bundle's bytes, as delivered.
 
         Raises:
-            VerificationError: The message is gone or does not become whole: its run ended while it was on the way.
+            VerificationError: The message is gone, does not become whole, or is no message.
             httpx.HTTPError: The SuperNode cannot be reached, or has given the task up.
         """
         try:
             message, self.context, _, bundle = pull_task_input(self.client)
-        except (ObjectPullError, RuntimeError) as error:
-            raise VerificationError(
-                "the task's message cannot be had", where="SuperNode", got=str(error)[:120]
-            ) from error
+        except _MESSAGE_ERRORS as error:
+            # Left to expire, a task without a message would have a later message answered in its place.
+            self.owes_reply = self.owes_reply and _NO_MESSAGE not in str(error)
+            got = f"{type(error).__name__}: {error}"[:120]
+            raise VerificationError("the task's message cannot be had", where="SuperNode", got=got) from error
         return message, bytes(bundle.content)
 
     def push(self, answer: Any) -> None:
         """Pushes a client task's reply."""
         push_message(self.client, answer, self.context)
+        self.owes_reply = False
 
     def __enter__(self) -> Task:
         self._thread = threading.Thread(target=self._beat, name="task-heartbeat", daemon=True)
@@ -159,18 +172,22 @@ class Task:
             self._stop.wait(_BEAT_SECONDS)
 
     def finish(self, *, failed: bool) -> None:
-        """Reports the end of the task and closes the connection; may be called once."""
+        """Ends the task and closes the connection; later calls do nothing.
+
+        A client task that failed and still owes its reply is left to expire, unreported.
+        """
         if self._stop.is_set():
             return
         self._stop.set()
-        status, details = (SubStatus.FAILED, "failed") if failed else (SubStatus.COMPLETED, "")
-        # The service forgets a task whose heart stops; nothing of ours depends on its status.
-        with contextlib.suppress(httpx.HTTPError):
-            self.client.PushTaskOutput(
-                PushTaskOutputRequest(
-                    context=context_to_proto(self.context) if self.context else None, sub_status=status, details=details
-                )
-            )
+        if not (failed and self.owes_reply):
+            self._report(failed=failed)
         if self._thread is not None:
             self._thread.join(timeout=2 * _BEAT_SECONDS)
         self.client.close()
+
+    def _report(self, *, failed: bool) -> None:
+        status, details = (SubStatus.FAILED, "failed") if failed else (SubStatus.COMPLETED, "")
+        context = context_to_proto(self.context) if self.context else None
+        # The service forgets a task whose heart stops; nothing of ours depends on its status.
+        with contextlib.suppress(httpx.HTTPError):
+            self.client.PushTaskOutput(PushTaskOutputRequest(context=context, sub_status=status, details=details))

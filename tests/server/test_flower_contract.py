@@ -19,14 +19,14 @@ from typing import Any
 import flwr
 import httpx
 import pytest
-from cloister_flower import FLWR_VERSION, POLL_SECONDS, frames, grid, pace, superlink, supernode, tasks
+from cloister_flower import FLWR_VERSION, POLL_SECONDS, frames, grid, pace, superlink, tasks
 from cloister_flower.bundle import app_folder, build_bundle
 from cloister_flower.frames import frame_of, outgoing, refusal, reply
 from cloister_flower.grid import Link
 from cloister_shared.errors import StateError, VerificationError
 from cloister_shared.tls import make_tls
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
-from flwr.common.constant import ACCESS_TOKEN_KEY, ISOLATION_MODE_PROCESS, Status
+from flwr.common.constant import ACCESS_TOKEN_KEY, ISOLATION_MODE_PROCESS, SubStatus
 from flwr.proto.control_pb2 import ListNodesRequest, ListNodesResponse, RegisterNodeRequest, RegisterNodeResponse
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import Message as ProtoMessage
@@ -36,14 +36,11 @@ from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.auth import create_superexec_auth_metadata, derive_auth_secret
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, NOOP_FEDERATION_ID
 from flwr.supercore.control import ControlHttpClient
-from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable import inflatable_utils
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
-from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
-from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink import main as superlink_main
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
@@ -51,7 +48,6 @@ from flwr.superlink.grid import HttpGrid
 from flwr.superlink.routers.control.middlewares import CONTROL_AUTH_ROUTE_KEYS
 from flwr.supernode import start_client_internal as supernode_loop
 from flwr.supernode.cli.flower_supernode import SuperNodeLifespanConfig, _start_supernode_http_api
-from flwr.supernode.nodestate import NodeStateFactory
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 from google.protobuf.message import DecodeError
 from starlette.testclient import TestClient
@@ -141,44 +137,6 @@ def test_the_pace_is_ours_after_quickening(monkeypatch: pytest.MonkeyPatch) -> N
         assert inspect.signature(inflatable_utils.pull_objects).parameters["initial_backoff"].default == POLL_SECONDS
     finally:
         inflatable_utils.pull_objects.__kwdefaults__.update(defaults)
-
-
-def _pull_from_an_ended_run(state: Any, objects: Any) -> int | None:
-    """SuperNode's own step for one message whose run ends while its objects are pulled."""
-    identify()
-    message = outgoing(b"frame", 7, "1.1", 60.0)
-    message.metadata.__dict__["_message_id"] = message.object_id
-    content, digest = build_bundle()
-
-    def gone(*_: object) -> bytes:
-        raise RunNotRunningException
-
-    pulled: int | None = supernode_loop._pull_and_store_message(
-        state=state,
-        object_store=objects,
-        node_config={},
-        receive=lambda: (message, get_object_tree(message)),
-        get_run=lambda run: dataclasses.replace(Run.create_empty(run), fab_hash=digest, series_id=1),
-        get_fab=lambda *_: Fab(digest, content, {}),
-        pull_object=gone,
-        confirm_message_received=lambda *_: None,
-        trusted_entities=None,
-    )
-    return pulled
-
-
-def test_a_message_of_an_ended_run_leaves_no_task_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    objects = ObjectStoreFactory()
-    for mended in (False, True):
-        state = NodeStateFactory(objectstore_factory=objects).state()
-        state.set_node_id(7)
-        if mended:
-            monkeypatch.setattr(supernode_loop, "pull_objects", supernode_loop.pull_objects)
-            supernode.forget_ended_runs()
-        assert _pull_from_an_ended_run(state, objects.store()) is None
-        pending = state.get_tasks(statuses=[Status.PENDING])
-        # Flower 1.41 by itself leaves one: where that goes, so may our mend.
-        assert len(pending) == (0 if mended else 1)
 
 
 def test_a_task_whose_message_is_gone_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -647,6 +605,23 @@ def test_a_task_is_finished_once_and_its_heart_stops() -> None:
     assert task._thread is not None
     assert not task._thread.is_alive()
     assert not task.lost.is_set()
+
+
+def test_a_server_task_that_fails_is_reported() -> None:
+    """Nobody waits for its reply, and the run must end."""
+    said: list[Any] = []
+    client = types.SimpleNamespace(
+        SendTaskHeartbeat=lambda _: types.SimpleNamespace(success=True), PushTaskOutput=said.append, close=lambda: None
+    )
+    with pytest.raises(ZeroDivisionError), tasks.Task(client):
+        raise ZeroDivisionError
+    assert [request.sub_status for request in said] == [SubStatus.FAILED]
+
+
+def test_only_a_client_task_owes_a_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RuntimeHttpClient, "from_server_address", lambda *_: None)
+    assert tasks.Task.attach("a:1", b"", "token", tasks.CLIENT_TASK).owes_reply
+    assert not tasks.Task.attach("a:1", b"", "token", tasks.SERVER_TASK).owes_reply
 
 
 def test_a_task_that_is_not_ours_any_more_is_lost() -> None:
