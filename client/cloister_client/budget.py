@@ -62,6 +62,7 @@ class Ledger:
         tags: Iterable[bytes],
         name: str = "",
         texts: Mapping[bytes, Collection[bytes]] | None = None,
+        as_new: bool = False,
     ) -> tuple[str, int]:
         """Registers a file and puts its units that are not known yet into one new block.
 
@@ -69,14 +70,14 @@ class Ledger:
             source: File and fields.
             tags: The units' names, 32 bytes each.
             name: The new block's name; ``block-N`` by default.
-            texts: Names of each unit's texts, where a unit is a field: a text stays in the block it was first put in, under whatever
-                unit it comes back, and a new unit all of whose texts are known is none.
+            texts: Names of each unit's texts, where a unit is a field.
+            as_new: The owner says that units whose texts are known under other names are other units all the same.
 
         Returns:
             The new block's name and its number of units; an empty name and 0 where all are known.
 
         Raises:
-            InputError: The block's name is taken, or this ledger has units of another kind.
+            InputError: The block's name is taken, this ledger has units of another kind, or most of a new unit's texts are known.
         """
         wanted = sorted(set(tags))
         with self._chain.transaction() as (db, events):
@@ -99,13 +100,23 @@ class Ledger:
                     got=f"field {source.text!r}",
                     mend="register it with the same field: another would be the same rows with a new budget",
                 )
+            known = dict(db.execute("SELECT tag, block FROM unit"))
+            seen = {tag for (tag,) in db.execute("SELECT tag FROM text")}
+            new = [tag for tag in wanted if tag not in known]
+            again = [tag for tag in new if texts and 2 * len(seen.intersection(texts[tag])) > len(texts[tag])]
+            if again and not as_new:
+                # To leave them out, as to let them in, would let one unit's text decide whether others are trained on: the owner says.
+                raise InputError(
+                    "units have texts that are known under other names",
+                    where=str(source.path),
+                    expected="new texts, or the names that the units had before",
+                    got=f"{len(again)} of {len(new)} new units",
+                    mend="where they are the same units, give them their old names or take them out; where others say the same, --as-new",
+                )
             db.execute(
                 "INSERT INTO source VALUES (?, ?, ?, ?) ON CONFLICT (path) DO UPDATE SET label = excluded.label",
                 (str(source.path), source.text, source.label, source.unit),
             )
-            known = dict(db.execute("SELECT tag, block FROM unit"))
-            seen = {tag for (tag,) in db.execute("SELECT tag FROM text")}
-            new = [tag for tag in wanted if tag not in known and (texts is None or not seen.issuperset(texts[tag]))]
             if not new:
                 _keep_texts(db, events, known, seen, texts or {})
                 return "", 0
@@ -130,11 +141,6 @@ class Ledger:
             )
             _keep_texts(db, events, known | dict.fromkeys(new, block), seen, texts or {})
         return name, len(new)
-
-    def texts(self) -> dict[bytes, int]:
-        """Block by text, where a unit is a field."""
-        with self._chain.reading() as db:
-            return dict(db.execute("SELECT tag, block FROM text"))
 
     def sources(self) -> tuple[Source, ...]:
         """The registered files."""

@@ -124,6 +124,10 @@ def data_add(
     label: Annotated[str, typer.Option(help="The label's field.")] = "label",
     unit_field: Annotated[str, typer.Option(help="Field whose value makes a privacy unit; as at the first time.")] = "",
     block: Annotated[str, typer.Option(help="Name of the block for what is new.")] = "",
+    as_new: Annotated[
+        bool,
+        typer.Option("--as-new", help="Units whose texts are known under other names are other units all the same."),
+    ] = False,
     json: Json = False,
     home: Home = None,
 ) -> None:
@@ -133,7 +137,7 @@ def data_add(
     act_as_agent(own)
     classify = own.coordinator().task == "text-classification"
     source = Source(data.expanduser().resolve(), text, label if classify else "", unit_field)
-    added = add_text(own, source, block)
+    added = add_text(own, source, block, as_new=as_new)
     what = f"{added.new} new, in {added.block}" if added.new else "all known, each keeps its spend"
     console.emit(
         {"site": own.name, "file": str(source.path)} | asdict(added),

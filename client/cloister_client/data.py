@@ -51,8 +51,8 @@ def _labels(card: CoordinatorCard) -> tuple[str, ...] | None:
     return card.labels if card.task == "text-classification" else None
 
 
-def add(site: Site, source: Source, block: str = "") -> Added:
-    """Registers a file of text.
+def add(site: Site, source: Source, block: str = "", *, as_new: bool = False) -> Added:
+    """Registers a file of text; for ``as_new`` see ``Ledger.register``.
 
     Raises:
         InputError: A row is not as it must be, or the unit is another than this site's.
@@ -63,7 +63,7 @@ def add(site: Site, source: Source, block: str = "") -> Added:
     for record in read(source, _labels(site.coordinator())):
         names.append(tag(key, record))
         texts.setdefault(names[-1], set()).add(text_tag(key, record))
-    made, new = open_ledger(site).register(source, names, block, texts if source.unit else None)
+    made, new = open_ledger(site).register(source, names, block, texts if source.unit else None, as_new)
     return Added(len(names), len(set(names)), new, made)
 
 
@@ -100,9 +100,7 @@ def load(site: Site, ledger: Ledger) -> Units:
             )
     labels = _labels(site.coordinator())
     key = read_secret(site.agent_home / "unit.key", 32)
-    units = select(
-        key, (record for source in sources for record in read(source, labels)), ledger.units(), ledger.texts()
-    )
+    units = select(key, (record for source in sources for record in read(source, labels)), ledger.units())
     if not units.records:
         raise InputError(
             "no registered text is left in the registered files", where=", ".join(str(s.path) for s in sources)

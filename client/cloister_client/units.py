@@ -19,8 +19,6 @@ from dataclasses import dataclass
 
 from cloister_model.text import Record
 
-_NONE: Mapping[bytes, int] = {}
-
 
 def normalised(text: str) -> str:
     """Characters that show nothing left out, NFKC, case folded, runs of white space as one space; its own fixed point."""
@@ -56,7 +54,7 @@ class Units:
         units: Indices into ``records`` of each unit, in the order first met.
         blocks: The block of each unit.
         unregistered: Records left out since their unit is not registered.
-        copies: Records left out as copies of another.
+        copies: Records left out as copies of another of the same unit.
     """
 
     records: tuple[Record, ...]
@@ -77,16 +75,13 @@ class Units:
         return tuple(records), tuple(units)
 
 
-def select(
-    key: bytes, records: Iterable[Record], known: Mapping[bytes, int], texts: Mapping[bytes, int] = _NONE
-) -> Units:
-    """Groups ``records`` into registered units.
+def select(key: bytes, records: Iterable[Record], known: Mapping[bytes, int]) -> Units:
+    """Groups ``records`` into registered units; whether a record is among them depends on its own unit alone.
 
     Args:
         key: The site's unit key.
         records: All records of the registered files.
         known: Block by tag.
-        texts: Block by text, where a unit is a field: a text that another block holds stays out under a new unit.
     """
     kept: list[Record] = []
     members: dict[bytes, list[int]] = {}
@@ -98,7 +93,7 @@ def select(
             unregistered += 1
             continue
         same = (name, normalised(record.text))
-        if same in seen or (record.unit and texts.get(text_tag(key, record), known[name]) != known[name]):
+        if same in seen:
             copies += 1
             continue
         seen.add(same)

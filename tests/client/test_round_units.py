@@ -102,28 +102,64 @@ def test_all_records_of_a_patient_are_one_unit(world: World, tmp_path: Path, see
     assert desk.ledger.standing().epsilon == epsilon([spec(**ROUND).event], 1e-5)
 
 
-def test_the_same_rows_under_new_ids_buy_no_new_budget(world: World, tmp_path: Path, seen: list[Encoded]) -> None:
+def test_the_same_rows_under_new_ids_are_refused_until_the_owner_says_whose_they_are(
+    world: World, tmp_path: Path, seen: list[Encoded]
+) -> None:
     """A re-pseudonymised export: other ids, the same visits."""
     site = enrolled(world, tmp_path, "patient")
     path = rows(tmp_path, "a.jsonl", range(6), 4)
     source = Source(path, "text", "label", "patient")
     add(site, source)
     other = tmp_path / "again.jsonl"
-    other.write_text(path.read_text().replace('"patient": "P', '"patient": "X'))
-    added = add(site, replace(source, path=other))
-    assert (added.units, added.new, added.block) == (6, 0, "")
+    renamed = path.read_text().replace('"patient": "P', '"patient": "X')
     visit = {"text": "a visit that is new", "label": LABELS[0], "patient": "XX0"}
-    with other.open("a") as handle:
-        handle.write(json.dumps(visit) + "\n")
-        handle.write(json.dumps(visit | {"text": "Visit 0 of PATIENT 1:  the card again"}) + "\n")
-        handle.write(json.dumps(visit | {"patient": "P0", "text": "one more of a patient who is known"}) + "\n")
+    other.write_text(renamed + json.dumps(visit) + "\n")
+    before = open_ledger(site).units(), open_ledger(site).sources()
+    with pytest.raises(InputError, match="known under other names") as refusal:
+        add(site, replace(source, path=other))
+    assert refusal.value.got == "6 of 7 new units"
+    assert (open_ledger(site).units(), open_ledger(site).sources()) == before
+    other.write_text(json.dumps(visit) + "\n" + json.dumps(visit | {"patient": "P0", "text": "one more of P0"}) + "\n")
     assert add(site, replace(source, path=other)).new == 1
     desk = desk_of(world, site)
     assert answer(world, desk, 1, unit="field", unit_records=9, sample_rate=1.0)[0].codec == Codec.UPDATE_F32
     assert sorted(len(unit) for unit in seen[0].units) == [1, 4, 4, 4, 4, 4, 5]
-    again = tmp_path / "third.jsonl"
-    again.write_text(json.dumps(visit | {"patient": "Y", "text": "one more of a patient who is known"}) + "\n")
-    assert add(site, replace(source, path=again)).new == 0
+    other.write_text(renamed)
+    assert add(site, replace(source, path=other), as_new=True).new == 6
+
+
+def test_one_units_text_decides_nothing_about_the_others(world: World, tmp_path: Path) -> None:
+    """Neighbours: with or without one patient, who said what many others say. All of the others are trained on either way."""
+    common = "No complaints."
+    found = []
+    for with_one in (False, True):
+        folder = tmp_path / str(with_one)
+        folder.mkdir()
+        site = enrolled(world, folder, "patient")
+        source = Source(rows(folder, "a.jsonl", range(6), 4), "text", "label", "patient")
+        if with_one:
+            with source.path.open("a") as handle:
+                handle.write(json.dumps({"text": common, "label": LABELS[0], "patient": "alice"}) + "\n")
+        add(site, source)
+        later = folder / "b.jsonl"
+        lines = [
+            {"text": text, "label": LABELS[0], "patient": f"Q{n}"}
+            for n in range(5)
+            for text in (common, f"visit of Q{n}")
+        ]
+        later.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert add(site, replace(source, path=later)).new == 5
+        units = load(site, open_ledger(site))
+        found.append(
+            [
+                units.records[i].text
+                for unit, block in zip(units.units, units.blocks, strict=True)
+                if block == 2
+                for i in unit
+            ]
+        )
+    assert found[0] == found[1]
+    assert found[0].count(common) == 5
 
 
 def test_texts_moved_by_hand_are_seen(world: World, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cloister_model.base import find_base
 from cloister_model.build import Adapted, build, frozen_schema, load_vector, losses, read_vector, schema_of, trained
-from cloister_model.tokens import Encoded, encode
+from cloister_model.tokens import Encoded, encode, padded
 from cloister_shared.errors import InputError, VerificationError
 from cloister_shared.frozen_a import frozen_tensors
 from cloister_shared.plan import TaskSpec
