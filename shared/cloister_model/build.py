@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from cloister_model import attention
 from cloister_model.base import BaseModel
 from cloister_model.features import hashed_words, mean, raw, scaled, weights
-from cloister_model.tokens import LANES, padded
+from cloister_model.tokens import STEP, padded
 
 
 class Adapted(nn.Module):
@@ -116,6 +117,7 @@ def build(base: BaseModel, task: TaskSpec, where: str) -> Adapted:
         raise InputError(
             "the base is no causal language model", where=where, expected="…LMHeadModel or …ForCausalLM", got=made
         )
+    attention.register()
     kind = AutoModelForCausalLM if task.kind == "causal-lm" else AutoModel
     model = kind.from_pretrained(
         str(base.path),
@@ -124,6 +126,7 @@ def build(base: BaseModel, task: TaskSpec, where: str) -> Adapted:
         trust_remote_code=False,
         use_safetensors=True,
         dtype=torch.float32,
+        attn_implementation=attention.NAME,
     )
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -134,7 +137,7 @@ def build(base: BaseModel, task: TaskSpec, where: str) -> Adapted:
         raise InputError(
             "max_tokens is more than the base has positions",
             where=where,
-            expected=f"<= {longest // LANES * LANES}",
+            expected=f"<= {longest // STEP * STEP}",
             got=str(task.max_tokens),
         )
     depth = int(getattr(config, "num_hidden_layers", 0))

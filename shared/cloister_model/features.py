@@ -51,8 +51,10 @@ def hashed_words(ids: Tensor, mask: Tensor, width: int) -> Tensor:
 
 def mean(states: Tensor, share: Tensor) -> Tensor:
     """Mean of ``(n, t, h)`` states over tokens by their ``(n, t)`` share, in the states' dtype."""
-    share = share.to(states.dtype)
-    return (states * share.unsqueeze(-1)).sum(1) / share.sum(1, keepdim=True).clamp(min=0.1)
+    # In float64, so that how many zeros of padding are among the shares does not show.
+    whole = share.to(torch.float64)
+    part = (whole / whole.sum(1, keepdim=True).clamp(min=0.1)).to(states.dtype)
+    return (states * part.unsqueeze(-1)).sum(1)
 
 
 def raw(words: Tensor | None, embedded: Tensor, last: Tensor) -> Tensor:

@@ -14,19 +14,19 @@ from transformers import AutoTokenizer
 
 from cloister_model.base import BaseModel
 
-# As many float32 numbers as the widest vectors of a CPU hold.
-LANES = 16
+# Tokens of a batch are a multiple of this.
+STEP = 4
 # Stands for "every record is a unit of its own"; never a value of ``Encoded.units`` itself, since a unit is not empty.
 EACH_ALONE: tuple[tuple[int, ...], ...] = ((),)
 
 
 def padded(length: int) -> int:
-    """To how many tokens a batch is padded whose longest record has ``length``: the next multiple of ``LANES``.
+    """To how many tokens a batch is padded whose longest record has ``length``: the next multiple of ``STEP``.
 
-    A CPU's kernels sum the rest of a row in another order than whole vectors. Without a rest, what a record gives is the same to the bit
-    whatever it is padded to and beside how many others; with one, a longer record moves all others of its batch by their rounding.
+    With it, and with ``attention`` over whole vectors, what a record gives is the same to the bit whatever it is padded to and beside
+    how many others; without, a longer record moves all others of its batch by their rounding (tests/client/test_coupling.py).
     """
-    return -(-length // LANES) * LANES
+    return -(-length // STEP) * STEP
 
 
 @dataclass(frozen=True)

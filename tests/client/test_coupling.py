@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from cloister_client.train import Trainer
+from cloister_model import attention, tokens
 from cloister_model import build as build_module
-from cloister_model import tokens
 from cloister_model.base import find_base
 from cloister_model.build import build, load_vector, schema_of
 from cloister_model.scores import with_centre
@@ -143,12 +143,14 @@ def test_records_that_are_alike_do_not_jump_together(layers: tuple[int, ...], al
 
 
 def test_the_check_sees_padding_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "LANES", 1)
+    monkeypatch.setattr(tokens, "STEP", 1)
+    monkeypatch.setattr(attention, "LANES", 1)
     assert flipped((), CLIP, 2, float(np.log(2.0**24)), aligned=True) > 100 * COUPLED
 
 
 def test_the_check_sees_a_gradient_that_jumps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "LANES", 1)
+    monkeypatch.setattr(tokens, "STEP", 1)
+    monkeypatch.setattr(attention, "LANES", 1)
     monkeypatch.setattr(build_module, "_cross_entropy", partial(functional.cross_entropy, reduction="none"))
     assert (
         max(flipped((), CLIP, 2, float(np.log(2.0**24)) + off * 1e-5, aligned=False) for off in (-2, -1, 0, 1, 2)) > 1

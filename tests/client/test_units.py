@@ -45,7 +45,7 @@ def _data(count: int, seed: int = 3) -> Encoded:
 
 
 def _padded(data: Encoded, rows: tuple[int, ...]) -> int:
-    return len(rows) * 16 * math.ceil(max(len(data.ids[row]) for row in rows) / 16)
+    return len(rows) * 4 * math.ceil(max(len(data.ids[row]) for row in rows) / 4)
 
 
 def test_parts_of_records_hold_each_once_longest_first_within_the_tokens() -> None:

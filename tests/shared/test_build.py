@@ -235,10 +235,10 @@ def test_encode_cuts_pads_and_fills(tiny_bert: Path, tiny_gpt2: Path) -> None:
     data = encode(base, [*TEXTS, " "], [0, 1, 2, 0, 1, 2], 6)
     assert [len(ids) for ids in data.ids] == [6, 6, 3, 4, 6, 2]
     ids, mask, labels = data.batch(np.array([2, 0]))
-    assert ids.shape == mask.shape == (2, 16)
-    assert mask.tolist() == [[1] * 3 + [0] * 13, [1] * 6 + [0] * 10]
-    assert ids[0, 3:].tolist() == [data.pad] * 13
-    assert [padded(n) for n in (1, 15, 16, 17, 32, 33)] == [16, 16, 16, 32, 32, 48]
+    assert ids.shape == mask.shape == (2, 8)
+    assert mask.tolist() == [[1] * 3 + [0] * 5, [1] * 6 + [0] * 2]
+    assert ids[0, 3:].tolist() == [data.pad] * 5
+    assert [padded(n) for n in (1, 3, 4, 5, 8, 9)] == [4, 4, 4, 8, 8, 12]
     assert labels.tolist() == [2, 0]
     assert encode(find_base(str(tiny_gpt2), "w"), [" "], [0], 6).ids == ((0,),)
     assert len(encode(base, [], [], 6)) == 0
