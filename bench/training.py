@@ -24,7 +24,7 @@ from cloister.synthetic import LABELS, make_silo
 from cloister_client.clipping import SecureDPOptimizer
 from cloister_client.train import Trainer, choose_device
 from cloister_model.base import find_base
-from cloister_model.build import build, losses, trained
+from cloister_model.build import Adapted, build, losses, trained
 from cloister_model.quiet import quieten
 from cloister_model.tokens import Encoded, encode
 from cloister_shared.plan import TaskSpec, TrainingSpec
@@ -77,6 +77,13 @@ def _ours(layers: tuple[int, ...], data: Encoded, *, keep: bool) -> Step:
     return step
 
 
+def _usual(task: TaskSpec) -> Adapted:
+    """The model with the attention that anybody else would have."""
+    model = build(find_base("minilm", "bench"), task, "bench")
+    model.encoder.get_base_model().set_attn_implementation("sdpa")
+    return model
+
+
 def _longest(data: Encoded, part: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A batch padded to its longest and no further, as anybody else would."""
     ids, mask, labels = data.batch(part)
@@ -86,9 +93,7 @@ def _longest(data: Encoded, part: Rows) -> tuple[torch.Tensor, torch.Tensor, tor
 
 def _opacus(layers: tuple[int, ...], data: Encoded, *, by_length: bool) -> Step:
     task = _task(layers)
-    model = GradSampleModule(
-        build(find_base("minilm", "bench"), task, "bench"), batch_first=True, loss_reduction="sum", strict=False
-    ).train()
+    model = GradSampleModule(_usual(task), batch_first=True, loss_reduction="sum", strict=False).train()
     optimiser = DPOptimizer(
         _adam(model._module),
         noise_multiplier=SPEC.noise_multiplier,
@@ -112,7 +117,7 @@ def _opacus(layers: tuple[int, ...], data: Encoded, *, by_length: bool) -> Step:
 
 def _plain(layers: tuple[int, ...], data: Encoded) -> Step:
     task = _task(layers)
-    model = build(find_base("minilm", "bench"), task, "bench").train()
+    model = _usual(task).train()
     optimiser = _adam(model)
 
     def step(chosen: Rows) -> None:
