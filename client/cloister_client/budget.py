@@ -77,7 +77,7 @@ class Ledger:
             The new block's name and its number of units; an empty name and 0 where all are known.
 
         Raises:
-            InputError: The block's name is taken, this ledger has units of another kind, or most of a new unit's texts are known.
+            InputError: The block's name is taken, this ledger has units of another kind, or half of a new unit's texts are known.
         """
         wanted = sorted(set(tags))
         with self._chain.transaction() as (db, events):
@@ -103,7 +103,7 @@ class Ledger:
             known = dict(db.execute("SELECT tag, block FROM unit"))
             seen = {tag for (tag,) in db.execute("SELECT tag FROM text")}
             new = [tag for tag in wanted if tag not in known]
-            again = [tag for tag in new if texts and 2 * len(seen.intersection(texts[tag])) > len(texts[tag])]
+            again = [tag for tag in new if texts and 2 * len(seen.intersection(texts[tag])) >= len(texts[tag])]
             if again and not as_new:
                 # To leave them out, as to let them in, would let one unit's text decide whether others are trained on: the owner says.
                 raise InputError(

@@ -24,16 +24,19 @@ def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **named: Any
 ) -> tuple[Tensor, None]:
     """Transformers' attention on ``(n, heads, t, h)`` tensors; masks are bool, or added floats."""
-    rest = -key.shape[2] % LANES
-    if rest:
+    queries, keys, rest = query.shape[2], key.shape[2], -key.shape[2] % LANES
+    if attention_mask is None:
+        # Always a mask, also where nothing is padded: without one another kernel runs, and whether it does is its neighbours' affair.
         causal = named["is_causal"] if named.get("is_causal") is not None else getattr(module, "is_causal", True)
-        if attention_mask is None and not causal:
-            attention_mask = torch.ones((1, 1, 1, key.shape[2]), dtype=torch.bool, device=key.device)
+        attention_mask = torch.ones((1, 1, queries, keys), dtype=torch.bool, device=key.device)
+        attention_mask = attention_mask.tril() if causal else attention_mask
+    if rest:
         key, value = (nn.functional.pad(x, (0, 0, 0, rest)) for x in (key, value))
-        if attention_mask is not None:
-            out = False if attention_mask.dtype == torch.bool else torch.finfo(attention_mask.dtype).min
-            attention_mask = nn.functional.pad(attention_mask, (0, rest), value=out)
-    made: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **named)
+        out = False if attention_mask.dtype == torch.bool else torch.finfo(attention_mask.dtype).min
+        attention_mask = nn.functional.pad(attention_mask, (0, rest), value=out)
+    made: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, **(named | {"is_causal": False})
+    )
     return made
 
 

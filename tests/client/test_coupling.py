@@ -109,7 +109,9 @@ def flipped(layers: tuple[int, ...], clip: float, seed: int, gap: float, aligned
     def seen(data: Encoded) -> tuple[np.ndarray, list[float]]:
         """What the head sees of the first of those that are alike, and how far their logits lie apart."""
         got: list[tuple[torch.Tensor, torch.Tensor]] = []
-        hook = head.register_forward_hook(lambda _, given, made: got.append((given[0].detach()[1], made.detach()[1])))
+        hook = head.register_forward_hook(
+            lambda _, given, made: got.append((given[0].detach()[1, 0], made.detach()[1, 0]))
+        )
         summed(trainer, parent, data, clip)
         hook.remove()
         return got[0][0].double().numpy(), [float(z[0] - z[1]) for _, z in got]
@@ -140,6 +142,53 @@ def test_records_that_are_alike_do_not_jump_together(layers: tuple[int, ...], al
     """Under PyTorch's own cross-entropy, half an ulp below 1, the sum moved by 94 to 152 clipping norms."""
     half_an_ulp, edge = float(np.log(2.0**24)), float(np.log(40 / CLIP)) + 0.3
     assert max(flipped(layers, CLIP, 2, gap, aligned) for gap in (half_an_ulp, edge)) < COUPLED
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("layers", [(), (1,)])
+def test_a_language_models_records_do_not_touch_each_other(
+    tiny_gpt2: Path, layers: tuple[int, ...], threads: int
+) -> None:
+    """A reviewer's: unpadded batches had no mask and another kernel, which one longer record took from all others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        task = TaskSpec("causal-lm", (), 16, ("c_attn",), layers, 4, MAX_SCALE * 4)
+        trainer, rng = (
+            Trainer(build(find_base(str(tiny_gpt2), "test"), task, "test"), task, CPU),
+            np.random.default_rng(3),
+        )
+        parent = signs(schema_of(trainer.model), 3)
+        alike = tuple(tuple(int(v) for v in rng.integers(5, 200, 8)) for _ in range(40))
+        longer = tuple(int(v) for v in rng.integers(5, 200, 11))
+        less, more, alone = (
+            summed(trainer, parent, Encoded(ids, (0,) * len(ids), 0), CLIP)
+            for ids in (alike, (*alike, longer), (longer,))
+        )
+        assert float(np.linalg.norm(more - less - alone)) / CLIP < COUPLED
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("layers", [(), (4, 5)])
+def test_a_records_place_in_its_batch_changes_nothing(layers: tuple[int, ...]) -> None:
+    """A reviewer's: at two threads the head's last rows were computed otherwise. One record more shifts all others by a place."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        task = TaskSpec("text-classification", ("a", "b"), 64, ("query", "value"), layers, RANK, MAX_SCALE * RANK)
+        base, rng = find_base("minilm", "test"), np.random.default_rng(0)
+        trainer = Trainer(build(base, task, "test"), task, CPU)
+        parent = signs(schema_of(trainer.model), 5)
+        ids = tuple(tuple(int(v) for v in rng.integers(1000, 20000, 57)) for _ in range(2))
+        alike = tuple(ids[i % 6 < 4] for i in range(18))
+        longer = tuple(int(v) for v in rng.integers(1000, 20000, 59))
+        few, many = (Encoded(rows, (0,) * len(rows), 0) for rows in (alike, (*alike, longer)))
+        data = Encoded((longer,), (0,), 0)
+        less, more, alone = (summed(trainer, parent, d, CLIP) for d in (few, many, data))
+        assert float(np.linalg.norm(more - less - alone)) / CLIP < COUPLED
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_check_sees_padding_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ def _silent_group(trainer: Trainer, patch: Patch) -> None:
 
     def faulty(self: SecureDPOptimizer) -> None:
         add(self)
-        self.params[-1].grad = self.params[-1].summed_grad.clone()
+        self.params[-1].grad = self.params[-1].summed_grad.float()
 
     patch.setattr(SecureDPOptimizer, "add_noise", faulty)
 

@@ -145,7 +145,7 @@ def test_one_units_text_decides_nothing_about_the_others(world: World, tmp_path:
         lines = [
             {"text": text, "label": LABELS[0], "patient": f"Q{n}"}
             for n in range(5)
-            for text in (common, f"visit of Q{n}")
+            for text in (common, f"visit of Q{n}", f"call of Q{n}")
         ]
         later.write_text("".join(json.dumps(line) + "\n" for line in lines))
         assert add(site, replace(source, path=later)).new == 5
