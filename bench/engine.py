@@ -6,7 +6,6 @@ own gradient of the copies is the per-sample gradient. ``tests/bench/test_engine
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from cloister_model.build import build, read_vector, schema_of
-from cloister_model.features import hashed_words, raw, scaled
+from cloister_model.features import hashed_words, mean, raw, scaled
 from cloister_model.scores import centred, seen
-from cloister_model.tokens import encode
+from cloister_model.text import Source
 from cloister_model.warm_start import warm_head
+from cloister_server.own_text import read_own
 from cloister_shared.plan import TaskSpec, centre_and_spread
 from cloister_shared.vectors import F32, Schema
 from torch import Tensor
@@ -122,10 +122,8 @@ class Engine:
 
     def _public_head(self, path: Path) -> F32:
         """As the product's ``own_text.begin``."""
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        classes = [self.kept.labels.index(row["label"]) for row in rows]
-        data = encode(self.kept.base, [row["text"] for row in rows], classes, self.task.max_tokens)
-        return warm_head(seen(build(self.kept.base, self.task, "bench"), data), classes, len(self.kept.labels))
+        data = read_own(Source(path, "text", "label"), self.task, self.kept.base)
+        return warm_head(seen(build(self.kept.base, self.task, "bench"), data), data.labels, len(self.kept.labels))
 
     def _model(self, kept: Kept, shape: Shape) -> tuple[tuple[tuple[str, tuple[int, ...]], ...], F32]:
         torch.manual_seed(0)
@@ -226,8 +224,7 @@ class Engine:
             h = functional.layer_norm(
                 h + self._linear(wide, layer, _INSIDE[5], lora), (width,), *self._inside[layer, _NORMS[1]], eps=1e-12
             )
-        weights = mask.unsqueeze(-1).float()
-        return (h.float() * weights).sum(1) / weights.sum(1)
+        return mean(h.float(), mask)
 
     def _words(self, rows: I64) -> Tensor | None:
         ids, mask, _ = self.kept.encoded.batch(rows)

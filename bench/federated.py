@@ -19,6 +19,7 @@ import torch
 from cloister.demo_text import split
 from cloister_model.text import Record
 from cloister_server.aggregation import aggregate
+from cloister_server.planning import rate_share
 from cloister_shared.plan import Rule
 from cloister_shared.privacy import calibrate, coarse_rate
 from torch import Tensor
@@ -129,7 +130,7 @@ def simulate(
         engine, of = (alone, slice(-whole.heads, None)) if early else (whole, slice(None))
         rates = torch.full((len(vector),), training.adapter_rate)
         rates[-engine.heads :] = training.head_rate
-        rates *= 1.0 if training.schedule == "constant" else 1 - number / training.rounds
+        rates *= rate_share(training.schedule, number + 1, training.rounds)
         updates = np.stack([_local(engine, training, s, vector[of], rates[of], target is not None, rng) for s in world])
         if shape.layers and not early:
             made = aggregate(training.rule, vector, updates, weights, engine.schema)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import torch
 from cloister_model.tokens import Encoded, padded
 from cloister_shared import noise
 from cloister_shared.plan import NoisedNumber, PlanCore
 
+from cloister_client.batches import physical_batches
 from cloister_client.release import AccountedCount, NoisedMetric
 from cloister_client.train import PHYSICAL_TOKENS, Trainer
 
@@ -54,11 +54,8 @@ def unit_losses(trainer: Trainer, data: Encoded, most: int) -> list[float]:
     found: dict[int, float] = {}
     trainer.hooked.eval()
     # Of one padded length, and no more tokens than in training: what one record needs and gives is not the others' affair.
-    for length, alike in itertools.groupby(rows, key=lambda row: padded(len(data.ids[row]))):
-        for part in _chunks(list(alike), max(1, PHYSICAL_TOKENS[trainer.device.name] // length)):
-            found |= dict(zip(part, trainer.losses(data, part).double().tolist(), strict=True))
+    for _, alike in itertools.groupby(rows, key=lambda row: padded(len(data.ids[row]))):
+        alone = [(row,) for row in alike]
+        for part in physical_batches(alone, data, PHYSICAL_TOKENS[trainer.device.name], len(alone)):
+            found |= dict(zip(part.rows, trainer.losses(data, part.rows).double().tolist(), strict=True))
     return [math.fsum(found[row] for row in unit[:most]) / len(unit[:most]) for unit in data.units]
-
-
-def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
-    return (rows[at : at + size] for at in range(0, len(rows), size))

@@ -136,7 +136,6 @@ class Trainer:
         prefix = frozen_prefix(model)
         self.activations = None if prefix is None else Activations(prefix)
         self.final, self._head_only = None, False
-        self._final_of: F32 | None = None
         if model.head is not None:
             with self._resting():
                 prefix = frozen_prefix(model)
@@ -152,10 +151,14 @@ class Trainer:
             if kept is not None:
                 kept.forget()
 
+    def _of_head(self, wanted: bool) -> list[nn.Parameter]:
+        """The trained parameters that are the head's, or LoRA's, in vector order."""
+        return [p for n, p in trained(self.model).items() if n.startswith("head.") == wanted]
+
     @contextmanager
     def _resting(self) -> Iterator[None]:
         """Inside, LoRA is not trained."""
-        resting = [p for n, p in trained(self.model).items() if not n.startswith("head.")]
+        resting = self._of_head(False)
         for p in resting:
             p.requires_grad_(False)
         self._head_only = True
@@ -178,11 +181,8 @@ class Trainer:
 
     def optimiser(self, spec: TrainingSpec) -> SecureDPOptimizer:
         """Fresh optimisers in Opacus' DP optimiser: Adam for LoRA, SGD for the head."""
-        named = trained(self.model)
-        adapter = [p for n, p in named.items() if not n.startswith("head.")]
-        head = [p for n, p in named.items() if n.startswith("head.")]
         return SecureDPOptimizer(
-            AdamAndSgd(adapter, head, spec.adapter_rate, spec.head_rate),
+            AdamAndSgd(self._of_head(False), self._of_head(True), spec.adapter_rate, spec.head_rate),
             noise_multiplier=spec.noise_multiplier,
             max_grad_norm=spec.clipping_norm,
             expected_batch_size=spec.expected_batch,
@@ -259,16 +259,13 @@ class Trainer:
         used, idle = (self.final, self.activations) if spec.head_only else (self.activations, self.final)
         if idle is not None:
             idle.forget()
+        lora = slice(-sum(p.numel() for p in self._of_head(True)) or None)
+        if spec.head_only and used is not None and not np.array_equal(read_vector(self.model)[lora], parent[lora]):
+            # All layers' states are LoRA's too: the model's own is the one that they were made under.
+            used.forget()
         if used is not None:
             used.hold(data)
         load_vector(self.model, parent)
-        if spec.head_only and self.final is not None:
-            # All layers' states are LoRA's too: those under another LoRA are not what this round's head sees.
-            lora = parent[: -sum(p.numel() for n, p in trained(self.model).items() if n.startswith("head."))]
-            if self._final_of is None or not np.array_equal(lora, self._final_of):
-                self.final.forget()
-                self.final.hold(data)
-                self._final_of = lora.copy()
         with self._resting() if spec.head_only else nullcontext():
             optimiser = self.optimiser(spec)
             for number in range(1, spec.steps + 1):

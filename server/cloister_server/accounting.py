@@ -14,10 +14,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from cloister_shared.errors import RefusedError
-from cloister_shared.plan import PlanCore
+from cloister_shared.plan import NoisedNumber, PlanCore
 from cloister_shared.privacy import ACCOUNTANT, DpSgd, epsilon
 
 from cloister_server.federation import ClientLevel
@@ -46,8 +47,8 @@ def charged_events(store: Store, client: str, now: tuple[str, int] | None = None
         times = c.charged if (c.run, c.number) == now or c.verdict != "open" else max(1, c.charged)
         if times:
             history.append(DpSgd(c.noise_multiplier, c.sample_rate, c.steps * times))
-            numbers = json.loads(c.core).get("noised", [])
-            history += [DpSgd(number["noise_multiplier"], 1.0, times) for number in numbers]
+            numbers = [NoisedNumber(**number) for number in json.loads(c.core).get("noised", [])]
+            history += [replace(number.event, steps=times) for number in numbers]
     return history
 
 

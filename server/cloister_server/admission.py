@@ -59,12 +59,11 @@ def admit_update(update: F32, schema: Schema, training: TrainingSpec) -> Verdict
     bad = int(np.count_nonzero(~np.isfinite(update)))
     if bad:
         return Verdict("not-finite", float(bad), 0.0, f"{bad} numbers are NaN or infinite, limit 0")
-    reach = {False: adam_reach(training.steps) * training.adapter_rate, True: sgd_reach(training) * training.head_rate}
-    if training.head_only:
-        reach[False] = 0.0
+    lora = 0.0 if training.head_only else adam_reach(training.steps) * training.adapter_rate
+    head = sgd_reach(training) * training.head_rate
     worst, limit_there, name_there = 0.0, 1.0, ""
     for name, part in schema.split(update).items():
-        limit = reach[name.startswith("head.")] + 1e-6
+        limit = (head if name.startswith("head.") else lora) + 1e-6
         peak = float(np.abs(part).max())
         if peak / limit > worst / limit_there or not name_there:
             worst, limit_there, name_there = peak, limit, name

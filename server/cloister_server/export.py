@@ -148,12 +148,14 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
     vector = from_safetensors(store.adapter(row.adapter), schema, "registered adapter")
     clients = store.clients(run.id, number)
     task = TaskSpec.from_dict(json.loads(run.task))
-    frozen = frozen_parts(run)
-    parts = schema.split(vector) | frozen
+    parts, frozen = schema.split(vector), frozen_parts(run)
+    fixed = dict(frozen)
     if task.labels:
-        centre, spread = centre_and_spread(task, parts["head.weight"].shape[1], "registered task")
-        parts |= {"head.centre": centre, "head.spread": spread}
-    tensors = (*((n, a.shape) for n, a in parts.items() if n not in dict(schema.tensors)), *schema.tensors)
+        fixed["head.centre"], fixed["head.spread"] = centre_and_spread(
+            task, parts["head.weight"].shape[1], "registered task"
+        )
+    parts |= fixed
+    tensors = (*((n, a.shape) for n, a in fixed.items()), *schema.tensors)
     out.parent.mkdir(parents=True, exist_ok=True)
     temp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:

@@ -12,6 +12,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from cloister_model.text import Source
 from cloister_shared.cards import (
     CoordinatorCard,
     SiteCard,
@@ -37,8 +38,6 @@ from cloister_shared.plan import (
 from cloister_shared.settings import Table, read_toml
 from cloister_shared.signing import SigningKey, read_secret
 from cloister_shared.tls import make_tls
-
-from cloister_server.own_text import OwnText
 
 # The recipe for a head on features of length 28, and for LoRA: bench/results has the tables they come from.
 WORDS, HEAD_RATE = 4096, 0.6
@@ -120,8 +119,8 @@ class Federation:
     client_level: ClientLevel | None
     deadline: float
     min_clients: int
-    held_out: OwnText | None
-    public: OwnText | None
+    held_out: Source | None
+    public: Source | None
 
 
 def _rule(table: Table, private: bool) -> Rule:
@@ -171,11 +170,11 @@ def _noised(table: Table) -> tuple[NoisedNumber, ...]:
     return tuple(NoisedNumber(n, table.number(n, 0.1, 1000), bound[n]) for n in NOISED if n in table.written)
 
 
-def _own_text(table: Table, settings: Path, task: TaskSpec) -> OwnText | None:
+def _own_text(table: Table, settings: Path, task: TaskSpec) -> Source | None:
     if not table.written:
         return None
     source = Path(table.text("path")).expanduser()
-    return OwnText(
+    return Source(
         source if source.is_absolute() else settings.parent / source,
         table.text("text"),
         table.text("label") if task.kind == "text-classification" else "",

@@ -8,9 +8,6 @@ What is made of either goes to every site without noise. Neither is a site's tex
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 from cloister_model.base import BaseModel
 from cloister_model.build import Adapted, set_centre
@@ -23,30 +20,13 @@ from cloister_shared.errors import InputError
 from cloister_shared.plan import TaskSpec
 
 
-@dataclass(frozen=True)
-class OwnText:
-    """A file of the coordinator's.
-
-    Attributes:
-        path: JSONL, CSV or Parquet, plain or gzipped.
-        text: The text's field.
-        label: The label's field, empty for tasks without.
-    """
-
-    path: Path
-    text: str
-    label: str
-
-
-def read_own(own: OwnText | None, task: TaskSpec, base: BaseModel) -> Encoded | None:
-    """The text, tokenised; None where there is none.
+def read_own(own: Source, task: TaskSpec, base: BaseModel) -> Encoded:
+    """The text, tokenised.
 
     Raises:
         InputError: The text is not as it must be.
     """
-    if own is None:
-        return None
-    records = tuple(read(Source(own.path, own.text, own.label), task.labels or None))
+    records = tuple(read(own, task.labels or None))
     classes = [task.labels.index(r.label) if task.labels else 0 for r in records]
     return encode(base, [r.text for r in records], classes, task.max_tokens)
 

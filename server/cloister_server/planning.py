@@ -37,12 +37,17 @@ def training_for(federation: Federation, card: SiteCard) -> TrainingSpec:
     )
 
 
+def rate_share(schedule: str, number: int, rounds: int) -> float:
+    """What share of the first round's learning rates round ``number``, from 1, has."""
+    return 1.0 if schedule == "constant" else 1 - (number - 1) / rounds
+
+
 def in_round(federation: Federation, spec: TrainingSpec, number: int) -> TrainingSpec:
     """A site's training in round ``number``: the rates where the schedule has them, LoRA resting in the head's own rounds.
 
     Neither changes what a round costs.
     """
-    share = 1.0 if federation.schedule == "constant" else 1 - (number - 1) / federation.rounds
+    share = rate_share(federation.schedule, number, federation.rounds)
     return replace(
         spec,
         adapter_rate=federation.adapter_rate * share,

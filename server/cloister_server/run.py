@@ -94,8 +94,9 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
     base = find_base(federation.base, f"{federation.path} base")
     base.check(coordinator.card.base, f"{federation.path} base")
     model = build(base, federation.task, str(federation.path))
-    held_out = read_own(federation.held_out, federation.task, base)
-    public = None if resume else read_own(federation.public, federation.task, base)
+    held, known = federation.held_out, None if resume else federation.public
+    held_out = None if held is None else read_own(held, federation.task, base)
+    public = None if known is None else read_own(known, federation.task, base)
     check_apart(held_out, public, f"{federation.path} [public]")
     schema = schema_of(model)
     judge: Judge = NoJudge() if held_out is None else HeldOutJudge(model, federation.task, held_out)

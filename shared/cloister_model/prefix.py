@@ -69,7 +69,7 @@ class Prefix:
         self._inner, self._owner, self._name = inner, owner, name
         self._whole: nn.ModuleList = getattr(owner, name)
         above = len(self._whole) - depth
-        self._given: _Given = _Given()
+        self._given = _Given()
         self._caught: _Caught | _Last = _Caught() if above else _Last(self._whole[-1])
         # Of the same length as the model's own: some forwards look things up by a layer's position.
         self._upper = nn.ModuleList([self._given] * depth + list(self._whole[depth:]))

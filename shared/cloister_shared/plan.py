@@ -70,6 +70,17 @@ def _integer(value: Any, low: int, high: int, what: str) -> None:
     )
 
 
+def _read(value: Any, kind: type[TaskSpec | TrainingSpec | NoisedNumber | PlanCore], *lists: str) -> dict[str, Any]:
+    """A record's JSON form, of which every field must be there and no other; ``lists`` as tuples."""
+    record = dict(value)
+    # Defaults are for code that makes plans; one that is read says everything.
+    _must(set(record) == {f.name for f in fields(kind)}, f"other fields than a {kind.__name__}'s", sorted(record))
+    for name in lists:
+        _must(isinstance(record[name], list), f"{name} is not a list", record[name])
+        record[name] = tuple(record[name])
+    return record
+
+
 @dataclass(frozen=True)
 class TaskSpec:
     """What is learnt and which parameters are trained.
@@ -132,13 +143,7 @@ class TaskSpec:
             VerificationError: A field is missing, unknown, of another type or out of range.
         """
         try:
-            record = dict(value)
-            # Defaults are for code that makes plans; one that is read says everything.
-            _must(set(record) == {f.name for f in fields(cls)}, "other fields than a task's", sorted(record))
-            for name in ("labels", "target_modules", "layers", "spread"):
-                _must(isinstance(record[name], list), f"{name} is not a list", record[name])
-                record[name] = tuple(record[name])
-            return cls(**record)
+            return cls(**_read(value, cls, "labels", "target_modules", "layers", "spread"))
         except (TypeError, ValueError) as error:
             raise VerificationError("task is malformed", got=str(error)[:200]) from error
 
@@ -365,18 +370,11 @@ class PlanCore:
             record = dict(value)
             if record.pop("format") != FORMAT:
                 raise VerificationError("plan of another format", expected=FORMAT)
-            task, training = TaskSpec.from_dict(record.pop("task")), dict(record.pop("training"))
-            for owner, kind in ((record | {"task": 0, "training": 0}, cls), (training, TrainingSpec)):
-                _must(
-                    set(owner) == {f.name for f in fields(kind)},
-                    f"other fields than a {kind.__name__}'s",
-                    sorted(owner),
-                )
-            for name in ("cohort", "reports", "noised"):
-                _must(isinstance(record[name], list), f"{name} is not a list", record[name])
-                record[name] = tuple(record[name])
-            record["noised"] = tuple(NoisedNumber(**number) for number in record["noised"])
-            return cls(task=task, training=TrainingSpec(**training), **record)
+            record = _read(record, cls, "cohort", "reports", "noised")
+            record["task"] = TaskSpec.from_dict(record["task"])
+            record["training"] = TrainingSpec(**_read(record["training"], TrainingSpec))
+            record["noised"] = tuple(NoisedNumber(**_read(number, NoisedNumber)) for number in record["noised"])
+            return cls(**record)
         except (TypeError, KeyError, ValueError) as error:
             raise VerificationError("plan is malformed", got=str(error)[:200]) from error
 

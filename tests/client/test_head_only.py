@@ -12,6 +12,8 @@ from cloister_client.train import Trainer
 from cloister_model.build import load_vector, read_vector, schema_of, trained
 from cloister_model.tokens import Encoded
 from cloister_shared.plan import TaskSpec
+from cloister_shared.vectors import F32
+from torch import Tensor
 
 from support.client_oracle import OPACUS_EPSILON, gradients, make_trainer
 from support.client_world import BERT_TASK, LABELS, random_vector, spec
@@ -84,6 +86,28 @@ def test_what_the_other_kind_of_round_kept_is_wiped(made: tuple[Trainer, Encoded
     assert trainer.activations is None or not trainer.activations.kept
     trainer.forget()
     assert not trainer.final.bytes
+
+
+def test_states_kept_under_another_lora_are_not_used(made: tuple[Trainer, Encoded]) -> None:
+    trainer, data = made
+    parent = read_vector(trainer.model)
+    other = parent.copy()
+    other[: -head(trainer)] = random_vector(schema_of(trainer.model), seed=2, scale=0.3)[: -head(trainer)]
+    rows = range(len(data.ids))
+
+    def seen_after(start: F32) -> Tensor:
+        trainer.run(ONLY, start, data, lambda *_: None)
+        load_vector(trainer.model, start)
+        with torch.no_grad(), trainer._resting():
+            return trainer.losses(data, rows)
+
+    first = seen_after(parent)
+    moved = seen_after(other)
+    trainer.forget()
+    assert torch.equal(moved, seen_after(other))
+    assert not torch.allclose(first, moved)
+    # And LoRA back where it was, as after a rollback.
+    assert torch.equal(seen_after(parent), first)
 
 
 def test_noise_is_drawn_for_the_head_at_the_stated_size(made: tuple[Trainer, Encoded]) -> None:

@@ -107,9 +107,9 @@ def test_the_judge_reads_the_held_out_text(tmp_path: Path, tiny_bert: Path, bert
     (tmp_path / "h.csv").write_text("body,topic\n" + "".join(f"{r.text},{r.label}\n" for r in site_text(1)))
     path = settings_of(tmp_path, tiny_bert, '[held_out]\npath = "h.csv"\ntext = "body"\nlabel = "topic"')
     model = build(bert, CLASSIFY, "test")
-    own = read_own(read_federation(path).held_out, CLASSIFY, bert)
-    assert own is not None
-    judge = HeldOutJudge(model, CLASSIFY, own)
+    held_out = read_federation(path).held_out
+    assert held_out is not None
+    judge = HeldOutJudge(model, CLASSIFY, read_own(held_out, CLASSIFY, bert))
     candidate = vector(schema_of(model).size, 3)
     other = HeldOutJudge(build(bert, CLASSIFY, "test"), CLASSIFY, data_of(bert, CLASSIFY))
     assert judge.judge(candidate)[0] == other.judge(candidate)[0]
@@ -117,7 +117,7 @@ def test_the_judge_reads_the_held_out_text(tmp_path: Path, tiny_bert: Path, bert
 
 def test_without_held_out_text_there_is_no_judge(tmp_path: Path, tiny_bert: Path, bert: BaseModel) -> None:
     federation = read_federation(write_federation(tmp_path / "F.toml", tiny_bert))
-    assert read_own(federation.held_out, CLASSIFY, bert) is None
+    assert federation.held_out is None
     assert NoJudge().judge(vector(3, 0)) == ({}, 0.0)
 
 
@@ -137,5 +137,7 @@ def test_bad_held_out_text_is_an_input_error(
 ) -> None:
     write(tmp_path / "h.jsonl")
     path = settings_of(tmp_path, tiny_bert, '[held_out]\npath = "h.jsonl"\ntext = "text"\nlabel = "label"')
+    held_out = read_federation(path).held_out
+    assert held_out is not None
     with pytest.raises(InputError, match=r"h\.jsonl"):
-        read_own(read_federation(path).held_out, CLASSIFY, bert)
+        read_own(held_out, CLASSIFY, bert)

@@ -12,9 +12,10 @@ from cloister_model.base import BaseModel, find_base
 from cloister_model.build import Adapted, build, read_vector
 from cloister_model.public_text import SENTENCES
 from cloister_model.scores import score, seen, with_centre
+from cloister_model.text import Source
 from cloister_model.tokens import Encoded, encode
 from cloister_server.federation import read_federation
-from cloister_server.own_text import OwnText, begin, check_apart, read_own
+from cloister_server.own_text import begin, check_apart, read_own
 from cloister_shared.errors import InputError
 from cloister_shared.plan import TaskSpec
 
@@ -86,10 +87,8 @@ def test_the_public_table_is_read_beside_the_settings(tmp_path: Path, tiny_bert:
     (tmp_path / "p.jsonl").write_text(json.dumps({"body": "late parcel", "topic": LABELS[1]}) + "\n")
     table = 'min_clients = 2\n[public]\npath = "p.jsonl"\ntext = "body"\nlabel = "topic"'
     settings = read_federation(write_federation(tmp_path / "F.toml", tiny_bert, min_clients=table))
-    assert settings.public == OwnText(tmp_path / "p.jsonl", "body", "topic")
-    got = read_own(settings.public, settings.task, base)
-    assert got is not None
-    assert got.labels == (1,)
+    assert settings.public == Source(tmp_path / "p.jsonl", "body", "topic")
+    assert read_own(settings.public, settings.task, base).labels == (1,)
     assert read_federation(write_federation(tmp_path / "G.toml", tiny_bert)).public is None
     (tmp_path / "p.jsonl").write_text(json.dumps({"body": "late parcel", "topic": "weather"}) + "\n")
     with pytest.raises(InputError, match=r"p\.jsonl"):
