@@ -101,6 +101,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     return call
 
 
+def test_a_command_loads_no_torch_before_it_needs_it(tmp_path: Path) -> None:
+    script = "import sys, cloister.cli, cloister_client.cli, cloister_server.cli; sys.exit('torch' in sys.modules)"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, timeout=120, check=True)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(here: Here, tmp_path: Path, command: str) -> None:
     said = here(*command.split(), "--help")
