@@ -1,7 +1,7 @@
 """``python -m bench.recipes``: what a recipe costs under privacy, on real text; prints a table and keeps every run as a JSON line.
 
     --quick        heads only, one seed
-    --pick         head rates, schedules and clips on 2,000 records taken out of the training split; into picked.jsonl
+    --pick         head rates, schedules and clips on 2,000 records taken out of the training split, three seeds; into picked.jsonl
     --table        runs nothing: the table of what is in the results
     --lora N       also LoRA above a private head, N seeds: rules x privacy x partitions (CPU-hours where the rest takes minutes)
     --data FOLDER  where sections.{train,test}.jsonl.gz lie (default ../shared/data)
@@ -44,7 +44,7 @@ LEVELS = (None, 8.0, 2.0)
 PUBLIC = (
     "bench/public/sections.jsonl"  # written for this bench, a dozen sentences for each label; none is a row of the data
 )
-PICKED = 2000
+PICKED, SEEDS = 2000, 3
 
 # Head rate and schedule by epsilon: under noise a falling rate wastes the noise of the first rounds, without it it helps.
 _RATES: dict[float | None, tuple[float, str]] = {None: (1.5, "linear"), 8.0: (0.8, "constant"), 2.0: (0.4, "constant")}
@@ -86,7 +86,7 @@ def recipes(lora: int) -> Iterator[tuple[Recipe, float | None, int]]:
     """Recipe, Dirichlet's alpha (None: even) and how many seeds; LoRA's with ``lora`` seeds, 0 for none."""
     for recipe in (MEANS, WORDS, PRODUCT, WARM, WARM_PRODUCT):
         for alpha in (0.3, None):
-            yield recipe, alpha, 3
+            yield recipe, alpha, SEEDS
     for rule in RULES if lora else ():
         shape = replace(_LORA, freeze_a=rule == "freeze-a")
         for alpha in (0.3, None):
@@ -127,22 +127,24 @@ def run(kept: Kept, table: NoiseTable, out: Path, quick: bool, lora: int, only: 
 
 
 def pick(kept: Kept, table: NoiseTable, out: Path) -> None:
-    """What rates, clips and schedules give on the last ``PICKED`` training records, which then are not trained on; one seed."""
+    """What rates, clips and schedules give on the last ``PICKED`` training records, which then are not trained on."""
     count = kept.train - PICKED
     data = Encoded(kept.encoded.ids[: kept.train], kept.encoded.labels[: kept.train], kept.encoded.pad)
-    engine = Engine(replace(kept, encoded=data, train=count), Shape())
-    parts = partition(engine.kept, SITES, 0.3, 0)
-    for target in LEVELS:
-        for clip in (4.0,) if target is None else (2.0, 4.0, 8.0):
-            for rate in (0.2, 0.4, 0.6, 0.8, 1.1, 1.5):
+    less = replace(kept, encoded=data, train=count)
+    parts = [partition(less, SITES, 0.3, seed) for seed in range(SEEDS)]
+    for recipe in (PRODUCT, WARM_PRODUCT):
+        engine = Engine(less, recipe.shape)
+        for target in LEVELS:
+            for clip in (4.0,) if target is None else (2.0, 4.0, 8.0):
                 for schedule in ("constant", "linear"):
-                    how = replace(WORDS.training, clip=clip, head_rate=rate, schedule=schedule)
-                    got = simulate(engine, how, parts, target, 0, table)
-                    with out.open("a") as handle:
-                        handle.write(json.dumps(got) + "\n")
-                    print(
-                        f"epsilon {target}, clip {clip:g}, rate {rate:g}, {schedule}: {got['accuracy']:.4f}", flush=True
-                    )
+                    for rate in (0.2, 0.4, 0.6, 0.8, 1.1, 1.5):
+                        how = replace(recipe.training, clip=clip, head_rate=rate, schedule=schedule)
+                        runs = [simulate(engine, how, own, target, seed, table) for seed, own in enumerate(parts)]
+                        with out.open("a") as handle:
+                            handle.writelines(json.dumps({"recipe": recipe.name} | run) + "\n" for run in runs)
+                        cell = _cell([run["accuracy"] for run in runs])
+                        level = f"epsilon {target}, clip {clip:g}, rate {rate:g}, {schedule}"
+                        print(f"{recipe.name}, {level}: {cell}", flush=True)
 
 
 def _key(record: dict[str, Any]) -> tuple[Any, ...]:
