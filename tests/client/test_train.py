@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cloister_client.clipping import SecureDPOptimizer
 from cloister_client.probe import refuse_unclippable
 from cloister_client.train import Device, Trainer, choose_device
 from cloister_model.base import find_base
@@ -249,6 +250,23 @@ def test_the_denominator_is_the_expected_batch(bert: tuple[Trainer, Encoded], ro
     trainer.step(optimiser, data, grouped(rows))
     mean = torch.cat([g.reshape(-1) for g in seen[0].values()]).double()
     assert float((mean - total / 50.0).norm()) < 1e-6
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e15, 1e-30])
+def test_no_rounding_makes_the_clip_longer_than_the_norm(size: float) -> None:
+    """A reviewer's: three million equal numbers, whose float32 norm is 0.3 % short."""
+    rows = torch.full((2, 3_000_000), size)
+    rows[1, ::2] *= -1
+    wide: Any = nn.Parameter(torch.zeros(3_000_000))
+    optimiser = SecureDPOptimizer(
+        torch.optim.SGD([wide], lr=0.1), noise_multiplier=1.0, max_grad_norm=0.5, expected_batch_size=1
+    )
+    for row in rows:
+        wide.grad_sample, wide.summed_grad = row[None].clone(), None
+        optimiser.clip_and_accumulate()
+        length = float(wide.summed_grad.norm())
+        assert length <= 0.5
+        assert length == pytest.approx(min(0.5, size * 3_000_000**0.5), rel=1e-5, abs=1e-6)
 
 
 def test_one_clipped_sum_cannot_be_noised_twice(bert: tuple[Trainer, Encoded]) -> None:
