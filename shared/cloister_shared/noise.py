@@ -30,9 +30,12 @@ def _normals(count: int) -> F64:
 
 
 def gaussian(count: int, std: float) -> F64:
-    """``(count,) float64`` of N(0, std^2); every element is the half sum of four independent draws."""
-    total = _normals(4 * count).reshape(4, count).sum(0)
-    return np.asarray(total * (std / 2.0), dtype=np.float64)
+    """``(count,) float64`` of N(0, std^2); every element is the half sum of four independent draws, each of another pair."""
+    most = max(count, 2)
+    drawn = _normals(4 * most).reshape(4, most)
+    # The last two are the sines of the first two's pairs: moved on by one, so that no element has both of a pair.
+    total = drawn[:2].sum(0) + np.roll(drawn[2:], 1, axis=1).sum(0)
+    return np.asarray(total[:count] * (std / 2.0), dtype=np.float64)
 
 
 def poisson_sample(units: int, sample_rate: float) -> npt.NDArray[np.int64]:

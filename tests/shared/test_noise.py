@@ -50,6 +50,19 @@ def test_gaussian_gives_the_count_that_was_asked(count: int) -> None:
     assert len(np.unique(noise.gaussian(count, 1.0))) == count
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_an_elements_four_draws_are_of_four_pairs(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    # The pair's own bit in place of both of its normals: a pair met twice would carry over into another bit.
+    def pairs(many: int) -> noise.F64:
+        own = 2.0 ** np.arange(many // 2)
+        return np.concatenate([own, own])
+
+    monkeypatch.setattr(noise, "_normals", pairs)
+    found = noise.gaussian(count, 2.0)
+    assert len(found) == count
+    assert [int(value).bit_count() for value in found] == [4] * count
+
+
 def _seed() -> None:
     torch.manual_seed(7)
     np.random.seed(7)
