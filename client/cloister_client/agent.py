@@ -56,8 +56,8 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
             got=shut.why,
             mend='install libseccomp2, or set sandbox = "preferred"',
         )
-    if site.threads:
-        torch.set_num_threads(site.threads)
+    # A power of two: then threads share out a batch between vectors of numbers and never within one (``cloister_model.attention``).
+    torch.set_num_threads(1 << (site.threads or torch.get_num_threads()).bit_length() - 1)
     base = find_base(site.base, f"{home / 'site.toml'} base")
     try:
         base.check(card.base, f"{home / 'site.toml'} base")
@@ -72,6 +72,8 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
     units = load(site, ledger)
     if units.unregistered:
         print(f"{units.unregistered} record(s) are not registered and stay out: cloister site data add", flush=True)
+    if not units.records:
+        print("no registered text is left in the registered files: rounds will be noise alone", flush=True)
     device = choose_device(site.device)
     standing = ledger.standing()
     tell.update(

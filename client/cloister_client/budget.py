@@ -66,6 +66,9 @@ class Ledger:
     ) -> tuple[str, int]:
         """Registers a file and puts its units that are not known yet into one new block.
 
+        There is a new block also where all are known: whether there is one decides what the agent answers to plans, which must be
+        the owner's doing and not one unit's.
+
         Args:
             source: File and fields.
             tags: The units' names, 32 bytes each.
@@ -74,7 +77,7 @@ class Ledger:
             as_new: The owner says that units whose texts are known under other names are other units all the same.
 
         Returns:
-            The new block's name and its number of units; an empty name and 0 where all are known.
+            The new block's name and its number of units, 0 where all are known.
 
         Raises:
             InputError: The block's name is taken, this ledger has units of another kind, or half of a new unit's texts are known.
@@ -117,9 +120,6 @@ class Ledger:
                 "INSERT INTO source VALUES (?, ?, ?, ?) ON CONFLICT (path) DO UPDATE SET label = excluded.label",
                 (str(source.path), source.text, source.label, source.unit),
             )
-            if not new:
-                _keep_texts(db, events, known, seen, texts or {})
-                return "", 0
             block = db.execute("SELECT COALESCE(MAX(id), 0) + 1 FROM block").fetchone()[0]
             taken = {name for (name,) in db.execute("SELECT name FROM block")}
             name = name or next(n for n in (f"block-{i}" for i in itertools.count(block)) if n not in taken)

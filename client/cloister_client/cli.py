@@ -138,7 +138,11 @@ def data_add(
     classify = own.coordinator().task == "text-classification"
     source = Source(data.expanduser().resolve(), text, label if classify else "", unit_field)
     added = add_text(own, source, block, as_new=as_new)
-    what = f"{added.new} new, in {added.block}" if added.new else "all known, each keeps its spend"
+    what = (
+        f"{added.new} new, in {added.block}"
+        if added.new
+        else f"all known, each keeps its spend; {added.block} is empty"
+    )
     console.emit(
         {"site": own.name, "file": str(source.path)} | asdict(added),
         [

@@ -214,6 +214,28 @@ def test_a_block_that_is_spent_is_left_out_and_a_fresh_one_trains_on(
     assert new.epsilon == epsilon([spec(**ROUND).event], 1e-5)
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_one_new_unit_does_not_decide_whether_there_is_an_answer(world: World, tmp_path: Path, more: int) -> None:
+    """A reviewer's: with it a fresh block answered, without it a refusal did."""
+    site = enrolled(world, tmp_path, "", cap=epsilon([spec(**ROUND).event], 1e-5))
+    add(site, Source(rows(tmp_path, "a.jsonl", range(6), 1), "text", "label"))
+    desk = desk_of(world, site)
+    assert answer(world, desk, 1)[0].codec == Codec.UPDATE_F32
+    assert refused(answer(world, desk, 2)) == "budget.epsilon_cap"
+    assert add(site, Source(rows(tmp_path, "more.jsonl", range(6 + more), 1), "text", "label")).new == more
+    assert answer(world, desk_of(world, site), 2)[0].codec == Codec.UPDATE_F32
+
+
+def test_a_site_without_a_registered_record_answers_too(world: World, tmp_path: Path) -> None:
+    site = enrolled(world, tmp_path, "")
+    path = rows(tmp_path, "a.jsonl", range(1), 1)
+    add(site, Source(path, "text", "label"))
+    path.write_text(json.dumps({"text": "others' words", "label": LABELS[0]}) + "\n")
+    desk = desk_of(world, site)
+    assert desk.units.records == ()
+    assert answer(world, desk, 1)[0].codec == Codec.UPDATE_F32
+
+
 def test_rows_that_were_not_registered_are_never_seen(world: World, tmp_path: Path, seen: list[Encoded]) -> None:
     site = enrolled(world, tmp_path, "")
     path = rows(tmp_path, "a.jsonl", range(6), 1)

@@ -106,9 +106,11 @@ CHANGES: dict[str, list[Record]] = {
 def test_known_units_keep_their_block_and_their_spend(site: Site, name: str) -> None:
     before = open_ledger(site).standings()
     added = _add(site, name, CHANGES[name])
-    assert (added.new, added.block, added.units) == (0, "", len({normalised(r.text) for r in CHANGES[name]}))
+    assert (added.new, added.block, added.units) == (0, "block-2", len({normalised(r.text) for r in CHANGES[name]}))
     after = open_ledger(site)
-    assert after.standings() == before
+    kept, empty = after.standings()
+    assert (kept,) == before
+    assert (empty.units, empty.steps) == (0, 0)
     assert before[0].epsilon == epsilon([core(1, steps=2).training.event], 1e-5)
     units = load(site, after)
     assert len(units.units) == len(RECORDS)
@@ -256,7 +258,9 @@ def test_forgetting_the_files_does_not_change_the_unit_and_frees_nothing(clinic:
     with pytest.raises(InputError, match="privacy unit is fixed"):
         _add(clinic, "again.jsonl", PATIENTS)
     assert _add(clinic, "again.jsonl", PATIENTS, "patient").new == 0
-    assert open_ledger(clinic).standings() == before
+    kept, empty = open_ledger(clinic).standings()
+    assert (kept,) == before
+    assert empty.units == 0
 
 
 def test_a_file_that_was_renamed_is_registered_anew_and_the_old_name_removed(

@@ -39,6 +39,7 @@ def main() -> None:
     period_cap = float(sys.argv[5]) if sys.argv[5:] else 0.0
     if what == "die":
         _try(path, cap, range(1, 1 + rounds), True, period_cap)
+    open_ledger(path, cap).close()
     epsilon([event()], DELTA)  # the accountant is imported once, for all
     wait, go = os.pipe()
     children = []

@@ -48,5 +48,6 @@ def open_ledger(folder: Path, cap: float, delta: float = DELTA, **limits: float)
     """The ledger of ``folder``, its counter in a folder of its own, with one block registered."""
     (folder / "counter").mkdir(exist_ok=True)
     ledger = Ledger(folder / "ledger.db", folder / "counter" / "ledger.json", Limits(cap, delta, **limits))  # type: ignore[arg-type]
-    ledger.register(Source(Path("/text.jsonl"), "text", ""), tags(1, 2, 3))
+    if not ledger.sources():
+        ledger.register(Source(Path("/text.jsonl"), "text", ""), tags(1, 2, 3))
     return ledger
