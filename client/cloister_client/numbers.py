@@ -56,6 +56,6 @@ def unit_losses(trainer: Trainer, data: Encoded, most: int) -> list[float]:
     # Of one padded length, and no more tokens than in training: what one record needs and gives is not the others' affair.
     for _, alike in itertools.groupby(rows, key=lambda row: padded(len(data.ids[row]))):
         alone = [(row,) for row in alike]
-        for part in physical_batches(alone, data, PHYSICAL_TOKENS[trainer.device.name], len(alone)):
+        for part in physical_batches(alone, data, PHYSICAL_TOKENS[trainer.device.name], trainer.together):
             found |= dict(zip(part.rows, trainer.losses(data, part.rows).double().tolist(), strict=True))
     return [math.fsum(found[row] for row in unit[:most]) / len(unit[:most]) for unit in data.units]

@@ -40,7 +40,7 @@ class Site:
         counter: File that the ledger's newest point is kept in.
         base: ``minilm`` or a folder.
         device: ``auto``, ``cpu`` or ``cuda``.
-        threads: CPU threads of the agent; 0 for all.
+        threads: CPU threads of the agent, 0 for all; the next power of two below is used.
         runtime_port: Loopback port of the SuperNode's Runtime API.
         agent_user: User id of the agent, or -1 for the caller's.
         link_user: User id of relay and SuperNode, or -1.

@@ -10,6 +10,7 @@ It keeps no optimiser state between rounds, charges nothing (``budget`` does) an
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -123,6 +124,7 @@ class Trainer:
         device: Where.
 
     Attributes:
+        together: Most records of a physical batch.
         activations: Kept states of the layers below the lowest with LoRA; None where that is layer 0.
         final: Kept states of all layers, for rounds that train the head only; None where the base cannot be cut.
 
@@ -133,6 +135,9 @@ class Trainer:
     def __init__(self, model: Adapted, task: TaskSpec, device: Device) -> None:
         refuse_unclippable(model)
         self.model, self.task, self.device = model.to(device.name), task, device
+        # A language model's records, one by one: by the end of a long row, and over many tokens, a kernel's rounding goes by what else is
+        # there, and attention can be made to raise that above the clipping norm.
+        self.together = 1 if task.kind == "causal-lm" else sys.maxsize
         prefix = frozen_prefix(model)
         self.activations = None if prefix is None else Activations(prefix)
         self.final, self._head_only = None, False
@@ -194,7 +199,7 @@ class Trainer:
         total = 0.0
         size = 4 * sum(p.numel() for p in optimiser.params)
         most = max(1, GRADIENT_BYTES[self.device.name] // size)
-        for part in physical_batches(units, data, PHYSICAL_TOKENS[self.device.name], most):
+        for part in physical_batches(units, data, PHYSICAL_TOKENS[self.device.name], min(most, self.together)):
             for p in optimiser.params:
                 p.grad_sample = None
             each = self.losses(data, part.rows)

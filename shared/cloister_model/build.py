@@ -26,6 +26,9 @@ from cloister_model.base import BaseModel
 from cloister_model.features import hashed_words, mean, raw, scaled, weights
 from cloister_model.tokens import STEP, padded
 
+# A multiple of twice the numbers in a CPU's widest vectors: such many are all computed alike, wherever one stands among them.
+ROWS = 32
+
 
 class Adapted(nn.Module):
     """Encoder or decoder with LoRA, and a head on ``features`` of a record where the task is classification.
@@ -242,15 +245,18 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def losses(model: nn.Module, task: TaskSpec, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """One loss per record, ``(n,)``, float32 or the model's own where that is wider; no record's loss depends on another.
+    """One loss per record, ``(n,)``, float64 for a classifier, else float32 or the model's own; no record's loss depends on another.
 
     For a causal language model it is the mean over the record's own tokens, in nats (Transformers' own mean over the batch's
-    tokens couples the records).
+    tokens couples the records). There rounding too may go by what else is in the batch: where that is to be private, one record is.
     """
     logits: Tensor = model(input_ids, attention_mask)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if task.kind == "text-classification":
-        return _cross_entropy(logits, labels)
+        # In whole vectors and float64: the last few of many numbers go another way through a CPU, and which are last is the others' affair.
+        rest = -len(labels) % ROWS
+        wide, places = nn.functional.pad(logits.double(), (0, 0, 0, rest)), nn.functional.pad(labels, (0, rest))
+        return _cross_entropy(wide, places)[: len(labels)]
     mask = attention_mask[:, 1:].to(logits.dtype)
     each = _cross_entropy(logits[:, :-1], input_ids[:, 1:])
     return (each * mask).sum(1) / mask.sum(1).clamp(min=1)

@@ -32,6 +32,7 @@ from cloister_shared.vectors import (
     check_bounded,
     limits_of,
 )
+from torch import nn
 from torch.nn import functional
 
 from support.client_oracle import make_trainer
@@ -170,6 +171,45 @@ def test_a_language_models_records_do_not_touch_each_other(
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("layers", [(), (1,)])
+def test_a_language_models_clipped_sum_is_that_of_records_alone(tiny_gpt2: Path, layers: tuple[int, ...]) -> None:
+    """A third reviewer's: one record more moved 256 others on by one place, and the sum by 12 clipping norms."""
+    task = TaskSpec("causal-lm", (), 24, ("c_attn",), layers, 4, MAX_SCALE * 4)
+    trainer = Trainer(build(find_base(str(tiny_gpt2), "test"), task, "test"), task, CPU)
+    parent, rng = signs(schema_of(trainer.model), 3), np.random.default_rng(4)
+    ids = tuple(tuple(int(v) for v in rng.integers(5, 200, size)) for size in (8, 8, 24, 24, 24, 3, 1))
+    whole = summed(trainer, parent, Encoded(ids, (0,) * len(ids), 0), CLIP)
+    alone = [summed(trainer, parent, Encoded((one,), (0,), 0), CLIP) for one in ids]
+    assert float(np.linalg.norm(whole - np.sum(alone, axis=0))) / CLIP < 1e-12
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 17])
+def test_a_records_loss_and_its_gradient_are_the_same_among_any_others(classes: int) -> None:
+    """The last few of many numbers go another way through a CPU: there are none."""
+
+    class Given(nn.Module):
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            """Logits as they are."""
+            return ids
+
+    task = TaskSpec("text-classification", tuple(map(str, range(classes))), 64, ("query",), (), 2, 4.0)
+    drawn = torch.from_numpy(np.random.default_rng(classes).normal(0, 8, (70, classes)).astype(np.float32))
+    labels = torch.arange(70) % classes
+
+    def both(logits: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = logits.clone().requires_grad_()
+        each = losses(Given(), task, leaf, torch.ones(0), own)
+        (got,) = torch.autograd.grad(each.sum(), leaf)
+        return each.detach(), got
+
+    alone = [both(drawn[i : i + 1], labels[i : i + 1]) for i in range(70)]
+    for count in (2, 7, 31, 32, 33, 70):
+        for start in (0, 70 - count):
+            each, got = both(drawn[start : start + count], labels[start : start + count])
+            assert torch.equal(each, torch.cat([a for a, _ in alone[start : start + count]]))
+            assert torch.equal(got, torch.cat([g for _, g in alone[start : start + count]]))
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_records_place_in_its_batch_changes_nothing(threads: int) -> None:
     """A reviewer's: a head's gradient was computed otherwise for the last rows of a batch."""
@@ -208,7 +248,8 @@ def test_the_check_sees_padding_to_the_longest(monkeypatch: pytest.MonkeyPatch) 
 def test_the_check_sees_a_gradient_that_jumps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "STEP", 1)
     monkeypatch.setattr(attention, "LANES", 1)
-    monkeypatch.setattr(build_module, "_cross_entropy", partial(functional.cross_entropy, reduction="none"))
+    jumping = partial(functional.cross_entropy, reduction="none")
+    monkeypatch.setattr(build_module, "_cross_entropy", lambda z, target: jumping(z.float(), target).double())
     assert (
         max(flipped((), CLIP, 2, float(np.log(2.0**24)) + off * 1e-5, aligned=False) for off in (-2, -1, 0, 1, 2)) > 1
     )
