@@ -1,7 +1,8 @@
 """Physical batches of one sampled batch: whole privacy units, longest first, by what fits into memory.
 
 Splitting changes nothing that is summed. Records of like length lie together, so little padding is computed. A unit that does
-not fit by itself is split over several parts, whose gradients are added before the unit is clipped.
+not fit by itself is split over several parts, whose gradients are added before the unit is clipped. A unit with a long record
+is a part by itself: attention's kernel is another from 192 tokens on, and a shorter record beside it would be padded into that.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cloister_model.tokens import Encoded, padded
+
+# Padded tokens of the longest record that shares a part with other units.
+ALONE = 188
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ def physical_batches(units: Sequence[tuple[int, ...]], data: Encoded, tokens: in
             filled.clear()
 
     for unit in by_length:
-        if not filled or len(unit) > room:
+        long = padded(len(data.ids[unit[0]])) > ALONE
+        if not filled or len(unit) > room or long:
             close()
             # Units come longest first: the first record's length is that of the whole part.
             room = max(1, min(tokens // padded(len(data.ids[unit[0]])), records))
@@ -65,7 +70,7 @@ def physical_batches(units: Sequence[tuple[int, ...]], data: Encoded, tokens: in
             rest = rest[room:]
         filled.append(rest)
         room -= len(rest)
-        if rest is not unit:  # the end of a split unit stays by itself, so that only its own sum is carried over
+        if rest is not unit or long:  # the end of a split unit stays by itself, so that only its own sum is carried over
             close()
     close()
     return parts

@@ -209,3 +209,11 @@ def test_an_empty_sample_of_units_is_noise_alone(made: tuple[Trainer, Encoded]) 
     optimiser = trainer.optimiser(FIELD)
     trainer.accumulate(optimiser, data, [])
     assert all(float(accumulated(p).abs().max()) == 0 for p in optimiser.params)
+
+
+def test_a_unit_with_a_long_record_is_a_part_by_itself() -> None:
+    data = Encoded(tuple((1,) * size for size in (185, 192, 188, 3, 190, 20)), (0,) * 6, 0)
+    units = ((0,), (1, 3), (2,), (4,), (5,))
+    parts = physical_batches(units, data, 10_000, 50)
+    assert [part.rows for part in parts] == [(1, 3), (4,), (2, 0, 5)]
+    assert all(part.whole for part in parts)
