@@ -33,8 +33,8 @@ from cloister_client.batches import physical_batches
 from cloister_client.clipping import SecureDPOptimizer
 from cloister_client.probe import probe, refuse_unclippable
 
-# Padded tokens of a physical batch: on a CPU more is hardly faster and takes memory, on a GPU fewer leave it idle.
-PHYSICAL_TOKENS = {"cpu": 768, "cuda": 32768}
+# Padded tokens of a physical batch: on a CPU more is a little faster and takes memory, on a GPU fewer leave it idle.
+PHYSICAL_TOKENS = {"cpu": 448, "cuda": 32768}
 # What the per-sample gradients of a physical batch may take; it binds where records are short or adapters large.
 GRADIENT_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 
