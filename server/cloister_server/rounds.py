@@ -12,114 +12,30 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import replace
 
 import numpy as np
-from cloister_flower.frames import frame_of
-from cloister_shared.cards import SiteCard
-from cloister_shared.encoding import digest, parse_record
-from cloister_shared.errors import CloisterError, RefusedError, VerificationError
-from cloister_shared.plan import Plan, PlanCore, Receipt, TaskSpec, TrainingSpec, closing_bytes
-from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, open_envelope, seal
-from cloister_shared.signing import SigningKey
+from cloister_shared.encoding import digest
+from cloister_shared.errors import RefusedError
+from cloister_shared.plan import Plan, PlanCore, Receipt, closing_bytes
+from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, seal
 from cloister_shared.vectors import (
     F32,
-    Schema,
     bounded,
     from_safetensors,
     to_safetensors,
-    vector_from_bytes,
     vector_to_bytes,
 )
 
-from cloister_server.accounting import REFUSED, charge, foresee, record_costs, spending
-from cloister_server.admission import admit_update
+from cloister_server.accounting import charge, foresee, record_costs, spending
 from cloister_server.aggregation import Aggregate, aggregate, noised_mean
-from cloister_server.federation import Federation
-from cloister_server.judge import Judge
+from cloister_server.context import Context, Exchange, Member
+from cloister_server.intake import Intake, take
 from cloister_server.planning import in_round
-from cloister_server.store import Commit, NoisedSum, Round, RoundClient, Run, Store
+from cloister_server.store import Commit, NoisedSum, Round, RoundClient
 
-Tell = Callable[..., None]
 CLOSING_SECONDS = 15.0
-FAILED = "failed-at-site"
-
-
-class Exchange(Protocol):
-    """The way to the clients and back: ``cloister_flower.grid.Link``, or an in-process one in tests."""
-
-    def exchange(
-        self,
-        frames: dict[int, bytes],
-        group: str,
-        seconds: float,
-        enough: Callable[[dict[int, Any]], bool],
-        tick: Callable[[], None] = ...,
-    ) -> Iterator[tuple[int, Any]]:
-        """Sends frames by node id and yields replies as they come."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """A site in this run.
-
-    Attributes:
-        card: Its card.
-        node: Its Flower node id.
-        training: How it trains, calibrated for its declared size.
-    """
-
-    card: SiteCard
-    node: int
-    training: TrainingSpec
-
-    @property
-    def id(self) -> str:
-        """Key id, hex."""
-        return self.card.verify_key.id.hex()
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a run has.
-
-    Attributes:
-        federation: Its settings.
-        signing: The coordinator's key.
-        store: The registry.
-        run: The run's row.
-        task: What is learnt, with the run's centre.
-        schema: The adapter's schema.
-        members: The sites, by name.
-        judge: Who scores candidates.
-        tell: Called with events for the operator.
-    """
-
-    federation: Federation
-    signing: SigningKey
-    store: Store
-    run: Run
-    task: TaskSpec
-    schema: Schema
-    members: tuple[Member, ...]
-    judge: Judge
-    tell: Tell
-
-
-@dataclass
-class Intake:
-    """What came back in one attempt.
-
-    Attributes:
-        updates: Accepted updates by client id.
-        changes: What the registry will know of each client.
-    """
-
-    updates: dict[str, F32] = field(default_factory=dict)
-    changes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def run_rounds(context: Context, link: Exchange) -> None:
@@ -310,75 +226,6 @@ def _seal(
     return seal(header, plaintext, member.card.sealing_key, context.signing)
 
 
-def take(
-    context: Context, intake: Intake, member: Member, core: PlanCore, attempt: int, key: OpeningKey, message: Any
-) -> None:
-    """Opens and judges one reply; whatever is wrong with it costs this client alone."""
-    where, size = f"reply of {member.card.name}", 0
-    told: dict[str, float] = {}
-    try:
-        frame = frame_of(message, where)
-        size = len(frame)
-        header, plaintext = open_envelope(
-            frame,
-            by=member.card.verify_key,
-            key=key,
-            max_bytes=4 * context.schema.size + 65536,
-            where=where,
-            expect={
-                "direction": Direction.TO_COORDINATOR,
-                "run": bytes.fromhex(core.run),
-                "round": core.round,
-                "attempt": attempt,
-                "client": member.card.verify_key.id,
-                "server": context.signing.verify_key.id,
-                "base": bytes.fromhex(core.base),
-                "schema": bytes.fromhex(core.schema),
-                "plan": bytes.fromhex(core.digest),
-            },
-        )
-        if header.codec == Codec.REFUSAL:
-            said = parse_record(plaintext, where)
-            reason = "; ".join(
-                f"{k} {str(said[k])[:200]}" if k in ("expected", "got") else str(said[k])[:200]
-                for k in ("rule", "what", "expected", "got")
-                if said.get(k)
-            )
-            # Only these rules certainly come before the reservation; whatever else a site says may have been charged.
-            free = str(said.get("rule", "")).startswith(("policy.", "budget.", "plan.invalid", "train.un"))
-            verdict, update = (REFUSED if free else FAILED), None
-        elif header.codec == Codec.UPDATE_F32 and header.parameters == context.schema.size:
-            cut = 4 * context.schema.size
-            update = vector_from_bytes(plaintext[:cut], context.schema, where)
-            told = read_report(plaintext[cut:], core, where)
-            found = admit_update(update, context.schema, core.training)
-            verdict, reason = found.code, found.what
-        else:
-            raise VerificationError("neither an update nor a refusal", where=where, got=header.codec.name)
-    except CloisterError as error:
-        verdict, reason, update = "unreadable", str(error)[:500], None
-    # A peer's words reach a terminal and a registry that keeps them for good.
-    reason = "".join(c if c.isprintable() else "?" for c in reason)[:500]
-    accepted = verdict == "accepted" and update is not None
-    if accepted and update is not None:
-        intake.updates[member.id] = update
-    intake.changes[member.id] = {
-        "verdict": verdict,
-        "reason": "" if accepted else reason,
-        "received_bytes": size,
-        "report": json.dumps(told) if accepted else "",
-        "update": digest(vector_to_bytes(update)) if update is not None else "",
-    }
-    context.tell(
-        "reply",
-        number=core.round,
-        site=member.card.name,
-        verdict=verdict,
-        reason="" if accepted else reason,
-        bytes=size,
-    )
-
-
 def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]:
     """Receipts for the last committed round, by client id; none for round 0."""
     rows = {r.number: r for r in context.store.rounds(context.run.id)}
@@ -389,31 +236,6 @@ def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]
             Receipt(context.run.id, number, client.plan, update, client.verdict, rows[number].adapter or ""),
         )
     return out
-
-
-def read_report(data: bytes, core: PlanCore, where: str) -> dict[str, float]:
-    """The numbers beside an update: un-noised ones by their name, noised ones by ``noised_`` and theirs; none where there are none.
-
-    Raises:
-        VerificationError: Other numbers than the plan asked for.
-    """
-    if not data and not core.noised:
-        return {}
-    record = parse_record(data, where)
-    kind, asked = ("noised", {n.name for n in core.noised}) if core.noised else ("nonprivate", set(core.reports))
-    told = record.get(kind)
-    if (
-        not isinstance(told, dict)
-        or set(record) != {kind}
-        or not set(told) <= asked
-        or (core.noised and set(told) != asked)
-        or not all(isinstance(v, float) for v in told.values())
-    ):
-        raise VerificationError(
-            "other numbers than were asked for", where=where, expected=", ".join(sorted(asked)) or "none"
-        )
-    prefix = "noised_" if core.noised else ""
-    return {f"{prefix}{name}": float(value) for name, value in told.items()}
 
 
 def close(context: Context, link: Exchange) -> None:

@@ -12,8 +12,9 @@ import pytest
 from cloister_model.build import frozen_schema
 from cloister_server.aggregation import aggregate
 from cloister_server.federation import read_federation
+from cloister_server.intake import read_report
 from cloister_server.planning import forecast, training_for
-from cloister_server.rounds import read_report, run_rounds
+from cloister_server.rounds import run_rounds
 from cloister_server.run import find_unfinished
 from cloister_shared.errors import InputError, RefusedError, VerificationError
 from cloister_shared.frozen_a import frozen_tensors
