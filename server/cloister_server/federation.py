@@ -39,6 +39,9 @@ from cloister_shared.settings import Table, read_toml
 from cloister_shared.signing import SigningKey, read_secret
 from cloister_shared.tls import make_tls
 
+from cloister_server.robust import BY_COORDINATE, MIXED
+from cloister_server.robust import RULES as RULES_OF_ROWS
+
 # The recipe for a head on features of length 28, and for LoRA: bench/results has the tables they come from.
 WORDS, HEAD_RATE = 4096, 0.6
 CLIPPING_NORM = {"text-classification": 4.0, "causal-lm": 1.0}
@@ -62,6 +65,25 @@ class ClientLevel:
     clipping_norm: float
     delta: float
     epsilon_cap: float
+
+
+PIPELINE = "pipeline"
+
+
+@dataclass(frozen=True)
+class Defence:
+    """What is done about hostile updates, beyond what each must be by itself.
+
+    Attributes:
+        rule: A rule of ``robust``, or ``pipeline``.
+        attackers: How many clients of a cohort may be anything.
+        margin: What a round may lose on held-out text, in accuracy (in loss where there is none), before its parent is
+            kept; None for no gate.
+    """
+
+    rule: str
+    attackers: int
+    margin: float | None
 
 
 @dataclass(frozen=True)
@@ -90,6 +112,7 @@ class Federation:
         noise_multiplier: Noise multiplier, or None where ``epsilon`` is given.
         delta: Delta of every record-level statement.
         client_level: Noise at the aggregator, or None.
+        defence: What is done about hostile updates.
         deadline: Seconds that a round waits.
         min_clients: Fewest accepted updates for a commit.
         held_out: Text to judge on, or None.
@@ -117,6 +140,7 @@ class Federation:
     noise_multiplier: float | None
     delta: float
     client_level: ClientLevel | None
+    defence: Defence
     deadline: float
     min_clients: int
     held_out: Source | None
@@ -165,6 +189,24 @@ def _client_level(table: Table, rule: Rule) -> ClientLevel | None:
     )
 
 
+def _defence(table: Table, rule: Rule, client_level: bool, held_out: bool) -> Defence:
+    named = table.text("rule", "mean", choices=(PIPELINE, *RULES_OF_ROWS, *(MIXED + r for r in RULES_OF_ROWS)))
+    margin = table.number("margin", 0, 1000) if "margin" in table.written else None
+    if client_level and table.written:
+        raise InputError(
+            "client-level noise is made for a mean of cut updates, and for nothing that compares them",
+            where=table.where,
+            mend="leave out [defence] or [privacy.client_level]",
+        )
+    if rule == "exact" and named.removeprefix(MIXED) in BY_COORDINATE:
+        raise InputError(
+            "this rule goes by coordinate, which products have none of", where=f"{table.where} rule", got=named
+        )
+    if margin is not None and not held_out:
+        raise InputError("a margin is measured on held-out text", where=f"{table.where} margin", mend="add [held_out]")
+    return Defence(named, table.integer("attackers", 0, 100_000, 0), margin)
+
+
 def _noised(table: Table) -> tuple[NoisedNumber, ...]:
     bound = {"loss": table.number("loss_bound", 1e-3, 1e3, 4.0), "units": 1.0}
     return tuple(NoisedNumber(n, table.number(n, 0.1, 1000), bound[n]) for n in NOISED if n in table.written)
@@ -188,8 +230,9 @@ def read_federation(path: Path) -> Federation:
         InputError: A key is missing, unknown, of another type or out of range.
     """
     table = read_toml(path, "federation")
-    task, training, aggregation, privacy, waiting, held, public, numbers = (
-        table.table(n) for n in ("task", "training", "aggregation", "privacy", "round", "held_out", "public", "noised")
+    task, training, aggregation, privacy, waiting, held, public, numbers, defence = (
+        table.table(n)
+        for n in ("task", "training", "aggregation", "privacy", "round", "held_out", "public", "noised", "defence")
     )
     rule = _rule(aggregation, private=True)
     client_level = privacy.table("client_level")
@@ -218,12 +261,13 @@ def read_federation(path: Path) -> Federation:
         else None,
         delta=privacy.number("delta", 1e-10, 0.5, 1e-5),
         client_level=_client_level(client_level, rule),
+        defence=_defence(defence, rule, bool(client_level.written), bool(held.written)),
         deadline=waiting.number("deadline_seconds", 1, 7 * 86400, 1800),
         min_clients=waiting.integer("min_clients", 1, 1_000_000, 2),
         held_out=_own_text(held, path, spec),
         public=_own_text(public, path, spec),
     )
-    for part in (task, training, aggregation, client_level, privacy, waiting, held, public, numbers, table):
+    for part in (task, training, aggregation, client_level, privacy, waiting, held, public, numbers, defence, table):
         part.finish()
     if federation.noised and (federation.reports or federation.client_level is not None):
         raise InputError(

@@ -32,6 +32,7 @@ class Finding:
     """One test of one update.
 
     Attributes:
+        test: ``norm`` or ``harm``.
         code: ``norm-high``, ``norm-low``, ``harm``; ``ok`` where it passed.
         observed: What the update has.
         threshold: What it may have.
@@ -39,6 +40,7 @@ class Finding:
         mad: Median absolute deviation of the cohort.
     """
 
+    test: str
     code: str
     observed: float
     threshold: float
@@ -104,7 +106,7 @@ def norm_test(norms: F64, predicted: F64) -> list[Finding]:
             "ok" if len(norms) < FEWEST or abs(log - median) <= room else ("norm-high" if log > median else "norm-low")
         )
         limit = np.exp(median + room if log >= median else median - room)
-        found.append(Finding(code, float(ratio), float(limit), float(np.exp(median)), mad))
+        found.append(Finding("norm", code, float(ratio), float(limit), float(np.exp(median)), mad))
     return found
 
 
@@ -123,7 +125,7 @@ def harm_test(losses: F64, parent: float) -> list[Finding]:
     harm = np.nan_to_num(losses - parent, nan=np.inf, posinf=np.inf)
     median, mad = spread(np.minimum(harm, np.finfo(np.float64).max))
     limit = max(0.0, median + _HARM_REACH * _SIGMA * mad + _SLACK * abs(parent))
-    return [Finding("harm" if value > limit else "ok", float(value), limit, median, mad) for value in harm]
+    return [Finding("harm", "harm" if value > limit else "ok", float(value), limit, median, mad) for value in harm]
 
 
 def majority_flagged(flags: list[bool]) -> bool:

@@ -61,10 +61,10 @@ def combine(rule: str, updates: F32, attackers: int, scales: F64 | None = None) 
             expected=f">= {least(rule, attackers)} rows at {attackers} attackers",
             got=f"{updates.shape} and {scales.shape}",
         )
-    if inner in _BY_COORDINATE:
+    if inner in BY_COORDINATE:
         mixing = np.eye(len(updates)) if rule == inner else nearest(gram(updates, scales), attackers)
         return Combined(
-            _by_chunk(updates, lambda rows: _BY_COORDINATE[inner]((mixing * scales) @ rows, attackers)), None
+            _by_chunk(updates, lambda rows: BY_COORDINATE[inner]((mixing * scales) @ rows, attackers)), None
         )
     products, mixing = gram(updates, scales), np.eye(len(updates))
     if rule != inner:
@@ -200,5 +200,5 @@ _BY_GRAM: dict[str, Callable[[F64, int], F64]] = {
     "geometric-median": _geometric_median,
     "centred-clipping": _centred_clipping,
 }
-_BY_COORDINATE: dict[str, Callable[[F64, int], F64]] = {"median": _median, "trimmed-mean": _trimmed_mean}
-RULES = (*_BY_GRAM, *_BY_COORDINATE)
+BY_COORDINATE: dict[str, Callable[[F64, int], F64]] = {"median": _median, "trimmed-mean": _trimmed_mean}
+RULES = (*_BY_GRAM, *BY_COORDINATE)

@@ -1,6 +1,6 @@
 """The story of a round at the coordinator.
 
-    plan -> open in the registry -> seal and send -> open, admit -> aggregate -> judge -> commit in one transaction -> receipts next time
+    plan -> open in the registry -> seal, send -> open, admit -> compare, aggregate, judge -> commit in one transaction -> receipts
 
 Everything called here is a leaf. A malformed or missing reply costs one client, not the round; fewer than ``min_clients`` accepted
 updates abort the round, which a resumed run opens again as the same work. A new attempt has a new round key; the work's digest
@@ -13,7 +13,7 @@ import json
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict
 
 import numpy as np
 from cloister_shared.encoding import digest
@@ -29,30 +29,44 @@ from cloister_shared.vectors import (
 )
 
 from cloister_server.accounting import charge, foresee, record_costs, spending
-from cloister_server.aggregation import Aggregate, aggregate, noised_mean
+from cloister_server.aggregation import Aggregate, noised_mean
 from cloister_server.context import Context, Exchange, Member
+from cloister_server.defence import Cohort, Entered, enter, explained, reputation
+from cloister_server.federation import PIPELINE
 from cloister_server.intake import Intake, take
 from cloister_server.planning import in_round
-from cloister_server.store import Commit, NoisedSum, Round, RoundClient
+from cloister_server.store import Commit, Evidence, Judgement, NoisedSum, Round, RoundClient
 
 CLOSING_SECONDS = 15.0
+MOST_HOLDS = 3
 
 
 def run_rounds(context: Context, link: Exchange) -> None:
     """Runs every round that is not committed yet, then tells the clients that it is over.
 
     Raises:
-        RefusedError: A round had too few clients; the run can be resumed.
+        RefusedError: A round had too few clients, or ``MOST_HOLDS`` in a row kept their parent; the run can be resumed.
     """
     store, run = context.store, context.run
+    holds = 0
     for number in range(store.last_committed(run.id).number + 1, run.rounds + 1):
-        one_round(context, link, number)
+        held = one_round(context, link, number)
+        holds = holds + 1 if held else 0
+        if holds == MOST_HOLDS and number < run.rounds:
+            raise RefusedError(
+                "defence.paused",
+                "rounds in a row kept their parent",
+                where=f"run {run.id[:8]} round {number}",
+                expected=f"< {MOST_HOLDS}",
+                got=f"{holds} ({held})"[:600],
+                mend="look at cloister rounds show, see to the sites or to [defence], then cloister run --resume",
+            )
     close(context, link)
     store.finish_run(run.id)
 
 
-def one_round(context: Context, link: Exchange, number: int) -> None:
-    """Plans, exchanges, aggregates and commits one round."""
+def one_round(context: Context, link: Exchange, number: int) -> str:
+    """Plans, exchanges, aggregates and commits one round; returns why its parent was kept, or nothing."""
     started = time.monotonic()
     store, federation = context.store, context.federation
     if federation.client_level is not None:
@@ -99,49 +113,119 @@ def one_round(context: Context, link: Exchange, number: int) -> None:
             got=f"{len(intake.updates)} ({why})"[:600],
             mend="see to the sites, then cloister run --resume",
         )
-    candidate, charged = make_candidate(context, row, cores, parent, intake.updates)
-    candidate = replace(candidate, vector=bounded(candidate.vector, context.schema))
-    residual = candidate.residual if federation.rule == "exact" else None
-    metrics, judging = context.judge.judge(candidate.vector)
-    blob = to_safetensors(
-        candidate.vector, context.schema, {"run": context.run.id, "round": str(number), "base": context.run.base}
+    entered, charged = make_candidate(context, row, before.number, cores, parent, intake.updates)
+    order = sorted(intake.updates)
+    held = entered.held
+    for client, reason in refused(context, order, entered).items():
+        intake.changes[client] |= {"verdict": "held" if held else "refused-by-peers", "reason": reason, "report": ""}
+    made = entered.made
+    adapter = before.adapter or ""
+    if not held:
+        named = {"run": context.run.id, "round": str(number), "base": context.run.base}
+        adapter = store.blobs.put(to_safetensors(made.vector, context.schema, named))
+    seconds = time.monotonic() - started - entered.seconds
+    residual = made.residual if federation.rule == "exact" else None
+    judgement, evidence = register(context, number, order, entered)
+    store.commit_round(
+        context.run.id,
+        number,
+        Commit(adapter, seconds, entered.seconds, intake.changes, entered.metrics, residual, judgement, evidence),
     )
-    adapter = store.blobs.put(blob)
-    seconds = time.monotonic() - started - judging
-    store.commit_round(context.run.id, number, Commit(adapter, seconds, judging, intake.changes, metrics, residual))
     context.tell(
         "committed",
         number=number,
         rounds=context.run.rounds,
-        accepted=len(intake.updates),
+        accepted=int(entered.entered.sum()),
         cohort=len(frames),
         adapter=adapter,
         seconds=seconds,
-        judging_seconds=judging,
-        metrics=metrics,
+        judging_seconds=entered.seconds,
+        metrics=entered.metrics,
         rule=federation.rule,
         residual=residual,
         client_level=None if charged is None else charged.model_dump(exclude={"clients"}),
+        defence=entered.rule,
+        held=held,
     )
+    return held
 
 
 def make_candidate(
-    context: Context, row: Round, cores: dict[str, PlanCore], parent: F32, updates: dict[str, F32]
-) -> tuple[Aggregate, NoisedSum | None]:
-    """The accepted updates made into a candidate by the federation's rule.
+    context: Context, row: Round, before: int, cores: dict[str, PlanCore], parent: F32, updates: dict[str, F32]
+) -> tuple[Entered, NoisedSum | None]:
+    """The accepted updates made into a candidate, judged.
 
     With client-level noise it is charged first and noised here, so that nothing that is judged, told or stored was made without.
     """
-    order, level = sorted(updates), context.federation.client_level
-    rows = np.stack([updates[c] for c in order])
-    if level is None:
-        weights = np.array([cores[c].weight for c in order], dtype=np.float64)
-        # Where LoRA rested, there are no products to put in a mean's place.
-        rested = all(core.training.head_only for core in cores.values())
-        return aggregate("average" if rested else context.federation.rule, parent, rows, weights, context.schema), None
-    charged = charge(context.store, level, row, len(cores), order)
-    mean = noised_mean(rows, level.clipping_norm, level.noise_multiplier, len(cores))
-    return Aggregate(np.asarray(parent + mean, dtype=np.float32), 0.0), charged
+    order, federation, judge = sorted(updates), context.federation, context.judge
+    rows, level = np.stack([updates[c] for c in order]), federation.client_level
+    if level is not None:
+        charged = charge(context.store, level, row, len(cores), order)
+        mean = noised_mean(rows, level.clipping_norm, level.noise_multiplier, len(cores))
+        vector = bounded(np.asarray(parent + mean, dtype=np.float32), context.schema)
+        metrics, seconds = judge.judge(vector)
+        every = np.ones(len(order), dtype=bool)
+        return Entered(Aggregate(vector, 0.0), ((),) * len(order), every, None, "mean", "", metrics, seconds), charged
+    past = context.store.evidence(context.run.id)
+    left_out = [reputation(history(past, client))[1] for client in order]
+    cohort = Cohort(
+        rows,
+        np.array([cores[c].weight for c in order], dtype=np.float64),
+        [cores[c].training for c in order],
+        np.array(left_out, dtype=bool),
+    )
+    defence, scores = federation.defence, context.store.metrics(context.run.id, before)
+    if not scores and (defence.rule == PIPELINE or defence.margin is not None):
+        scores, _ = judge.judge(parent)
+    # Where LoRA rested, there are no products to put in a mean's place.
+    rested = all(training.head_only for training in cohort.trainings)
+    return enter(defence, "average" if rested else federation.rule, parent, cohort, context.schema, judge, scores), None
+
+
+def history(past: list[Evidence], client: str) -> list[list[str]]:
+    """What a client was flagged for, round by round."""
+    rounds: dict[int, list[str]] = {}
+    for test in past:
+        if test.client == client:
+            rounds.setdefault(test.number, []).extend([test.code] if test.code != "ok" else [])
+    return [rounds[number] for number in sorted(rounds)]
+
+
+def refused(context: Context, order: list[str], entered: Entered) -> dict[str, str]:
+    """Why each update that did not enter did not, by client id."""
+    past, out = context.store.evidence(context.run.id), {}
+    for client, found, inside in zip(order, entered.findings, entered.entered, strict=True):
+        if not inside:
+            codes = [f.code for f in found if f.flagged]
+            out[client] = explained(found, reputation([*history(past, client), codes]), entered.held)
+    return out
+
+
+def register(
+    context: Context, number: int, order: list[str], entered: Entered
+) -> tuple[Judgement | None, list[Evidence]]:
+    """The registry's rows of what the defence did; none where there is none."""
+    defence = context.federation.defence
+    if context.federation.client_level is not None or (defence.rule == "mean" and defence.margin is None):
+        return None, []
+    run = context.run.id
+    shares = None if entered.shares is None else dict(zip(order, map(float, entered.shares), strict=True))
+    judgement = Judgement(
+        run=run,
+        number=number,
+        rule=entered.rule,
+        attackers=defence.attackers,
+        judged=len(order),
+        entered=int(entered.entered.sum()),
+        held=entered.held,
+        shares=json.dumps(shares),
+    )
+    evidence = [
+        Evidence(run=run, number=number, client=client, **asdict(found))
+        for client, tests in zip(order, entered.findings, strict=True)
+        for found in tests
+    ]
+    return judgement, evidence
 
 
 def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[RoundClient]]:

@@ -112,6 +112,33 @@ class NoisedSum(SQLModel, table=True):
     epsilon: float = 0.0  # of all sums of this federation up to this one, at delta
 
 
+class Evidence(SQLModel, table=True):
+    """One test of one client's update against its cohort."""
+
+    run: str = Field(primary_key=True, foreign_key="run.id")
+    number: int = Field(primary_key=True)
+    client: str = Field(primary_key=True)
+    test: str = Field(primary_key=True)
+    code: str
+    observed: float
+    threshold: float
+    median: float
+    mad: float
+
+
+class Judgement(SQLModel, table=True):
+    """What a round's defence did."""
+
+    run: str = Field(primary_key=True, foreign_key="run.id")
+    number: int = Field(primary_key=True)
+    rule: str
+    attackers: int
+    judged: int
+    entered: int
+    held: str  # why the parent was kept, empty where it was not
+    shares: str  # what each client's update brought, JSON by client id; null where the rule goes by coordinate
+
+
 def _triggers() -> Iterator[str]:
     """Nothing of a committed round, and no charge, changes, goes, comes or is replaced (REPLACE deletes without a DELETE trigger)."""
     yield (
@@ -131,7 +158,7 @@ def _triggers() -> Iterator[str]:
             f"CREATE TRIGGER IF NOT EXISTS noised_sum_{deed.lower()} BEFORE {deed} ON noised_sum {when}"
             " BEGIN SELECT RAISE(ABORT, 'UNIQUE: what was charged stays'); END"
         )
-    for table in ("round_client", "metric"):
+    for table in ("round_client", "metric", "evidence", "judgement"):
         for deed, row in (("UPDATE", "OLD"), ("DELETE", "OLD"), ("INSERT", "NEW")):
             known = f"SELECT 1 FROM round WHERE run = {row}.run AND number = {row}.number AND state = 'committed'"  # noqa: S608
             yield (
@@ -151,6 +178,8 @@ class Commit:
         clients: Changes per client id.
         metrics: Scores by name.
         residual: What the rule ``exact`` could not keep, relative; None for the linear rules.
+        judgement: What the defence did; None where there is none.
+        evidence: Its tests.
     """
 
     adapter: str
@@ -159,6 +188,8 @@ class Commit:
     clients: dict[str, dict[str, Any]]
     metrics: dict[str, float]
     residual: float | None = None
+    judgement: Judgement | None = None
+    evidence: Sequence[Evidence] = ()
 
 
 class Store:
@@ -280,6 +311,9 @@ class Store:
                 row.received_bytes += entry.received_bytes
             for name, value in commit.metrics.items():
                 session.add(Metric(run=run, number=number, name=name, value=value))
+            session.add_all(commit.evidence)
+            if commit.judgement is not None:
+                session.add(commit.judgement)
             session.flush()  # the triggers let nothing follow the commit
             row.state, row.adapter, row.committed = "committed", commit.adapter, time.time()
             row.seconds, row.judging_seconds, row.residual = commit.seconds, commit.judging_seconds, commit.residual
@@ -371,6 +405,16 @@ class Store:
             return {
                 m.name: m.value for m in session.exec(select(Metric).where(Metric.run == run, Metric.number == number))
             }
+
+    def evidence(self, run: str) -> list[Evidence]:
+        """Every test of a run, by round."""
+        with Session(self._engine) as session:
+            return list(session.exec(select(Evidence).where(Evidence.run == run).order_by(Evidence.number)))  # type: ignore[arg-type]
+
+    def judgements(self, run: str) -> list[Judgement]:
+        """What the defence did in a run, by round."""
+        with Session(self._engine) as session:
+            return list(session.exec(select(Judgement).where(Judgement.run == run).order_by(Judgement.number)))  # type: ignore[arg-type]
 
     def adapter(self, digest: str) -> bytes:
         """An adapter's safetensors file, digest checked."""
