@@ -166,8 +166,11 @@ def event_line(kind: str, e: dict[str, Any]) -> str | None:
         took = f"{e['seconds']:.1f} s + {e['judging_seconds']:.1f} s judging"
         who = f"{e['accepted']} of {e['cohort']} accepted"
         lost = "" if e["residual"] is None else f"residual {e['residual']:.2%}"
-        line = f"round {e['number']}/{e['rounds']}: committed, {', '.join(filter(None, (who, scores, lost, took)))}"
-        return line if e["client_level"] is None else f"{line}\n  {_noised(e['client_level'])}"
+        done = f"HELD, parent kept: {e['held']}" if e["held"] else "committed"
+        lines = [f"round {e['number']}/{e['rounds']}: {done}, {', '.join(filter(None, (who, scores, lost, took)))}"]
+        lines += [f"  {site} left out: {reason}" for site, reason in e["refused"].items()]
+        lines += [] if e["client_level"] is None else [f"  {_noised(e['client_level'])}"]
+        return "\n".join(lines)
     return f"run {e['run'][:8]}: finished" if kind == "finished" else None
 
 
@@ -338,8 +341,16 @@ def show(
     facts = ", ".join(filter(None, (row["state"], scores, f"rule {found.rule}", lost)))
     title = f"run {found.id[:8]} round {number}: {facts}\nadapter {row['adapter']}, digest checked"
     title += "".join(f"\n{_noised(s)}" for s in row["client_level"])
+    judgement = next((j.model_dump() for j in store.judgements(found.id) if j.number == number), None)
+    if judgement is not None:
+        title += (
+            f"\ndefence: {judgement['rule']}, {judgement['attackers']} attackers assumed,"
+            f" {judgement['entered']} of {judgement['judged']} updates entered"
+        ) + (f"; HELD: {judgement['held']}" if judgement["held"] else "")
+    evidence = [e.model_dump(exclude={"run", "number"}) for e in store.evidence(found.id) if e.number == number]
     said = client_level_statement(store)
     record = {"run": found.id, "rule": found.rule, "client_level_statement": said} | row | {"clients": clients}
+    record |= {"defence": judgement, "evidence": evidence}
     console.table(record, title, columns, cells)
     _second_statement(said)
 

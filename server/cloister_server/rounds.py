@@ -116,7 +116,8 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
     entered, charged = make_candidate(context, row, before.number, cores, parent, intake.updates)
     order = sorted(intake.updates)
     held = entered.held
-    for client, reason in refused(context, order, entered).items():
+    names, left_out = {m.id: m.card.name for m in context.members}, refused(context, order, entered)
+    for client, reason in left_out.items():
         intake.changes[client] |= {"verdict": "held" if held else "refused-by-peers", "reason": reason, "report": ""}
     made = entered.made
     adapter = before.adapter or ""
@@ -146,6 +147,7 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
         client_level=None if charged is None else charged.model_dump(exclude={"clients"}),
         defence=entered.rule,
         held=held,
+        refused={} if held else {names[client]: reason for client, reason in left_out.items()},
     )
     return held
 
