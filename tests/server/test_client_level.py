@@ -475,12 +475,17 @@ def test_nothing_un_noised_is_told(noised: World) -> None:
         "accepted",
         "adapter",
         "cohort",
+        "defence",
+        "held",
         "judging_seconds",
         "metrics",
         "number",
+        "refused",
         "residual",
         "rounds",
         "rule",
         "seconds",
     }
-    assert set(next(e for k, e in noised.events if k == "committed")) == allowed
+    told = next(e for k, e in noised.events if k == "committed")
+    assert set(told) == allowed
+    assert (told["defence"], told["held"], told["refused"]) == ("mean", "", {})
