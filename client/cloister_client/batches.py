@@ -70,7 +70,8 @@ def physical_batches(units: Sequence[tuple[int, ...]], data: Encoded, tokens: in
             rest = rest[room:]
         filled.append(rest)
         room -= len(rest)
-        if rest is not unit or long:  # the end of a split unit stays by itself, so that only its own sum is carried over
+        # The end of a split unit stays by itself, so that only its own sum is carried over.
+        if rest is not unit or long:
             close()
     close()
     return parts
