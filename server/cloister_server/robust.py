@@ -22,6 +22,8 @@ F64 = npt.NDArray[np.float64]
 CHUNK = 1 << 15
 # Weiszfeld's steps: each is a product of (n, n) and (n,).
 _STEPS, _CLOSE, _CLIPS = 500, 1e-12, 20
+# A distance that is none: rows that are all alike.
+_NOTHING = 1e-100
 MIXED = "nnm+"
 
 
@@ -152,7 +154,7 @@ def _geometric_median(products: F64, attackers: int) -> F64:
     size = float(np.sqrt(max(0.0, np.diag(products).mean())))
     at = _mean(products, attackers)
     for _ in range(_STEPS):
-        pull = 1 / np.maximum(_from(products, at), max(1e-6 * size, np.finfo(np.float64).tiny))
+        pull = 1 / np.maximum(_from(products, at), max(1e-6 * size, _NOTHING))
         was, at = at, pull / pull.sum()
         if float(np.abs(at - was).max()) < _CLOSE:
             break

@@ -110,7 +110,7 @@ def test_scales_are_as_scaled_rows(rule: str) -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(WITHOUT_TIES), st.integers(0, 2))
-@calm(60)
+@calm(200)
 def test_order_does_not_matter(seed: int, rule: str, f: int) -> None:
     rows = drawn(9, 5, seed)
     order = np.random.default_rng(seed).permutation(9)
@@ -118,7 +118,7 @@ def test_order_does_not_matter(seed: int, rule: str, f: int) -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(ALL))
-@calm(60)
+@calm(200)
 def test_rows_that_are_all_alike_give_that_row(seed: int, rule: str) -> None:
     one = drawn(1, 6, seed)
     got = combine(rule, np.repeat(one, 9, axis=0), 2)
