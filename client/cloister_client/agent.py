@@ -71,7 +71,10 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
         print(f"{lost} open reservation(s) of an agent that died stay charged", flush=True)
     units = load(site, ledger)
     if units.unregistered:
-        print(f"{units.unregistered} record(s) are not registered and stay out: cloister site data add", flush=True)
+        print(
+            f"{units.unregistered} row(s) are not registered, or no records, and stay out: cloister site data add",
+            flush=True,
+        )
     if not units.records:
         print("no registered text is left in the registered files: rounds will be noise alone", flush=True)
     device = choose_device(site.device)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 from cloister_shared import noise
+from cloister_shared.errors import StateError
 from opacus.grad_sample import register_grad_sampler
 from opacus.optimizers import DPOptimizer
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
@@ -58,6 +59,7 @@ class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]
         if not part.whole or part.units < len(part.rows) or self._carried is not None:
             slots = torch.tensor(part.slots, device=self.params[0].device)
             for place, p in enumerate(self.params):
+                _check_processed_flag(p.grad_sample)
                 rows = torch.nan_to_num_(p.grad_sample, nan=0.0, posinf=0.0, neginf=0.0)
                 p.grad_sample = rows.new_zeros((part.units, *p.shape)).index_add_(0, slots, rows)
                 if self._carried is not None:
@@ -85,6 +87,8 @@ class SecureDPOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def add_noise(self) -> None:
         """Adds fresh N(0, (noise_multiplier * max_grad_norm)^2) to each element, drawn at once for all parameters."""
+        if self._carried is not None:
+            raise StateError("a unit's gradients are not whole yet: nothing can be noised", where="train")
         for p in self.params:
             _check_processed_flag(p.summed_grad)
         std = self.noise_multiplier * self.max_grad_norm

@@ -6,7 +6,7 @@ read again and rows whose unit is not registered are left out and counted for th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cloister_model.text import Source, read
@@ -83,7 +83,7 @@ def load(site: Site, ledger: Ledger) -> Units:
     """Reads the registered text.
 
     Raises:
-        InputError: Nothing is registered, or a file is not as it must be.
+        InputError: Nothing is registered, or a file cannot be read.
     """
     sources = ledger.sources()
     if not sources:
@@ -100,5 +100,8 @@ def load(site: Site, ledger: Ledger) -> Units:
             )
     labels = _labels(site.coordinator())
     key = read_secret(site.agent_home / "unit.key", 32)
-    # Also where none is left: an agent that does not start says so, one that adds noise alone does not.
-    return select(key, (record for source in sources for record in read(source, labels)), ledger.units())
+    # Rows that are no records are left out, and none need be left: an agent that does not start would say so to everybody.
+    odd: list[InputError] = []
+    found = (record for source in sources for record in read(source, labels, odd.append))
+    units = select(key, found, ledger.units())
+    return replace(units, unregistered=units.unregistered + len(odd))

@@ -53,7 +53,7 @@ class Units:
         records: The records that may be trained on, each once.
         units: Indices into ``records`` of each unit, in the order first met.
         blocks: The block of each unit.
-        unregistered: Records left out since their unit is not registered.
+        unregistered: Rows left out since their unit is not registered, or they are no records.
         copies: Records left out as copies of another of the same unit.
     """
 

@@ -11,7 +11,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -188,12 +188,42 @@ def _field(row: dict[str, Any], name: str, what: str, path: Path, number: int) -
     return str(value)
 
 
-def read(source: Source, labels: tuple[str, ...] | None = None) -> Iterator[Record]:
+def _record(source: Source, labels: tuple[str, ...] | None, row: dict[str, Any], number: int) -> Record:
+    text = _field(row, source.text, "text", source.path, number)
+    if not text.strip():
+        raise _fail("text is empty", source.path, number, "some text", "none", "remove the row")
+    if len(text.encode()) > MAX_ROW_BYTES:
+        raise _fail(
+            "row too long",
+            source.path,
+            number,
+            f"<= {MAX_ROW_BYTES} bytes",
+            f"{len(text.encode())} bytes",
+            "cut or remove the row",
+        )
+    label = _field(row, source.label, "label", source.path, number) if source.label else ""
+    if labels is not None and source.label and label not in labels:
+        raise _fail("unknown label", source.path, number, f"one of {', '.join(labels)}"[:300], repr(label)[:80])
+    unit = _field(row, source.unit, "unit", source.path, number) if source.unit else ""
+    if source.unit and not unit.strip():
+        raise _fail("unit is empty", source.path, number, f"a value in field {source.unit!r}", "none")
+    extra = tuple(
+        (str(k), str(v))
+        for k, v in row.items()
+        if k not in (source.text, source.label, source.unit) and isinstance(v, str | int)
+    )
+    return Record(text, label, extra, unit)
+
+
+def read(
+    source: Source, labels: tuple[str, ...] | None = None, odd: Callable[[InputError], None] | None = None
+) -> Iterator[Record]:
     """Reads every record of ``source``, in order.
 
     Args:
         source: File and fields.
         labels: The labels that may occur; None for any.
+        odd: Called with what is wrong with a row that is no record, which is left out; None to raise it, and where there is no record.
 
     Raises:
         InputError: The file or a row is not as it must be; a file without records is an error too.
@@ -206,32 +236,16 @@ def read(source: Source, labels: tuple[str, ...] | None = None) -> Iterator[Reco
     )
     count = 0
     for number, row in rows:
-        text = _field(row, source.text, "text", source.path, number)
-        if not text.strip():
-            raise _fail("text is empty", source.path, number, "some text", "none", "remove the row")
-        if len(text.encode()) > MAX_ROW_BYTES:
-            raise _fail(
-                "row too long",
-                source.path,
-                number,
-                f"<= {MAX_ROW_BYTES} bytes",
-                f"{len(text.encode())} bytes",
-                "cut or remove the row",
-            )
-        label = _field(row, source.label, "label", source.path, number) if source.label else ""
-        if labels is not None and source.label and label not in labels:
-            raise _fail("unknown label", source.path, number, f"one of {', '.join(labels)}"[:300], repr(label)[:80])
-        unit = _field(row, source.unit, "unit", source.path, number) if source.unit else ""
-        if source.unit and not unit.strip():
-            raise _fail("unit is empty", source.path, number, f"a value in field {source.unit!r}", "none")
+        try:
+            record = _record(source, labels, row, number)
+        except InputError as error:
+            if odd is None:
+                raise
+            odd(error)
+            continue
         count += 1
         if count > MAX_ROWS:
             raise _fail("too many rows", source.path, number, f"<= {MAX_ROWS}")
-        extra = tuple(
-            (str(k), str(v))
-            for k, v in row.items()
-            if k not in (source.text, source.label, source.unit) and isinstance(v, str | int)
-        )
-        yield Record(text, label, extra, unit)
-    if not count:
+        yield record
+    if not count and odd is None:
         raise _fail("the file holds no records", source.path, None, "at least one record", "none")

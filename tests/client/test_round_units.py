@@ -226,13 +226,25 @@ def test_one_new_unit_does_not_decide_whether_there_is_an_answer(world: World, t
     assert answer(world, desk_of(world, site), 2)[0].codec == Codec.UPDATE_F32
 
 
-def test_a_site_without_a_registered_record_answers_too(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        json.dumps({"text": "others' words", "label": LABELS[0]}),
+        json.dumps({"text": "others' words", "label": "weather"}),
+        json.dumps({"text": " ", "label": LABELS[0]}),
+        json.dumps({"body": "others' words", "label": LABELS[0]}),
+    ],
+    ids=["empty", "unregistered", "unknown label", "no text", "no field"],
+)
+def test_a_site_without_a_registered_record_answers_too(world: World, tmp_path: Path, content: str) -> None:
+    """Reviewers': an agent that did not start told what one row was."""
     site = enrolled(world, tmp_path, "")
     path = rows(tmp_path, "a.jsonl", range(1), 1)
     add(site, Source(path, "text", "label"))
-    path.write_text(json.dumps({"text": "others' words", "label": LABELS[0]}) + "\n")
+    path.write_text(content)
     desk = desk_of(world, site)
-    assert desk.units.records == ()
+    assert (desk.units.records, desk.units.unregistered) == ((), int(bool(content)))
     assert answer(world, desk, 1)[0].codec == Codec.UPDATE_F32
 
 

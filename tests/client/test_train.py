@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cloister_client.batches import Part
 from cloister_client.clipping import SecureDPOptimizer
 from cloister_client.probe import refuse_unclippable
 from cloister_client.train import Device, Trainer, choose_device
@@ -276,6 +277,26 @@ def test_one_clipped_sum_cannot_be_noised_twice(bert: tuple[Trainer, Encoded]) -
     optimiser.add_noise()
     with pytest.raises(ValueError, match="cleared"):
         optimiser.add_noise()
+
+
+def test_nothing_is_noised_while_a_unit_is_half_taken(bert: tuple[Trainer, Encoded]) -> None:
+    trainer, data = bert
+    optimiser = trainer.optimiser(spec())
+    trainer.accumulate(optimiser, data, grouped(ROWS))
+    for p in optimiser.params:
+        p.grad_sample = None
+    torch.autograd.backward(trainer.losses(data, (0, 1)).sum())
+    optimiser.take(Part((0, 1), (0, 0), 1, False))
+    with pytest.raises(StateError, match="not whole"):
+        optimiser.add_noise()
+
+
+def test_one_gradient_cannot_be_taken_twice(bert: tuple[Trainer, Encoded]) -> None:
+    trainer, data = bert
+    optimiser = trainer.optimiser(spec())
+    trainer.accumulate(optimiser, data, grouped(ROWS))
+    with pytest.raises(ValueError, match="cleared"):
+        optimiser.take(Part((0, 1), (0, 0), 1, False))
 
 
 def test_one_gradient_cannot_be_accumulated_twice(bert: tuple[Trainer, Encoded]) -> None:
