@@ -73,7 +73,9 @@ def combine(rule: str, updates: F32, attackers: int, scales: F64 | None = None) 
         mixing = nearest(products, attackers)
         products = mixing @ products @ mixing.T
     coefficients = mixing.T @ _BY_GRAM[inner](products, attackers)
-    return Combined(_by_chunk(updates, lambda rows: (coefficients * scales) @ rows), coefficients)
+    # In float32: what came is no finer, and all of it was seen to be finite.
+    vector = (coefficients * scales).astype(np.float32) @ updates
+    return Combined(vector.astype(np.float64), coefficients)
 
 
 def least(rule: str, attackers: int) -> int:
