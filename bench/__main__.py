@@ -13,7 +13,7 @@ from cloister_model.quiet import quieten
 
 quieten()
 
-from bench import accounting, ledger, training, whole  # noqa: E402  # after the libraries are quiet
+from bench import accounting, entering, ledger, training, whole  # noqa: E402  # after the libraries are quiet
 
 
 def _cpu() -> str:
@@ -29,6 +29,7 @@ def main() -> None:
     costs = accounting.measure()
     steps = training.measure()
     budget = ledger.measure()
+    updates = entering.measure()
     demo = whole.measure()
     overhead = statistics.median(r["overhead"] for r in demo["rounds"])
     packages = ("torch", "opacus", "peft", "transformers", "flwr", "cryptography", "grpcio", "numpy")
@@ -45,13 +46,24 @@ def main() -> None:
     figures += training.figures(steps)
     figures += accounting.figures(costs)
     figures += ledger.figures(budget)
+    figures += entering.figures(updates)
     machine = f"{_cpu()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
     print(f"machine: {machine}")
     print(f"versions: {', '.join(f'{p} {version(p)}' for p in packages)}")
     for name, value, target in figures:
         print(f"{name:62} {value:>10}   {target}")
     Path("bench.json").write_text(
-        json.dumps({"machine": machine, "demo": demo, "steps": steps, "accounting": costs, "ledger": budget}, indent=1)
+        json.dumps(
+            {
+                "machine": machine,
+                "demo": demo,
+                "steps": steps,
+                "accounting": costs,
+                "ledger": budget,
+                "entering": updates,
+            },
+            indent=1,
+        )
         + "\n"
     )
 
