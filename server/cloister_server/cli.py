@@ -202,12 +202,13 @@ def run(
 def round_rows(store: Store, run_id: str) -> list[dict[str, Any]]:
     """The rounds of a run as records, for tables and JSON."""
     rows, sums = [], [s for s in store.noised_sums() if s.run == run_id]
+    held = {j.number for j in store.judgements(run_id) if j.held}
     for row in store.rounds(run_id):
         clients = store.clients(run_id, row.number)
         rows.append(
             {
                 "round": row.number,
-                "state": row.state,
+                "state": "held" if row.number in held else row.state,
                 "attempts": row.attempt,
                 "adapter": row.adapter,
                 "residual": row.residual,
@@ -339,7 +340,8 @@ def show(
     scores = _scores(row["metrics"])
     lost = "" if row["residual"] is None else f"residual {row['residual']:.2%}"
     facts = ", ".join(filter(None, (row["state"], scores, f"rule {found.rule}", lost)))
-    title = f"run {found.id[:8]} round {number}: {facts}\nadapter {row['adapter']}, digest checked"
+    title = f"run {found.id[:8]} round {number}: {facts}"
+    title += f"\nadapter {row['adapter']}, digest checked" if row["adapter"] else "\nno adapter"
     title += "".join(f"\n{_noised(s)}" for s in row["client_level"])
     judgement = next((j.model_dump() for j in store.judgements(found.id) if j.number == number), None)
     if judgement is not None:

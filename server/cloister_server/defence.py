@@ -18,13 +18,12 @@ from cloister_shared.plan import Rule, TrainingSpec
 from cloister_shared.vectors import F32, Schema, bounded
 
 from cloister_server.aggregation import Aggregate, aggregate, exact_products
-from cloister_server.federation import PIPELINE, Defence
+from cloister_server.federation import PIPELINE, STRONGEST, Defence
 from cloister_server.judge import Judge
 from cloister_server.peers import Finding, harm_test, majority_flagged, norm_test, norms_of, predicted_norm, to_median
 from cloister_server.robust import combine, least
 
 F64 = npt.NDArray[np.float64]
-STRONGEST = "nnm+geometric-median"
 # Reputation: a share of what it was and a share of the newest round's; and where a client is left out for a while.
 _MEMORY, LEAST_REPUTATION = 0.7, 0.5
 

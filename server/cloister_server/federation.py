@@ -39,7 +39,7 @@ from cloister_shared.settings import Table, read_toml
 from cloister_shared.signing import SigningKey, read_secret
 from cloister_shared.tls import make_tls
 
-from cloister_server.robust import BY_COORDINATE, MIXED
+from cloister_server.robust import BY_COORDINATE, MIXED, least
 from cloister_server.robust import RULES as RULES_OF_ROWS
 
 # The recipe for a head on features of length 28, and for LoRA: bench/results has the tables they come from.
@@ -68,6 +68,8 @@ class ClientLevel:
 
 
 PIPELINE = "pipeline"
+# What the pipeline ends with, and what the gate tries second.
+STRONGEST = "nnm+geometric-median"
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def _client_level(table: Table, rule: Rule) -> ClientLevel | None:
     )
 
 
-def _defence(table: Table, rule: Rule, client_level: bool, held_out: bool) -> Defence:
+def _defence(table: Table, rule: Rule, min_clients: int, client_level: bool, held_out: bool) -> Defence:
     named = table.text("rule", "mean", choices=(PIPELINE, *RULES_OF_ROWS, *(MIXED + r for r in RULES_OF_ROWS)))
     margin = table.number("margin", 0, 1000) if "margin" in table.written else None
     if client_level and table.written:
@@ -204,7 +206,17 @@ def _defence(table: Table, rule: Rule, client_level: bool, held_out: bool) -> De
         )
     if margin is not None and not held_out:
         raise InputError("a margin is measured on held-out text", where=f"{table.where} margin", mend="add [held_out]")
-    return Defence(named, table.integer("attackers", 0, 100_000, 0), margin)
+    attackers = table.integer("attackers", 0, 100_000, 0)
+    if (fewest := least(STRONGEST if named == PIPELINE else named, attackers)) > min_clients:
+        # Told before anybody trains: such a round could only be held, and its work would be charged.
+        raise InputError(
+            "a round may have fewer updates than this defence can do with",
+            where=f"{table.where} attackers",
+            expected=f"[round] min_clients >= {fewest} for {named} at {attackers} attackers",
+            got=f"min_clients = {min_clients}",
+            mend="raise [round] min_clients, or lower attackers",
+        )
+    return Defence(named, attackers, margin)
 
 
 def _noised(table: Table) -> tuple[NoisedNumber, ...]:
@@ -236,6 +248,7 @@ def read_federation(path: Path) -> Federation:
     )
     rule = _rule(aggregation, private=True)
     client_level = privacy.table("client_level")
+    min_clients = waiting.integer("min_clients", 1, 1_000_000, 2)
     spec = _task(task, rule)
     federation = Federation(
         path=path.resolve(),
@@ -261,9 +274,9 @@ def read_federation(path: Path) -> Federation:
         else None,
         delta=privacy.number("delta", 1e-10, 0.5, 1e-5),
         client_level=_client_level(client_level, rule),
-        defence=_defence(defence, rule, bool(client_level.written), bool(held.written)),
+        defence=_defence(defence, rule, min_clients, bool(client_level.written), bool(held.written)),
         deadline=waiting.number("deadline_seconds", 1, 7 * 86400, 1800),
-        min_clients=waiting.integer("min_clients", 1, 1_000_000, 2),
+        min_clients=min_clients,
         held_out=_own_text(held, path, spec),
         public=_own_text(public, path, spec),
     )

@@ -371,7 +371,7 @@ class Store:
                 "no such run" if not found else "several runs begin so",
                 where=str(self.home),
                 got=name or "none yet",
-                mend="cloister rounds list",
+                mend="cloister rounds list" if self.runs() else "cloister run FEDERATION.toml",
             )
         return found[-1]
 

@@ -135,7 +135,7 @@ def plan(
         return
     if sample_rate is None or steps is None or (sigma is None) == (target is None):
         raise InputError(
-            "not enough to plan with",
+            "too little or too much to plan with",
             where="privacy plan",
             expected="FEDERATION.toml; or --sample-rate, --steps and one of --sigma and --epsilon",
         )

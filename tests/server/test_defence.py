@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from cloister_flower.frames import reply
 from cloister_server.aggregation import weighted_mean
+from cloister_server.cli import round_rows
 from cloister_server.defence import Cohort, Entered, enter, explained, lost, reputation
 from cloister_server.federation import Defence, read_federation
 from cloister_server.peers import FEWEST
@@ -185,7 +186,10 @@ def nine(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> World:
         sites=FEWEST + 1,
         rounds=6,
         judge=None,
-        settings={"[aggregation]": '[defence]\nrule = "pipeline"\nattackers = 2'},
+        settings={
+            "[aggregation]": '[defence]\nrule = "pipeline"\nattackers = 2',
+            "min_clients": "min_clients = 5",
+        },
     )
     SIZE[0] = world.schema.size
     return world
@@ -233,6 +237,7 @@ def test_three_held_rounds_pause_the_run(nine: World) -> None:
     assert [r.number for r in rows][-1] == start.number + 3
     assert {r.adapter for r in rows[-3:]} == {start.adapter}
     assert set(nine.verdicts(start.number + 1).values()) == {"held"}
+    assert [r["state"] for r in round_rows(nine.store, nine.run.id)][-3:] == ["held"] * 3
     assert "loss would go" in nine.store.judgements(nine.run.id)[-1].held
     # And goes on where somebody says so, from the same parent.
     run_rounds(replace(nine.context(), judge=Failing()), nine.link)
@@ -248,6 +253,7 @@ def test_three_held_rounds_pause_the_run(nine: World) -> None:
         ("[defence]\nmargin = 0.1", "held-out"),
         ('[aggregation]\nrule = "exact"\n[defence]\nrule = "nnm+median"', "by coordinate"),
         ("[defence]\nattackers = -1", "attackers"),
+        ('[defence]\nrule = "pipeline"\nattackers = 2', "fewer updates than this defence"),
         ("[defence]\nother = 1", "other"),
     ],
 )
