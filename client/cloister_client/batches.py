@@ -59,11 +59,11 @@ def physical_batches(units: Sequence[tuple[int, ...]], data: Encoded, tokens: in
             filled.clear()
 
     for unit in by_length:
-        long = padded(len(data.ids[unit[0]])) > ALONE
-        if not filled or len(unit) > room or long:
+        length = padded(len(data.ids[unit[0]]))
+        if not filled or len(unit) > room or length > ALONE:
             close()
             # Units come longest first: the first record's length is that of the whole part.
-            room = max(1, min(tokens // padded(len(data.ids[unit[0]])), records))
+            room = max(1, min(tokens // length, records))
         rest = unit
         while len(rest) > room:
             parts.append(Part(rest[:room], (0,) * room, 1, False))
@@ -71,7 +71,7 @@ def physical_batches(units: Sequence[tuple[int, ...]], data: Encoded, tokens: in
         filled.append(rest)
         room -= len(rest)
         # The end of a split unit stays by itself, so that only its own sum is carried over.
-        if rest is not unit or long:
+        if rest is not unit or length > ALONE:
             close()
     close()
     return parts

@@ -59,18 +59,13 @@ def predicted_norm(training: TrainingSpec, schema: Schema) -> float:
     The head: ``rate`` times the root of (steps times clipped mean)^2 and the noise of all steps over the denominator. LoRA under Adam:
     about one rate a step for each parameter, since noise sets both its moments.
     """
-    counts = {True: 0, False: 0}
-    for name, shape in schema.tensors:
-        counts[name.startswith("head.")] += int(np.prod(shape))
+    of_head = sum(int(np.prod(shape)) for name, shape in schema.tensors if name.startswith("head."))
     signal = training.steps * training.clipping_norm
     noise = (
-        training.noise_multiplier
-        * training.clipping_norm
-        * (training.steps * counts[True]) ** 0.5
-        / training.expected_batch
+        training.noise_multiplier * training.clipping_norm * (training.steps * of_head) ** 0.5 / training.expected_batch
     )
-    head = training.head_rate * float(np.hypot(signal, noise)) if counts[True] else 0.0
-    lora = 0.0 if training.head_only else training.adapter_rate * (training.steps * counts[False]) ** 0.5
+    head = training.head_rate * float(np.hypot(signal, noise)) if of_head else 0.0
+    lora = 0.0 if training.head_only else training.adapter_rate * (training.steps * (schema.size - of_head)) ** 0.5
     return float(np.hypot(head, lora))
 
 

@@ -113,10 +113,11 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
             got=f"{len(intake.updates)} ({why})"[:600],
             mend="see to the sites, then cloister run --resume",
         )
-    entered, charged = make_candidate(context, row, before.number, cores, parent, intake.updates)
+    past = store.evidence(context.run.id)
+    entered, charged = make_candidate(context, row, before.number, cores, parent, intake.updates, past)
     order = sorted(intake.updates)
     held = entered.held
-    names, left_out = {m.id: m.card.name for m in context.members}, refused(context, order, entered)
+    names, left_out = {m.id: m.card.name for m in context.members}, refused(past, order, entered)
     for client, reason in left_out.items():
         intake.changes[client] |= {"verdict": "held" if held else "refused-by-peers", "reason": reason, "report": ""}
     made = entered.made
@@ -153,7 +154,13 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
 
 
 def make_candidate(
-    context: Context, row: Round, before: int, cores: dict[str, PlanCore], parent: F32, updates: dict[str, F32]
+    context: Context,
+    row: Round,
+    before: int,
+    cores: dict[str, PlanCore],
+    parent: F32,
+    updates: dict[str, F32],
+    past: list[Evidence],
 ) -> tuple[Entered, NoisedSum | None]:
     """The accepted updates made into a candidate, judged.
 
@@ -168,7 +175,6 @@ def make_candidate(
         metrics, seconds = judge.judge(vector)
         every = np.ones(len(order), dtype=bool)
         return Entered(Aggregate(vector, 0.0), ((),) * len(order), every, None, "mean", "", metrics, seconds), charged
-    past = context.store.evidence(context.run.id)
     left_out = [reputation(history(past, client))[1] for client in order]
     cohort = Cohort(
         rows,
@@ -193,9 +199,9 @@ def history(past: list[Evidence], client: str) -> list[list[str]]:
     return [rounds[number] for number in sorted(rounds)]
 
 
-def refused(context: Context, order: list[str], entered: Entered) -> dict[str, str]:
+def refused(past: list[Evidence], order: list[str], entered: Entered) -> dict[str, str]:
     """Why each update that did not enter did not, by client id."""
-    past, out = context.store.evidence(context.run.id), {}
+    out = {}
     for client, found, inside in zip(order, entered.findings, entered.entered, strict=True):
         if not inside:
             codes = [f.code for f in found if f.flagged]
