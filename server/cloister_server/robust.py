@@ -24,6 +24,8 @@ CHUNK = 1 << 15
 _STEPS, _CLOSE, _CLIPS = 500, 1e-12, 20
 # A distance that is none: rows that are all alike.
 _NOTHING = 1e-100
+# Scores that float32 products cannot tell apart, relative. Mixed rows tie often: two with the same neighbours are one.
+_TIED = 1e-6
 MIXED = "nnm+"
 
 
@@ -132,9 +134,11 @@ def krum_scores(products: F64, attackers: int) -> F64:
 
 
 def _chosen(scores: F64, count: int) -> F64:
-    out = np.zeros(len(scores))
-    out[np.argsort(scores, kind="stable")[:count]] = 1 / count
-    return out
+    """``1 / count`` for each of the ``count`` lowest; rows tied for the last places share them, so that no order of the clients decides."""
+    last = float(np.sort(scores)[count - 1])
+    room = _TIED * last
+    below, tied = scores < last - room, np.abs(scores - last) <= room
+    return np.asarray((below + tied * (count - below.sum()) / tied.sum()) / count, dtype=np.float64)
 
 
 def _krum(products: F64, attackers: int) -> F64:
@@ -166,12 +170,12 @@ def _geometric_median(products: F64, attackers: int) -> F64:
 def _centred_clipping(products: F64, attackers: int) -> F64:
     """Centred clipping (Karimireddy et al. 2021, equation 5).
 
-    It starts from the row whose median distance to the others is least; that distance is the radius.
+    It starts from the row whose median distance to the others is least (tied ones: their mean); that distance is the radius.
     """
     middle = np.median(np.sqrt(squared_distances(products)), axis=1)
-    start, radius = int(middle.argmin()), float(middle.min())
-    at = np.zeros(len(products))
-    at[start] = 1.0
+    radius = float(middle.min())
+    tied = middle <= (1 + _TIED) * radius
+    at: F64 = tied / tied.sum()
     for _ in range(_CLIPS):
         share = radius / np.maximum(_from(products, at), max(radius, np.finfo(np.float64).tiny)) / len(at)
         at = at * (1 - share.sum()) + share
