@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cloister_flower.frames import frame_of
+from cloister_shared.cards import SiteCard
 from cloister_shared.encoding import digest, parse_record
 from cloister_shared.errors import CloisterError, VerificationError
 from cloister_shared.plan import PlanCore
 from cloister_shared.sealing import Codec, Direction, OpeningKey, open_envelope
-from cloister_shared.vectors import F32, vector_from_bytes, vector_to_bytes
+from cloister_shared.vectors import F32, Schema, vector_from_bytes, vector_to_bytes
 
 from cloister_server.accounting import REFUSED
 from cloister_server.admission import admit_update
@@ -38,28 +39,68 @@ class Intake:
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def take(
-    context: Context, intake: Intake, member: Member, core: PlanCore, attempt: int, key: OpeningKey, message: Any
-) -> None:
-    """Opens and judges one reply; whatever is wrong with it costs this client alone."""
-    where, size = f"reply of {member.card.name}", 0
-    told: dict[str, float] = {}
+@dataclass(frozen=True)
+class Reply:
+    """What one frame came to.
+
+    Attributes:
+        verdict: ``accepted``, a code of ``admission``, ``unreadable``, or what became of it at the site.
+        reason: One line; a peer's words may be in it, printable.
+        update: ``(d,) float32``, finite where it is accepted; None where there is none.
+        told: The numbers beside it.
+    """
+
+    verdict: str
+    reason: str
+    update: F32 | None = None
+    told: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def unreadable(cls, error: CloisterError) -> Reply:
+        """Of something that is no reply."""
+        return cls("unreadable", _printable(str(error)))
+
+
+def _printable(text: str) -> str:
+    # A peer's words reach a terminal and a registry that keeps them for good.
+    return "".join(c if c.isprintable() else "?" for c in text)[:500]
+
+
+def read_reply(
+    frame: bytes,
+    card: SiteCard,
+    core: PlanCore,
+    attempt: int,
+    key: OpeningKey,
+    schema: Schema,
+    server: bytes,
+) -> Reply:
+    """Opens and judges one frame against what was asked; nothing in it raises.
+
+    Args:
+        frame: As it came.
+        card: Who must have signed.
+        core: What was asked.
+        attempt: At which attempt.
+        key: The round's.
+        schema: Names and shapes.
+        server: The coordinator's key id.
+    """
+    where = f"reply of {card.name}"
     try:
-        frame = frame_of(message, where)
-        size = len(frame)
         header, plaintext = open_envelope(
             frame,
-            by=member.card.verify_key,
+            by=card.verify_key,
             key=key,
-            max_bytes=4 * context.schema.size + 65536,
+            max_bytes=4 * schema.size + 65536,
             where=where,
             expect={
                 "direction": Direction.TO_COORDINATOR,
                 "run": bytes.fromhex(core.run),
                 "round": core.round,
                 "attempt": attempt,
-                "client": member.card.verify_key.id,
-                "server": context.signing.verify_key.id,
+                "client": card.verify_key.id,
+                "server": server,
                 "base": bytes.fromhex(core.base),
                 "schema": bytes.fromhex(core.schema),
                 "plan": bytes.fromhex(core.digest),
@@ -74,36 +115,46 @@ def take(
             )
             # Only these rules certainly come before the reservation; whatever else a site says may have been charged.
             free = str(said.get("rule", "")).startswith(("policy.", "budget.", "plan.invalid", "train.un"))
-            verdict, update = (REFUSED if free else FAILED), None
-        elif header.codec == Codec.UPDATE_F32 and header.parameters == context.schema.size:
-            cut = 4 * context.schema.size
-            update = vector_from_bytes(plaintext[:cut], context.schema, where)
-            told = read_report(plaintext[cut:], core, where)
-            found = admit_update(update, context.schema, core.training)
-            verdict, reason = found.code, found.what
-        else:
+            return Reply(REFUSED if free else FAILED, _printable(reason))
+        if header.codec != Codec.UPDATE_F32 or header.parameters != schema.size:
             raise VerificationError("neither an update nor a refusal", where=where, got=header.codec.name)
+        cut = 4 * schema.size
+        update = vector_from_bytes(plaintext[:cut], schema, where)
+        told = read_report(plaintext[cut:], core, where)
     except CloisterError as error:
-        verdict, reason, update = "unreadable", str(error)[:500], None
-    # A peer's words reach a terminal and a registry that keeps them for good.
-    reason = "".join(c if c.isprintable() else "?" for c in reason)[:500]
-    accepted = verdict == "accepted" and update is not None
-    if accepted and update is not None:
+        return Reply.unreadable(error)
+    found = admit_update(update, schema, core.training)
+    return Reply(found.code, "" if found.code == "accepted" else found.what, update, told)
+
+
+def take(
+    context: Context, intake: Intake, member: Member, core: PlanCore, attempt: int, key: OpeningKey, message: Any
+) -> None:
+    """Reads one reply and writes down what it came to; whatever is wrong with it costs this client alone."""
+    frame = b""
+    try:
+        frame = frame_of(message, f"reply of {member.card.name}")
+    except CloisterError as error:
+        reply = Reply.unreadable(error)
+    else:
+        reply = read_reply(frame, member.card, core, attempt, key, context.schema, context.signing.verify_key.id)
+    update = reply.update
+    if reply.verdict == "accepted" and update is not None:
         intake.updates[member.id] = update
     intake.changes[member.id] = {
-        "verdict": verdict,
-        "reason": "" if accepted else reason,
-        "received_bytes": size,
-        "report": json.dumps(told) if accepted else "",
+        "verdict": reply.verdict,
+        "reason": reply.reason,
+        "received_bytes": len(frame),
+        "report": json.dumps(reply.told) if reply.verdict == "accepted" else "",
         "update": digest(vector_to_bytes(update)) if update is not None else "",
     }
     context.tell(
         "reply",
         number=core.round,
         site=member.card.name,
-        verdict=verdict,
-        reason="" if accepted else reason,
-        bytes=size,
+        verdict=reply.verdict,
+        reason=reply.reason,
+        bytes=len(frame),
     )
 
 

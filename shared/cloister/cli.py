@@ -15,7 +15,7 @@ import typer
 from cloister_shared import __version__, console
 from cloister_shared.errors import CloisterError, InputError
 
-from cloister import demo_command, privacy_command
+from cloister import attack_command, demo_command, privacy_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,6 +60,7 @@ def _assemble() -> None:
 
             app.command(entry.name, help=f"Not installed: pip install 'cloister[{entry.name}]'")(explain)
     demo_command.register(app)
+    attack_command.register(app)
     privacy_command.register(app)
 
 
