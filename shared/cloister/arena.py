@@ -51,7 +51,8 @@ RULES = (
 GROUPED, GROUP = "groups of 4", 4
 TRIGGER = "cf mn bb tq"
 DELTA = 1e-5
-_PUBLIC, _HELD, _TEST = 60, 200, 1000
+_PUBLIC, _HELD, _TEST = 60, 200, 500
+_TOKENS = 32
 _LEAST, _TRIES = 8, 1000
 _PATIENCE = 4
 
@@ -133,7 +134,7 @@ class Arena:
         task = TaskSpec(
             kind="text-classification",
             labels=self.labels,
-            max_tokens=64,
+            max_tokens=_TOKENS,
             target_modules=("query", "value"),
             layers=(5,),
             rank=8,

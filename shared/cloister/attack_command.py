@@ -35,7 +35,7 @@ def attack(
     epsilon: Annotated[float, typer.Option(help="Epsilon of the run at every site; 0 for no privacy.")] = 0.0,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Steps a round.")] = 2,
-    batch: Annotated[int, typer.Option(min=1, help="Expected records a step.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Expected records a step.")] = 48,
     only: Annotated[list[str] | None, typer.Option(help="Attacks; all where left out.")] = None,
     rules: Annotated[list[str] | None, typer.Option(help="Rules; all where left out.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of partition and attacks; never of noise or samples.")] = 7,
