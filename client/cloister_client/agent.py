@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,10 +40,11 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
     from cloister_shared.signing import SigningKey
 
     from cloister_client.data import load, open_ledger
-    from cloister_client.policy import read_policy
+    from cloister_client.policy import note_peers, read_policy
     from cloister_client.round import Desk
     from cloister_client.site import read_site
     from cloister_client.status import Status, StatusFile
+    from cloister_client.sums import Sums
     from cloister_client.train import choose_device
 
     site = read_site(home)
@@ -83,11 +85,14 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
         epsilon=standing.epsilon, cap=standing.cap, delta=standing.delta, records=len(units.records), device=device.why
     )
     (site.agent_home / "kept").mkdir(mode=0o700, exist_ok=True)
+    signing = SigningKey.load(site.agent_home / "sign.key")
+    if changed := note_peers(site.agent_home, policy, time.time()):
+        print(changed, flush=True)
     desk = Desk(
         site.name,
         card,
         policy,
-        SigningKey.load(site.agent_home / "sign.key"),
+        signing,
         OpeningKey.load(site.agent_home / "seal.key"),
         ledger,
         base,
@@ -95,6 +100,7 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
         device,
         site.agent_home / "kept",
         tell,
+        Sums(site.agent_home / "sums", signing, policy.peers, policy.least_cohort),
     )
     return desk, tell
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from cloister_model.text import Source, read
 from cloister_shared import console
-from cloister_shared.cards import read_coordinator_card
+from cloister_shared.cards import read_coordinator_card, read_site_card
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.processes import Group, free_port
 
@@ -20,7 +20,7 @@ from cloister_client import audit_command
 from cloister_client.data import add as add_text
 from cloister_client.data import open_ledger
 from cloister_client.data import remove as remove_text
-from cloister_client.policy import Policy
+from cloister_client.policy import Policy, add_peer
 from cloister_client.site import act_as_agent, read_site
 from cloister_client.site import enrol as make_site
 from cloister_client.status import Status, read_status
@@ -112,6 +112,27 @@ def enrol(
             f"policy: {folder / 'policy.toml'} (yours to edit)",
             f"hand over: {folder / 'card.json'} (fingerprint {own.verify_key.id.hex()})",
             f"next: cloister site up {name}",
+        ],
+    )
+
+
+@site_app.command()
+def peer(
+    card: Annotated[Path, typer.Argument(help="Another site's card.json, from a channel you trust.")],
+    site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
+    json: Json = False,
+    home: Home = None,
+) -> None:
+    """Accept another site as a peer: in sums under masks only accepted peers count as company."""
+    console.choose(json, home)
+    own, other = read_site(console.site_home(site)), read_site_card(card)
+    peers = add_peer(own.home / "policy.toml", other.key)
+    key = other.verify_key.id.hex()
+    console.emit(
+        {"site": own.name, "peer": other.name, "key": key, "peers": len(peers)},
+        [
+            f"site {own.name}: accepts {other.name}, fingerprint {key} (compare it with theirs); {len(peers)} peers now",
+            "the agent reads it at its next start: cloister site up",
         ],
     )
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloister_shared.errors import InputError, RefusedError
+from cloister_shared.encoding import canonical, parse_record, write_durably
+from cloister_shared.errors import InputError, RefusedError, VerificationError
 from cloister_shared.plan import REPORTS, TASK_KINDS, PlanCore
 from cloister_shared.settings import quote, read_toml
+from cloister_shared.signing import VerifyKey
 
 from cloister_client.standing import Limits
 
@@ -34,6 +36,11 @@ class Policy:
         period_epsilon_cap: Cap on epsilon within any such period; the lifetime cap holds beside it.
         nonprivate_releases: Names of un-noised numbers about the text that may leave; each is recorded.
         sandbox: ``required`` to refuse to start where the door cannot be shut, or ``preferred``.
+        secure_aggregation: ``required`` where an update may leave under masks alone, or ``allowed``.
+        peers: Signing keys, hex, of the other sites that the data owner accepts in a sum; others count for nothing there.
+        from_hour: From which hour of the day, UTC, a round may begin, 0 to 23.
+        until_hour: Up to which hour, not included, 1 to 24; less than ``from_hour`` goes over midnight.
+        layers: Layers that may carry LoRA; none for any.
     """
 
     base_models: tuple[str, ...]
@@ -49,6 +56,11 @@ class Policy:
     period_days: int = 0
     period_epsilon_cap: float = 0.0
     nonprivate_releases: tuple[str, ...] = ()
+    secure_aggregation: str = "allowed"
+    peers: tuple[str, ...] = ()
+    from_hour: int = 0
+    until_hour: int = 24
+    layers: tuple[int, ...] = ()
 
     @property
     def limits(self) -> Limits:
@@ -66,12 +78,21 @@ base_models = {texts(self.base_models)}
 tasks = {texts(self.tasks)}
 target_modules = {texts(self.target_modules)}
 max_rank = {self.max_rank}
+# Layers that may carry LoRA, by number; none for any.
+layers = {list(self.layers)}
 # The cap holds over the whole life of this site's text: all rounds, runs and models together.
 epsilon_cap = {self.epsilon_cap!r}
 delta = {self.delta!r}
 least_noise = {self.least_noise!r}
 least_cohort = {self.least_cohort}
 rounds_per_day = {self.rounds_per_day}
+# Hours of the day, UTC, in which a round may begin: from 0 to 23, until 1 to 24 (not included); over midnight where until is less.
+from_hour = {self.from_hour}
+until_hour = {self.until_hour}
+# "required": updates leave under masks alone, in sums of at least least_cohort of the peers below beside this site.
+secure_aggregation = {quote(self.secure_aggregation)}
+# Signing keys of the sites that are accepted in such sums, hex: cloister site peer CARD adds one.
+peers = {texts(self.peers)}
 # A second cap within any so many days; 0 days for none. It never resets the first.
 period_days = {self.period_days}
 period_epsilon_cap = {self.period_epsilon_cap!r}
@@ -103,6 +124,11 @@ def read_policy(path: Path) -> Policy:
         period_days=table.integer("period_days", 0, 36_500, 0),
         period_epsilon_cap=table.number("period_epsilon_cap", 0, 1000, 0.0),
         nonprivate_releases=table.texts("nonprivate_releases", [], choices=REPORTS),
+        secure_aggregation=table.text("secure_aggregation", "allowed", choices=("required", "allowed")),
+        peers=table.texts("peers", []),
+        from_hour=table.integer("from_hour", 0, 23, 0),
+        until_hour=table.integer("until_hour", 1, 24, 24),
+        layers=table.integers("layers", 0, 1000, []),
     )
     table.finish()
     if (policy.period_days > 0) != (policy.period_epsilon_cap > 0):
@@ -112,11 +138,66 @@ def read_policy(path: Path) -> Policy:
             expected="both above 0, or both 0",
             got=f"{policy.period_days} days, epsilon {policy.period_epsilon_cap:g}",
         )
+    for key in policy.peers:
+        try:
+            VerifyKey.from_hex(key, f"{path} peers")
+        except VerificationError as error:
+            raise InputError(error.what, where=error.where, expected="64 hex digits", got=key[:20]) from error
     return policy
 
 
-def check(policy: Policy, core: PlanCore) -> None:
+def add_peer(path: Path, key: str) -> tuple[str, ...]:
+    """Writes one more accepted peer into ``policy.toml``, and nothing else; returns all.
+
+    Raises:
+        InputError: The file is malformed, or its ``peers`` are not on a line of their own.
+    """
+    policy = read_policy(path)
+    if key in policy.peers:
+        return policy.peers
+    peers = (*policy.peers, key)
+    lines = path.read_text().splitlines()
+    places = [i for i, line in enumerate(lines) if line.startswith("peers = [") and line.rstrip().endswith("]")]
+    if len(places) != 1:
+        raise InputError(
+            "the list of peers is not on one line of its own",
+            where=f"{path} peers",
+            expected='peers = ["…", "…"]',
+            mend="add the key there by hand",
+        )
+    lines[places[0]] = f"peers = [{', '.join(quote(p) for p in peers)}]"
+    write_durably(path, ("\n".join(lines) + "\n").encode(), mode=0o644)
+    return peers
+
+
+def note_peers(folder: Path, policy: Policy, now: float) -> str:
+    """Compares the accepted peers with those at the agent's last start; a change is written to ``peers.log`` and returned in words."""
+    path = folder / "peers.json"
+    before = set(parse_record(path.read_bytes(), str(path))["peers"]) if path.is_file() else set()
+    after = set(policy.peers)
+    if before == after:
+        return ""
+    parts = [f"+{VerifyKey.from_hex(key, 'policy').id.hex()}" for key in sorted(after - before)]
+    parts += [f"-{VerifyKey.from_hex(key, 'policy').id.hex()}" for key in sorted(before - after)]
+    with (folder / "peers.log").open("a") as log:
+        log.write(f"{now:.0f} {' '.join(parts)}\n")
+    write_durably(path, canonical({"peers": sorted(after)}))
+    return f"accepted peers changed: {' '.join(parts)}"
+
+
+def within(policy: Policy, hour: int) -> bool:
+    """Whether a round may begin in this hour of the day, UTC, 0 to 23."""
+    first, last = policy.from_hour, policy.until_hour
+    return first <= hour < last if first < last else hour >= first or hour < last
+
+
+def check(policy: Policy, core: PlanCore, hour: int) -> None:
     """Checks a plan's work against the policy.
+
+    Args:
+        policy: What is allowed.
+        core: What is asked.
+        hour: The hour of the day, UTC, 0 to 23.
 
     Raises:
         RefusedError: A rule says no; ``rule`` names it.
@@ -145,6 +226,15 @@ def check(policy: Policy, core: PlanCore) -> None:
         refuse("target_modules", "these layers may not carry LoRA", ", ".join(policy.target_modules), ", ".join(odd))
     if core.task.rank > policy.max_rank:
         refuse("max_rank", "the LoRA rank is too large", f"<= {policy.max_rank}", core.task.rank)
+    others = sorted(set(core.task.layers) - set(policy.layers))
+    if policy.layers and (others or not core.task.layers):
+        allowed, asked = (", ".join(map(str, layers)) for layers in (policy.layers, others or ("all",)))
+        refuse("layers", "these layers may not carry LoRA", allowed, asked)
+    if not within(policy, hour):
+        allowed = f"{policy.from_hour:02}:00 to {policy.until_hour:02}:00 UTC"
+        refuse("from_hour", "no round may begin at this hour", allowed, f"{hour:02} h UTC")
+    if policy.secure_aggregation == "required" and core.secure is None:
+        refuse("secure_aggregation", "an update may leave under masks alone", "secure aggregation", "none")
     if core.training.noise_multiplier < policy.least_noise:
         refuse("least_noise", "too little noise", f">= {policy.least_noise}", core.training.noise_multiplier)
     if quiet := [n for n in core.noised if n.noise_multiplier < policy.least_noise]:

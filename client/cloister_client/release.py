@@ -5,7 +5,10 @@
   digest covers them.
 - ``NonPrivateRelease``: an un-noised number about the text; passes where the plan asked for it by name and the policy permits the
   name, and is chained in the ledger before it leaves. No budget covers it.
-- ``Refusal``: a rule's name and its public limits; of a rule that is not the policy's or the budget's, the name alone.
+- Under secure aggregation a ``NoisedUpdate`` passes here first and is masked then (``sums``); the protocol's keys, shares and nonces are
+  random numbers that no text was read for.
+- ``Refusal``: a rule's name and its public limits; of a rule that is not the policy's, the budget's or a secure sum's,
+  the name alone.
 
 ``WIRE`` declares every field that the agent's service answers with. It seals nothing and opens no socket.
 """
@@ -13,7 +16,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import CloisterError, InputError, RefusedError, VerificationError
@@ -26,12 +31,22 @@ from cloister_client.policy import Policy
 CODES = ("unreadable", "busy", "failed")
 # Every field of every message that the agent's service sends, and what may be in it.
 WIRE = {
-    "ExecuteReply.envelope": "a sealed NoisedUpdate, with NoisedMetrics and a count or NonPrivateReleases; a sealed Refusal; nothing",
+    "ExecuteReply.envelope": "a sealed NoisedUpdate, with NoisedMetrics and a count or NonPrivateReleases, or masked; what a"
+    " secure sum's protocol asks for; a sealed Refusal; nothing",
     "ExecuteReply.code": f"nothing, or one of {', '.join(CODES)}",
     "ReadyReply.version": "the package's version",
 }
 # What the sealed plaintexts are made of; no other codec travels to the coordinator.
-CODECS = {Codec.UPDATE_F32: "NoisedUpdate, NoisedMetric, AccountedCount, NonPrivateRelease", Codec.REFUSAL: "Refusal"}
+CODECS = {
+    Codec.UPDATE_F32: "NoisedUpdate, NoisedMetric, AccountedCount, NonPrivateRelease",
+    Codec.MASKED_U32: "NoisedUpdate, under masks",
+    Codec.SECURE: "a commitment, a nonce, public keys, sealed shares, or shares: random numbers, made without the text",
+    Codec.REFUSAL: "Refusal",
+}
+
+
+# What a site says in a secure sum's protocol, by name (``sums``).
+PROTOCOL = {"key", "commitment", "signature", "nonce", "cipher", "mask", "shares", "seed", "alive", "dead"}
 
 
 @dataclass(frozen=True)
@@ -107,25 +122,45 @@ def with_numbers(update: bytes, numbers: tuple[NoisedMetric | AccountedCount, ..
 
 
 def refusal(error: CloisterError) -> tuple[Codec, bytes]:
-    """The refusal that an error becomes: only the policy's and the budget's limits are public."""
+    """The refusal that an error becomes: only the policy's, the budget's and a secure sum's limits are public."""
     # What is neither a refusal nor a plan that does not hold went wrong here, maybe after the charge.
     other = "plan.invalid" if isinstance(error, VerificationError | InputError) else "agent.failed"
     rule = error.rule if isinstance(error, RefusedError) else other
-    public = rule.startswith(("policy.", "budget."))
+    public = rule.startswith(("policy.", "budget.", "secure."))
     said = Refusal(rule, error.what, error.expected, error.got) if public else Refusal(rule, "refused")
     return Codec.REFUSAL, canonical({name: value for name, value in asdict(said).items() if public or value})
 
 
+def protocol(said: Mapping[str, Any]) -> tuple[Codec, bytes]:
+    """Lets out what a secure sum's protocol asks for: hex digits by declared names, and nothing else.
+
+    Raises:
+        RefusedError: There is something else in it.
+    """
+    parts = [value if isinstance(value, dict) else {"": value} for value in said.values()]
+    hexes = all(isinstance(v, str) and set(v) <= set("0123456789abcdef") for part in parts for v in part.values())
+    if not (set(said) <= PROTOCOL and hexes):
+        raise RefusedError(
+            "release.undeclared", "a secure sum asks for no such thing", got=", ".join(sorted(said))[:200]
+        )
+    return Codec.SECURE, canonical(dict(said))
+
+
 def release(
-    ledger: Ledger, policy: Policy, core: PlanCore, update: NoisedUpdate, others: tuple[NonPrivateRelease, ...] = ()
+    ledger: Ledger,
+    policy: Policy,
+    core: PlanCore,
+    update: NoisedUpdate,
+    others: tuple[NonPrivateRelease, ...] = (),
+    mask: Callable[[bytes], bytes] | None = None,
 ) -> tuple[Codec, bytes]:
-    """Lets an update out, and the un-noised numbers that the policy permits beside it.
+    """Lets an update out, and the un-noised numbers that the policy permits beside it; under masks where the plan is for a secure sum.
 
     Returns:
         The codec and the plaintext: the update's bytes, then, where there is something, canonical JSON of numbers by name.
 
     Raises:
-        RefusedError: The update is not accounted for, or a number is not permitted.
+        RefusedError: The update is not accounted for, a number is not permitted, or masks are missing.
     """
     spent = digest(update.data)
     if ledger.spent_on(core.digest) != spent:
@@ -145,6 +180,10 @@ def release(
                 expected=", ".join(policy.nonprivate_releases) or "none",
                 got=one.name,
             )
+    if (core.secure is None) != (mask is None):
+        raise RefusedError("release.unmasked", "an update of a secure sum leaves under masks, and no other does")
+    if mask is not None:
+        return Codec.MASKED_U32, mask(update.data)
     told = {one.name: one.value for one in others if math.isfinite(one.value)}
     if not told:
         return Codec.UPDATE_F32, update.data

@@ -1,8 +1,9 @@
 """The story of a round at the client.
 
     open envelope -> verify plan -> receipts -> policy -> kept update? -> reserve -> account -> train with DP -> keep -> spend
-    -> release -> seal
+    -> release -> (mask) -> seal
 
+Under secure aggregation the plan comes between messages of ``sums``, which are answered here too and need no text.
 Everything called here is a leaf. What leaves passed ``release``, or is one of its fixed words. A refusal never depends on the
 text: labels and records are checked at the agent's start, where only the data owner sees the error.
 """
@@ -13,6 +14,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -20,17 +22,18 @@ from cloister_model.base import BaseModel
 from cloister_model.build import build, schema_of
 from cloister_model.tokens import Encoded, encode
 from cloister_shared.cards import CoordinatorCard
-from cloister_shared.encoding import digest, write_durably
+from cloister_shared.encoding import digest, parse_record, write_durably
 from cloister_shared.errors import CloisterError, RefusedError, VerificationError
 from cloister_shared.plan import Plan, PlanCore, Receipt, TaskSpec, read_closing, read_parent
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, SealingKey, open_envelope, seal
 from cloister_shared.signing import SigningKey
-from cloister_shared.vectors import F32, clipped, vector_to_bytes
+from cloister_shared.vectors import F32, clipped, vector_from_bytes, vector_to_bytes
 
 from cloister_client.budget import Ledger
 from cloister_client.numbers import noised_numbers
 from cloister_client.policy import Policy, check
-from cloister_client.release import NoisedUpdate, NonPrivateRelease, refusal, release, with_numbers
+from cloister_client.release import NoisedUpdate, NonPrivateRelease, protocol, refusal, release, with_numbers
+from cloister_client.sums import Sums
 from cloister_client.train import Device, Trainer
 from cloister_client.units import Units
 
@@ -62,6 +65,7 @@ class Desk:
         device: Where to train.
         kept: Folder of noised updates that no receipt has come for.
         tell: The owner's status.
+        sums: This site's part in sums under masks.
     """
 
     name: str
@@ -75,6 +79,7 @@ class Desk:
     device: Device
     kept: Path
     tell: Teller
+    sums: Sums
     _warm: tuple[TaskSpec, tuple[int, ...], Trainer, Encoded] | None = None
 
     def cool(self) -> None:
@@ -116,23 +121,46 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
     if header.codec == Codec.CLOSING:
         settle(desk, read_closing(plaintext, desk.card.verify_key, "closing message"))
         return b""
+    if header.codec == Codec.SECURE:
+        return _secure(desk, header, plaintext)
     plan, rest = Plan.from_bytes(plaintext, desk.card.verify_key, "plan")
     core = plan.core
     _same(header, plan)
     settle(desk, plan.receipts)
     try:
         # Policy first: what the data owner forbids by now does not leave, kept or not.
-        check(desk.policy, core)
+        check(desk.policy, core, time.gmtime().tm_hour)
         if abs(time.time() - plan.issued) > PLAN_SECONDS:
             raise RefusedError("policy.plan_age", "the plan is stale", expected=f"issued within {PLAN_SECONDS} s")
+        desk.sums.expect(core, plan.attempt, plan.sharers)
         kept = kept_update(desk, core)
         update, others = (kept, ()) if kept else work(desk, core, rest)
-        answer = _seal(desk, plan, header, *release(desk.ledger, desk.policy, core, NoisedUpdate(update), others))
+        mask = None if core.secure is None else partial(_masked, desk, plan)
+        passed = NoisedUpdate(update)
+        answer = _seal(desk, plan.round_key, header, *release(desk.ledger, desk.policy, core, passed, others, mask))
         desk.tell.update(state="ready", seconds=time.time() - started, epsilon=desk.ledger.standing().epsilon)
     except CloisterError as error:
         desk.tell.update(state="ready", refusal=f"round {core.round}: {error}")
-        answer = _seal(desk, plan, header, *refusal(error))
+        answer = _seal(desk, plan.round_key, header, *refusal(error))
     return answer
+
+
+def _secure(desk: Desk, header: Header, plaintext: bytes) -> bytes:
+    """Answers one message of a secure sum's protocol: no text is read for it, and nothing charged."""
+    record = parse_record(plaintext, "message of a secure sum")
+    to = SealingKey.from_hex(str(record.get("reply_to", "")), "message of a secure sum")
+    try:
+        said = desk.sums.answer(header.run.hex(), header.round, header.attempt, record)
+        return _seal(desk, to, header, *protocol(said))
+    except CloisterError as error:
+        desk.tell.update(refusal=f"secure sum, round {header.round}: {error}")
+        return _seal(desk, to, header, *refusal(error))
+
+
+def _masked(desk: Desk, plan: Plan, update: bytes) -> bytes:
+    schema = schema_of(desk.trainer(plan.core.task).model)
+    vector = vector_from_bytes(update, schema, "kept update")
+    return desk.sums.mask(plan.core, plan.attempt, plan.sharers, vector, schema).astype("<u4").tobytes()
 
 
 def _open(desk: Desk, envelope: bytes) -> tuple[Header, bytes]:
@@ -148,9 +176,11 @@ def _open(desk: Desk, envelope: bytes) -> tuple[Header, bytes]:
         max_bytes=MAX_PLAN_BYTES,
         where="envelope from the coordinator",
     )
-    if header.codec not in (Codec.PLAN, Codec.CLOSING):
+    if header.codec not in (Codec.PLAN, Codec.CLOSING, Codec.SECURE):
         raise VerificationError(
-            "envelope is neither plan nor closing", where="envelope from the coordinator", got=header.codec.name
+            "envelope is neither plan nor closing nor of a secure sum",
+            where="envelope from the coordinator",
+            got=header.codec.name,
         )
     return header, plaintext
 
@@ -175,6 +205,7 @@ def settle(desk: Desk, receipts: tuple[Receipt, ...]) -> None:
     for receipt in receipts:
         if receipt.plan:
             (desk.kept / f"{receipt.plan}.f32").unlink(missing_ok=True)
+            desk.sums.forget(receipt.plan)
 
 
 def kept_update(desk: Desk, core: PlanCore) -> bytes | None:
@@ -272,8 +303,7 @@ def _train(desk: Desk, trainer: Trainer, core: PlanCore, parent: F32, data: Enco
     return (update if core.update_norm is None else clipped(update, core.update_norm)), mean
 
 
-def _seal(desk: Desk, plan: Plan, header: Header, codec: Codec, plaintext: bytes) -> bytes:
-    to: SealingKey = plan.round_key
+def _seal(desk: Desk, to: SealingKey, header: Header, codec: Codec, plaintext: bytes) -> bytes:
     back = Header(
         direction=Direction.TO_COORDINATOR,
         codec=codec,
@@ -285,7 +315,7 @@ def _seal(desk: Desk, plan: Plan, header: Header, codec: Codec, plaintext: bytes
         base=header.base,
         schema=header.schema,
         plan=header.plan,
-        parameters=header.parameters if codec == Codec.UPDATE_F32 else 0,
+        parameters=header.parameters if codec in (Codec.UPDATE_F32, Codec.MASKED_U32) else 0,
         length=len(plaintext),
         time=int(time.time()),
         nonce=os.urandom(16),

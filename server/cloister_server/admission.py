@@ -4,8 +4,8 @@ Here: structure, finiteness, and a bound per parameter that follows from the pla
 is ``rate * m / sqrt(v)`` with bias corrections, and by Cauchy and Schwarz, with ``c = b1^2 / b2``, no gradients make it larger than
 ``rate * (1 - b1) sqrt((1 - c^t) / ((1 - b2)(1 - c))) * sqrt(1 - b2^t) / (1 - b1^t)``: an honest update stays within the sum over its steps,
 1.006 rates a step at 6 steps, 7.27 at most. The head's SGD moves by ``rate`` times sums of clipped gradients and noise over the plan's
-denominator: ``sgd_reach`` allows four times the declared units and twelve standard deviations. Peer statistics, canaries and
-reputation are not here yet.
+denominator: ``sgd_reach`` allows four times the declared units and twelve standard deviations. Clients are compared elsewhere
+(``defence``).
 
 Every bound comes from the plan and an update is judged alone: so this may stay on under client-level noise, where a check that compares
 clients would let one of them move more of the sum than its own clip.
@@ -20,6 +20,7 @@ from cloister_shared.plan import TrainingSpec
 from cloister_shared.vectors import F32, Schema
 
 _BETA1, _BETA2 = 0.9, 0.999
+_ROUNDING = 1e-6
 
 
 def adam_reach(steps: int) -> float:
@@ -35,6 +36,12 @@ def sgd_reach(training: TrainingSpec) -> float:
     batch, steps = training.expected_batch, training.steps
     most = 4 * batch + 12 * (4 * batch) ** 0.5 + 12
     return float(training.clipping_norm / batch * (steps * most + 12 * training.noise_multiplier * steps**0.5))
+
+
+def reaches(training: TrainingSpec) -> tuple[float, float]:
+    """How far a plan can move a LoRA number, and one of the head."""
+    lora = 0.0 if training.head_only else adam_reach(training.steps) * training.adapter_rate
+    return lora + _ROUNDING, sgd_reach(training) * training.head_rate + _ROUNDING
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,10 @@ def admit_update(update: F32, schema: Schema, training: TrainingSpec) -> Verdict
     bad = int(np.count_nonzero(~np.isfinite(update)))
     if bad:
         return Verdict("not-finite", float(bad), 0.0, f"{bad} numbers are NaN or infinite, limit 0")
-    lora = 0.0 if training.head_only else adam_reach(training.steps) * training.adapter_rate
-    head = sgd_reach(training) * training.head_rate
+    lora, head = reaches(training)
     worst, limit_there, name_there = 0.0, 1.0, ""
     for name, part in schema.split(update).items():
-        limit = (head if name.startswith("head.") else lora) + 1e-6
+        limit = head if name.startswith("head.") else lora
         peak = float(np.abs(part).max())
         if peak / limit > worst / limit_there or not name_there:
             worst, limit_there, name_there = peak, limit, name

@@ -156,6 +156,16 @@ def event_line(kind: str, e: dict[str, Any]) -> str | None:
             f"client level (one client's whole update, against whoever sees rounds): {how}, epsilon now {e['epsilon']:.3f},"
             f" after {e['rounds']} more rounds {e['epsilon_end']:.3f} of {e['epsilon_cap']:g} at delta {e['delta']:g}"
         )
+    if kind == "groups":
+        sizes = f"{e['sizes'][0]}" if e["sizes"][0] == e["sizes"][-1] else f"{e['sizes'][0]} to {e['sizes'][-1]}"
+        stands = (
+            "the rule mean stands no hostile one"
+            if e["rule"] == "mean"
+            else f"the rule {e['rule']} stands {e['withstands']} groups with a hostile site in them"
+        )
+        return f"secure aggregation: {e['groups']} groups of {sizes} sites, drawn by all; one sum a group is seen; {stands}"
+    if kind == "group":
+        return f"  {e['name']} dropped: {e['what']}"
     if kind == "round":
         attempt = f", attempt {e['attempt']}" if e["attempt"] > 1 else ""
         return f"round {e['number']}/{e['rounds']}: sent to {e['cohort']} sites{attempt}"
@@ -163,7 +173,8 @@ def event_line(kind: str, e: dict[str, Any]) -> str | None:
         return f"  {e['site']}: {e['verdict']}{' (' + e['reason'] + ')' if e['reason'] else ''}, {e['bytes']:,} bytes"
     if kind == "committed":
         scores = _scores(e["metrics"])
-        took = f"{e['seconds']:.1f} s + {e['judging_seconds']:.1f} s judging"
+        masks = f", {e['stages_seconds']:.1f} s of it for masks" if e["groups"] is not None else ""
+        took = f"{e['seconds']:.1f} s{masks} + {e['judging_seconds']:.1f} s judging"
         who = f"{e['accepted']} of {e['cohort']} accepted"
         lost = "" if e["residual"] is None else f"residual {e['residual']:.2%}"
         done = f"HELD, parent kept: {e['held']}" if e["held"] else "committed"
@@ -349,10 +360,17 @@ def show(
             f"\ndefence: {judgement['rule']}, {judgement['attackers']} attackers assumed,"
             f" {judgement['entered']} of {judgement['judged']} updates entered"
         ) + (f"; HELD: {judgement['held']}" if judgement["held"] else "")
+    sums = [s.model_dump(exclude={"run", "number"}) for s in store.summed(found.id) if s.number == number]
+    names = {c["client"]: c["name"] for c in clients}
+    for one in sums:
+        one["sites"] = [names[client] for client in loads(one.pop("clients"))]
+    if sums:
+        seen = "; ".join(f"{s['group']} ({len(s['sites'])} of {s['members']}: {', '.join(s['sites'])})" for s in sums)
+        title += f"\nsecure aggregation: no update was seen, only the sums of {seen}"
     evidence = [e.model_dump(exclude={"run", "number"}) for e in store.evidence(found.id) if e.number == number]
     said = client_level_statement(store)
     record = {"run": found.id, "rule": found.rule, "client_level_statement": said} | row | {"clients": clients}
-    record |= {"defence": judgement, "evidence": evidence}
+    record |= {"defence": judgement, "evidence": evidence, "secure_sums": sums}
     console.table(record, title, columns, cells)
     _second_statement(said)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cloister_shared.cards import SiteCard
+from cloister_shared.draw import Transcript
 from cloister_shared.plan import TaskSpec, TrainingSpec
 from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import Schema
@@ -66,6 +67,7 @@ class Context:
         members: The sites, by name.
         judge: Who scores candidates.
         tell: Called with events for the operator.
+        draw: The groups under secure aggregation; None without.
     """
 
     federation: Federation
@@ -77,3 +79,4 @@ class Context:
     members: tuple[Member, ...]
     judge: Judge
     tell: Tell
+    draw: Transcript | None = None

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from cloister_shared.plan import Rule, TrainingSpec
+from cloister_shared.plan import Rule
 from cloister_shared.vectors import F32, Schema, bounded
 
 from cloister_server.aggregation import Aggregate, aggregate, exact_products
 from cloister_server.federation import PIPELINE, STRONGEST, Defence
 from cloister_server.judge import Judge
-from cloister_server.peers import Finding, harm_test, majority_flagged, norm_test, norms_of, predicted_norm, to_median
+from cloister_server.peers import Finding, harm_test, majority_flagged, norm_test, norms_of, to_median
 from cloister_server.robust import combine, least
 
 F64 = npt.NDArray[np.float64]
@@ -35,13 +35,13 @@ class Cohort:
     Attributes:
         updates: ``(n, d) float32``, all finite.
         weights: ``(n,) float64``, > 0, the server's; only the rule ``mean`` looks at them.
-        trainings: What each was asked for.
+        predicted: ``(n,) float64``, > 0: how long each is about, by its plan.
         quarantined: ``(n,) bool``: left out for what they did before.
     """
 
     updates: F32
     weights: F64
-    trainings: Sequence[TrainingSpec]
+    predicted: F64
     quarantined: npt.NDArray[np.bool_]
 
 
@@ -127,8 +127,7 @@ def enter(
     findings, seconds = [list[Finding]() for _ in range(count)], 0.0
     norms = norms_of(cohort.updates)
     if defence.rule == PIPELINE:
-        predicted = np.array([predicted_norm(t, schema) for t in cohort.trainings])
-        for tests, found in zip(findings, norm_test(norms, predicted), strict=True):
+        for tests, found in zip(findings, norm_test(norms, cohort.predicted), strict=True):
             tests.append(found)
         if "loss" in before:
             losses = []

@@ -21,6 +21,7 @@ from cloister_shared.cards import (
     read_site_card,
     split_address,
 )
+from cloister_shared.draw import LEAST_GROUP, MOST_GROUP
 from cloister_shared.encoding import write_durably
 from cloister_shared.errors import InputError, VerificationError
 from cloister_shared.plan import (
@@ -119,6 +120,7 @@ class Federation:
         min_clients: Fewest accepted updates for a commit.
         held_out: Text to judge on, or None.
         public: Labelled text for everybody, which the head starts from, or None.
+        secure_group: Under secure aggregation, least sites of a group; None without.
     """
 
     path: Path
@@ -147,6 +149,7 @@ class Federation:
     min_clients: int
     held_out: Source | None
     public: Source | None
+    secure_group: int | None
 
 
 def _rule(table: Table, private: bool) -> Rule:
@@ -191,7 +194,7 @@ def _client_level(table: Table, rule: Rule) -> ClientLevel | None:
     )
 
 
-def _defence(table: Table, rule: Rule, min_clients: int, client_level: bool, held_out: bool) -> Defence:
+def _defence(table: Table, rule: Rule, min_clients: int | None, client_level: bool, held_out: bool) -> Defence:
     named = table.text("rule", "mean", choices=(PIPELINE, *RULES_OF_ROWS, *(MIXED + r for r in RULES_OF_ROWS)))
     margin = table.number("margin", 0, 1000) if "margin" in table.written else None
     if client_level and table.written:
@@ -207,7 +210,9 @@ def _defence(table: Table, rule: Rule, min_clients: int, client_level: bool, hel
     if margin is not None and not held_out:
         raise InputError("a margin is measured on held-out text", where=f"{table.where} margin", mend="add [held_out]")
     attackers = table.integer("attackers", 0, 100_000, 0)
-    if (fewest := least(STRONGEST if named == PIPELINE else named, attackers)) > min_clients:
+    fewest = least(STRONGEST if named == PIPELINE else named, attackers)
+    # Under secure aggregation a rule is given groups, whose number is known when they are drawn.
+    if min_clients is not None and fewest > min_clients:
         # Told before anybody trains: such a round could only be held, and its work would be charged.
         raise InputError(
             "a round may have fewer updates than this defence can do with",
@@ -217,6 +222,20 @@ def _defence(table: Table, rule: Rule, min_clients: int, client_level: bool, hel
             mend="raise [round] min_clients, or lower attackers",
         )
     return Defence(named, attackers, margin)
+
+
+def _secure(table: Table, rule: Rule, client_level: bool, numbers: bool) -> int | None:
+    if not table.written:
+        return None
+    if rule not in LINEAR_RULES or client_level or numbers:
+        raise InputError(
+            "under masks only sums of updates are seen",
+            where=table.where,
+            expected=f"[aggregation] rule {' or '.join(LINEAR_RULES)}, no [privacy.client_level], no reports, no [noised]",
+            got=f"rule {rule}",
+            mend="leave out [secure_aggregation], or the others",
+        )
+    return table.integer("group", LEAST_GROUP, MOST_GROUP, 4)
 
 
 def _noised(table: Table) -> tuple[NoisedNumber, ...]:
@@ -242,10 +261,9 @@ def read_federation(path: Path) -> Federation:
         InputError: A key is missing, unknown, of another type or out of range.
     """
     table = read_toml(path, "federation")
-    task, training, aggregation, privacy, waiting, held, public, numbers, defence = (
-        table.table(n)
-        for n in ("task", "training", "aggregation", "privacy", "round", "held_out", "public", "noised", "defence")
-    )
+    names = ("task", "training", "aggregation", "privacy", "round", "held_out", "public", "noised", "defence")
+    task, training, aggregation, privacy, waiting, held, public, numbers, defence = map(table.table, names)
+    secure = table.table("secure_aggregation")
     rule = _rule(aggregation, private=True)
     client_level = privacy.table("client_level")
     min_clients = waiting.integer("min_clients", 1, 1_000_000, 2)
@@ -274,13 +292,31 @@ def read_federation(path: Path) -> Federation:
         else None,
         delta=privacy.number("delta", 1e-10, 0.5, 1e-5),
         client_level=_client_level(client_level, rule),
-        defence=_defence(defence, rule, min_clients, bool(client_level.written), bool(held.written)),
+        defence=_defence(
+            defence, rule, None if secure.written else min_clients, bool(client_level.written), bool(held.written)
+        ),
         deadline=waiting.number("deadline_seconds", 1, 7 * 86400, 1800),
         min_clients=min_clients,
         held_out=_own_text(held, path, spec),
         public=_own_text(public, path, spec),
+        secure_group=_secure(
+            secure, rule, bool(client_level.written), bool(numbers.written or "reports" in training.written)
+        ),
     )
-    for part in (task, training, aggregation, client_level, privacy, waiting, held, public, numbers, defence, table):
+    for part in (
+        secure,
+        task,
+        training,
+        aggregation,
+        client_level,
+        privacy,
+        waiting,
+        held,
+        public,
+        numbers,
+        defence,
+        table,
+    ):
         part.finish()
     if federation.noised and (federation.reports or federation.client_level is not None):
         raise InputError(

@@ -31,12 +31,20 @@ class Intake:
     """What came back in one attempt.
 
     Attributes:
-        updates: Accepted updates by client id.
+        updates: Accepted updates by client id; under secure aggregation, means of groups by the group's name.
         changes: What the registry will know of each client.
+        members: Whose each of ``updates`` is, by client ids.
+        asked: Bytes sent to each client that was sent a plan.
+        stages_seconds: Seconds of the messages around the plan under secure aggregation.
+        costs: Epsilon of each client before and after, where it was worked out meanwhile.
     """
 
     updates: dict[str, F32] = field(default_factory=dict)
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    members: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    asked: dict[str, int] = field(default_factory=dict)
+    stages_seconds: float = 0.0
+    costs: dict[str, tuple[float, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,18 @@ class Reply:
 def _printable(text: str) -> str:
     # A peer's words reach a terminal and a registry that keeps them for good.
     return "".join(c if c.isprintable() else "?" for c in text)[:500]
+
+
+def said_no(said: dict[str, Any]) -> Reply:
+    """What a site's refusal comes to."""
+    reason = "; ".join(
+        f"{k} {str(said[k])[:200]}" if k in ("expected", "got") else str(said[k])[:200]
+        for k in ("rule", "what", "expected", "got")
+        if said.get(k)
+    )
+    # Only these rules certainly come before the reservation; whatever else a site says may have been charged.
+    free = str(said.get("rule", "")).startswith(("policy.", "budget.", "secure.", "plan.invalid", "train.un"))
+    return Reply(REFUSED if free else FAILED, _printable(reason))
 
 
 def read_reply(
@@ -107,15 +127,7 @@ def read_reply(
             },
         )
         if header.codec == Codec.REFUSAL:
-            said = parse_record(plaintext, where)
-            reason = "; ".join(
-                f"{k} {str(said[k])[:200]}" if k in ("expected", "got") else str(said[k])[:200]
-                for k in ("rule", "what", "expected", "got")
-                if said.get(k)
-            )
-            # Only these rules certainly come before the reservation; whatever else a site says may have been charged.
-            free = str(said.get("rule", "")).startswith(("policy.", "budget.", "plan.invalid", "train.un"))
-            return Reply(REFUSED if free else FAILED, _printable(reason))
+            return said_no(parse_record(plaintext, where))
         if header.codec != Codec.UPDATE_F32 or header.parameters != schema.size:
             raise VerificationError("neither an update nor a refusal", where=where, got=header.codec.name)
         cut = 4 * schema.size

@@ -2,6 +2,7 @@
 
     plan -> open in the registry -> seal, send -> open, admit -> compare, aggregate, judge -> commit in one transaction -> receipts
 
+Under secure aggregation what is compared and aggregated are means of groups (``secure``), and nobody's update is seen.
 Everything called here is a leaf. A malformed or missing reply costs one client, not the round; fewer than ``min_clients`` accepted
 updates abort the round, which a resumed run opens again as the same work. A new attempt has a new round key; the work's digest
 stays, so a client that has done it answers with the same noised bytes and is not charged again.
@@ -17,8 +18,8 @@ from dataclasses import asdict
 
 import numpy as np
 from cloister_shared.encoding import digest
-from cloister_shared.errors import RefusedError
-from cloister_shared.plan import Plan, PlanCore, Receipt, closing_bytes
+from cloister_shared.errors import RefusedError, StateError
+from cloister_shared.plan import Plan, PlanCore, Receipt, SecureSum, closing_bytes
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, seal
 from cloister_shared.vectors import (
     F32,
@@ -29,13 +30,16 @@ from cloister_shared.vectors import (
 )
 
 from cloister_server.accounting import charge, foresee, record_costs, spending
+from cloister_server.admission import reaches
 from cloister_server.aggregation import Aggregate, noised_mean
 from cloister_server.context import Context, Exchange, Member
 from cloister_server.defence import Cohort, Entered, enter, explained, reputation
 from cloister_server.federation import PIPELINE
 from cloister_server.intake import Intake, take
+from cloister_server.peers import predicted_norm
 from cloister_server.planning import in_round
-from cloister_server.store import Commit, Evidence, Judgement, NoisedSum, Round, RoundClient
+from cloister_server.secure import collect
+from cloister_server.store import Commit, Evidence, Judgement, NoisedSum, Round, RoundClient, Summed
 
 CLOSING_SECONDS = 15.0
 MOST_HOLDS = 3
@@ -75,51 +79,43 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
     parent = from_safetensors(store.adapter(before.adapter or ""), context.schema, "parent adapter")
     row, clients = open_round(context, number, parent)
     cores = {c.client: PlanCore.from_dict(json.loads(c.core)) for c in clients}
-    by_node = {member.node: member for member in context.members if member.id in cores}
+    members = {m.id: m for m in context.members if m.id in cores}
     key = OpeningKey.generate()
-    receipts = receipts_of(context, before.number)
-    frames = {
-        m.node: seal_plan(context, m, cores[m.id], parent, row.attempt, key, receipts.get(m.id, ()))
-        for m in by_node.values()
-    }
-    context.tell("round", number=number, rounds=context.run.rounds, attempt=row.attempt, cohort=len(frames))
-    intake = Intake()
+    context.tell("round", number=number, rounds=context.run.rounds, attempt=row.attempt, cohort=len(members))
     try:
-        with ThreadPoolExecutor(1) as pool:
-            # Accounting takes a core for a moment: from the first reply on, when a site here is done, not when all begin.
-            spent: Future[dict[str, tuple[float, float]]] | None = None
-            for node, message in link.exchange(
-                frames, f"{number}.{row.attempt}", federation.deadline, lambda replies: len(replies) == len(frames)
-            ):
-                take(context, intake, by_node[node], cores[by_node[node].id], row.attempt, key, message)
-                spent = spent or pool.submit(spending, store, cores)
-            costs = (spent or pool.submit(spending, store, cores)).result()
-            sizes = {by_node[node].id: len(frame) for node, frame in frames.items()}
-            record_costs(intake.changes, sizes, costs, {c.client: c for c in clients})
+        intake = (gather if context.draw is None else gather_sums)(context, link, members, cores, row, parent, key)
     finally:
         key.erase()
-    if len(intake.updates) < federation.min_clients:
+    costs = intake.costs or spending(store, cores)
+    record_costs(intake.changes, intake.asked, costs, {c.client: c for c in clients})
+    if sum(map(len, intake.members.values())) < federation.min_clients:
         store.abort_round(context.run.id, number, intake.changes)
+        inside = {client for group in intake.members.values() for client in group}
         why = "; ".join(
             f"{m.card.name}: {intake.changes[m.id].get('reason') or intake.changes[m.id]['verdict']}"
-            for m in by_node.values()
-            if m.id not in intake.updates
+            for m in members.values()
+            if m.id not in inside
         )
         raise RefusedError(
             "round.min_clients",
             "too few updates for a commit",
             where=f"run {context.run.id[:8]} round {number}",
             expected=f">= {federation.min_clients}",
-            got=f"{len(intake.updates)} ({why})"[:600],
+            got=f"{len(inside)} ({why})"[:600],
             mend="see to the sites, then cloister run --resume",
         )
     past = store.evidence(context.run.id)
-    entered, charged = make_candidate(context, row, before.number, cores, parent, intake.updates, past)
+    entered, charged = make_candidate(context, row, before.number, cores, parent, intake, past)
     order = sorted(intake.updates)
     held = entered.held
     names, left_out = {m.id: m.card.name for m in context.members}, refused(past, order, entered)
-    for client, reason in left_out.items():
-        intake.changes[client] |= {"verdict": "held" if held else "refused-by-peers", "reason": reason, "report": ""}
+    for name, reason in left_out.items():
+        for client in intake.members[name]:
+            intake.changes[client] |= {
+                "verdict": "held" if held else "refused-by-peers",
+                "reason": reason,
+                "report": "",
+            }
     made = entered.made
     adapter = before.adapter or ""
     if not held:
@@ -131,14 +127,26 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
     store.commit_round(
         context.run.id,
         number,
-        Commit(adapter, seconds, entered.seconds, intake.changes, entered.metrics, residual, judgement, evidence),
+        Commit(
+            adapter,
+            seconds,
+            entered.seconds,
+            intake.changes,
+            entered.metrics,
+            residual,
+            judgement,
+            evidence,
+            seen(context, number, cores, intake),
+        ),
     )
     context.tell(
         "committed",
         number=number,
         rounds=context.run.rounds,
-        accepted=int(entered.entered.sum()),
-        cohort=len(frames),
+        accepted=sum(len(intake.members[name]) for name, inside in zip(order, entered.entered, strict=True) if inside),
+        cohort=len(members),
+        groups=None if context.draw is None else len(order),
+        stages_seconds=intake.stages_seconds,
         adapter=adapter,
         seconds=seconds,
         judging_seconds=entered.seconds,
@@ -148,9 +156,64 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
         client_level=None if charged is None else charged.model_dump(exclude={"clients"}),
         defence=entered.rule,
         held=held,
-        refused={} if held else {names[client]: reason for client, reason in left_out.items()},
+        refused={} if held else {names.get(name, name): reason for name, reason in left_out.items()},
     )
     return held
+
+
+def gather(
+    context: Context,
+    link: Exchange,
+    members: dict[str, Member],
+    cores: dict[str, PlanCore],
+    row: Round,
+    parent: F32,
+    key: OpeningKey,
+) -> Intake:
+    """Sends every member its plan and takes in what comes back."""
+    intake, by_node = Intake(), {m.node: m for m in members.values()}
+    receipts = receipts_of(context, row.number - 1)
+    frames = {
+        m.node: seal_plan(context, m, cores[m.id], parent, row.attempt, key, receipts.get(m.id, ()))
+        for m in members.values()
+    }
+    intake.asked = {by_node[node].id: len(frame) for node, frame in frames.items()}
+    with ThreadPoolExecutor(1) as pool:
+        # Accounting takes a core for a moment: from the first reply on, when a site here is done, not when all begin.
+        spent: Future[dict[str, tuple[float, float]]] | None = None
+        for node, message in link.exchange(
+            frames,
+            f"{row.number}.{row.attempt}",
+            context.federation.deadline,
+            lambda replies: len(replies) == len(frames),
+        ):
+            take(context, intake, by_node[node], cores[by_node[node].id], row.attempt, key, message)
+            spent = spent or pool.submit(spending, context.store, cores)
+        intake.costs = None if spent is None else spent.result()
+    intake.members = {client: (client,) for client in intake.updates}
+    return intake
+
+
+def gather_sums(
+    context: Context,
+    link: Exchange,
+    members: dict[str, Member],
+    cores: dict[str, PlanCore],
+    row: Round,
+    parent: F32,
+    key: OpeningKey,
+) -> Intake:
+    """The same under secure aggregation: what comes in are means of groups, by the groups' names."""
+    if context.draw is None:
+        raise StateError("a run under secure aggregation has no draw", where=f"run {context.run.id[:8]}")
+    receipts = receipts_of(context, row.number - 1)
+
+    def plan_for(member: Member, sharers: tuple[str, ...]) -> bytes:
+        told = receipts.get(member.id, ())
+        return seal_plan(context, member, cores[member.id], parent, row.attempt, key, told, sharers)
+
+    got = collect(context, link, context.draw, members, cores, row.attempt, key, plan_for)
+    return Intake(got.means, got.changes, got.alive, got.asked, got.seconds)
 
 
 def make_candidate(
@@ -159,15 +222,15 @@ def make_candidate(
     before: int,
     cores: dict[str, PlanCore],
     parent: F32,
-    updates: dict[str, F32],
+    intake: Intake,
     past: list[Evidence],
 ) -> tuple[Entered, NoisedSum | None]:
-    """The accepted updates made into a candidate, judged.
+    """The accepted updates, or means of groups, made into a candidate, judged.
 
     With client-level noise it is charged first and noised here, so that nothing that is judged, told or stored was made without.
     """
-    order, federation, judge = sorted(updates), context.federation, context.judge
-    rows, level = np.stack([updates[c] for c in order]), federation.client_level
+    order, federation, judge = sorted(intake.updates), context.federation, context.judge
+    rows, level = np.stack([intake.updates[name] for name in order]), federation.client_level
     if level is not None:
         charged = charge(context.store, level, row, len(cores), order)
         mean = noised_mean(rows, level.clipping_norm, level.noise_multiplier, len(cores))
@@ -175,18 +238,19 @@ def make_candidate(
         metrics, seconds = judge.judge(vector)
         every = np.ones(len(order), dtype=bool)
         return Entered(Aggregate(vector, 0.0), ((),) * len(order), every, None, "mean", "", metrics, seconds), charged
-    left_out = [reputation(history(past, client))[1] for client in order]
+    groups = [[cores[client] for client in intake.members[name]] for name in order]
+    left_out = [reputation(history(past, name))[1] for name in order]
     cohort = Cohort(
         rows,
-        np.array([cores[c].weight for c in order], dtype=np.float64),
-        [cores[c].training for c in order],
+        np.array([sum(core.weight for core in group) for group in groups]),
+        np.array([np.mean([predicted_norm(core.training, context.schema) for core in group]) for group in groups]),
         np.array(left_out, dtype=bool),
     )
     defence, scores = federation.defence, context.store.metrics(context.run.id, before)
     if not scores and (defence.rule == PIPELINE or defence.margin is not None):
         scores, _ = judge.judge(parent)
     # Where LoRA rested, there are no products to put in a mean's place.
-    rested = all(training.head_only for training in cohort.trainings)
+    rested = all(core.training.head_only for group in groups for core in group)
     return enter(defence, "average" if rested else federation.rule, parent, cohort, context.schema, judge, scores), None
 
 
@@ -236,9 +300,31 @@ def register(
     return judgement, evidence
 
 
+def seen(context: Context, number: int, cores: dict[str, PlanCore], intake: Intake) -> list[Summed]:
+    """The registry's rows of what was seen under secure aggregation; none without."""
+    if context.draw is None:
+        return []
+    groups = [(name, clients, cores[clients[0]].secure) for name, clients in sorted(intake.members.items())]
+    return [
+        Summed(
+            run=context.run.id,
+            number=number,
+            group=name,
+            members=len(secure.members) if secure else 1,
+            clients=json.dumps(clients),
+        )
+        for name, clients, secure in groups
+    ]
+
+
 def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[RoundClient]]:
     """Writes down what will be asked, before it is asked; a round that was open keeps its work."""
-    cohort = tuple(sorted(m.id for m in context.members))
+    drawn = () if context.draw is None else tuple(context.draw.commitments)
+    cohort = tuple(sorted({m.id for m in context.members} | set(drawn)))
+    trainings = {m.id: in_round(context.federation, m.training, number) for m in context.members}
+    # One fixed point for all: of whoever may move farthest.
+    ranges = tuple(map(max, zip(*map(reaches, trainings.values()), strict=True)))
+    equal = context.federation.client_level is not None or context.draw is not None
     parent_digest, level = digest(vector_to_bytes(parent)), context.federation.client_level
     entries = []
     for member in context.members:
@@ -249,17 +335,18 @@ def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
             rounds=context.run.rounds,
             client=member.id,
             cohort=cohort,
-            # With client-level noise all count the same: a sum's sensitivity is one client's clip.
-            weight=float(member.card.records) if level is None else 1.0,
+            # With client-level noise all count the same: a sum's sensitivity is one client's clip. In a sum under masks they must.
+            weight=1.0 if equal else float(member.card.records),
             rule=context.federation.rule,
             base=context.run.base,
             schema=context.schema.digest,
             parent=parent_digest,
             task=context.task,
-            training=in_round(context.federation, member.training, number),
+            training=trainings[member.id],
             update_norm=None if level is None else level.clipping_norm,
             reports=context.federation.reports,
             noised=context.federation.noised,
+            secure=None if context.draw is None else SecureSum(context.draw.group_of(member.id), *ranges),
         )
         spec = core.training
         entries.append(
@@ -290,9 +377,10 @@ def seal_plan(
     attempt: int,
     key: OpeningKey,
     receipts: tuple[Receipt, ...],
+    sharers: tuple[str, ...] = (),
 ) -> bytes:
     """One client's plan, signed and sealed to it."""
-    plan = Plan(core, attempt, key.sealing_key, int(time.time()), receipts)
+    plan = Plan(core, attempt, key.sealing_key, int(time.time()), receipts, sharers)
     return _seal(context, member, Codec.PLAN, plan.to_bytes(parent, context.signing), core.round, attempt, core.digest)
 
 

@@ -20,6 +20,7 @@ from cloister_model.base import find_base
 from cloister_model.build import Adapted, build, frozen_schema, read_vector, schema_of, set_centre
 from cloister_shared import __version__
 from cloister_shared.cards import SiteCard
+from cloister_shared.draw import Transcript
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.frozen_a import frozen_digest
 from cloister_shared.plan import PlanCore, TaskSpec, TrainingSpec
@@ -27,12 +28,13 @@ from cloister_shared.privacy import epsilon
 from cloister_shared.vectors import Schema, to_safetensors
 
 from cloister_server.accounting import foresee
-from cloister_server.context import Context, Member, Tell
+from cloister_server.context import Context, Exchange, Member, Tell
 from cloister_server.federation import Coordinator, Federation
 from cloister_server.judge import HeldOutJudge, Judge, NoJudge
 from cloister_server.own_text import begin, check_apart, read_own
 from cloister_server.planning import run_events, training_for
 from cloister_server.rounds import run_rounds
+from cloister_server.secure import draw_groups, groups_of, withstands
 from cloister_server.store import Run, Store
 
 
@@ -158,15 +160,43 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
     link = Link(coordinator.card.address, coordinator.ca, coordinator.secret, flower_run)
     failed = True
     try:
-        run_rounds(
-            Context(federation, coordinator.signing, store, run, task, schema, tuple(members), judge, tell), link
-        )
+        context = Context(federation, coordinator.signing, store, run, task, schema, tuple(members), judge, tell)
+        if federation.secure_group is not None:
+            context = drawn(context, link, federation.secure_group)
+        run_rounds(context, link)
         failed = False
     finally:
         link.close(failed=failed)
         store.close()
     tell("finished", run=run.id)
     return run
+
+
+def drawn(context: Context, link: Exchange, size: int) -> Context:
+    """The run with its groups, drawn now or read from the registry, and of its members those that are in them.
+
+    Raises:
+        CloisterError: They cannot be drawn, or the defence does not fit them.
+    """
+    store, run = context.store, context.run
+    groups_of(context.federation, len(context.members))
+    known = store.transcript(run.id)
+    if known is None:
+        draw = draw_groups(context, link, size)
+        groups_of(context.federation, len(draw.commitments))
+        store.register_draw(run.id, json.dumps(draw.as_dict()))
+    else:
+        draw = Transcript.from_dict(json.loads(known))
+    groups = draw.groups()
+    context.tell(
+        "groups",
+        groups=len(groups),
+        sizes=sorted(map(len, groups)),
+        withstands=withstands(len(groups)),
+        rule=context.federation.defence.rule,
+    )
+    members = tuple(m for m in context.members if m.id in draw.commitments)
+    return replace(context, members=members, draw=draw)
 
 
 def _noise_of(federation: Federation) -> dict[str, float] | None:

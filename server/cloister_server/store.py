@@ -126,6 +126,23 @@ class Evidence(SQLModel, table=True):
     mad: float
 
 
+class Draw(SQLModel, table=True):
+    """The groups of a run under secure aggregation: its whole draw, from which anybody can check them. Never changed."""
+
+    run: str = Field(primary_key=True, foreign_key="run.id")
+    transcript: str
+
+
+class Summed(SQLModel, table=True):
+    """What the coordinator saw of one group in a round under secure aggregation: the sum of these clients' updates, and no other."""
+
+    run: str = Field(primary_key=True, foreign_key="run.id")
+    number: int = Field(primary_key=True)
+    group: str = Field(primary_key=True)
+    members: int
+    clients: str  # ids of those in the sum, JSON
+
+
 class Judgement(SQLModel, table=True):
     """What a round's defence did."""
 
@@ -158,7 +175,7 @@ def _triggers() -> Iterator[str]:
             f"CREATE TRIGGER IF NOT EXISTS noised_sum_{deed.lower()} BEFORE {deed} ON noised_sum {when}"
             " BEGIN SELECT RAISE(ABORT, 'UNIQUE: what was charged stays'); END"
         )
-    for table in ("round_client", "metric", "evidence", "judgement"):
+    for table in ("round_client", "metric", "evidence", "judgement", "summed"):
         for deed, row in (("UPDATE", "OLD"), ("DELETE", "OLD"), ("INSERT", "NEW")):
             known = f"SELECT 1 FROM round WHERE run = {row}.run AND number = {row}.number AND state = 'committed'"  # noqa: S608
             yield (
@@ -180,6 +197,7 @@ class Commit:
         residual: What the rule ``exact`` could not keep, relative; None for the linear rules.
         judgement: What the defence did; None where there is none.
         evidence: Its tests.
+        summed: The groups' sums under secure aggregation.
     """
 
     adapter: str
@@ -190,6 +208,7 @@ class Commit:
     residual: float | None = None
     judgement: Judgement | None = None
     evidence: Sequence[Evidence] = ()
+    summed: Sequence[Summed] = ()
 
 
 class Store:
@@ -266,6 +285,26 @@ class Store:
             row = session.get_one(Run, run)
             row.flower_run = str(flower_run)
 
+    def register_draw(self, run: str, transcript: str) -> None:
+        """Writes a run's draw, once.
+
+        Raises:
+            StateError: There is one.
+        """
+        with self._session() as session:
+            session.add(Draw(run=run, transcript=transcript))
+
+    def transcript(self, run: str) -> str | None:
+        """A run's draw, JSON; None without secure aggregation."""
+        with Session(self._engine) as session:
+            found = session.get(Draw, run)
+            return None if found is None else found.transcript
+
+    def summed(self, run: str) -> list[Summed]:
+        """What was seen of each group, by round."""
+        with Session(self._engine) as session:
+            return list(session.exec(select(Summed).where(Summed.run == run).order_by(Summed.number, Summed.group)))  # type: ignore[arg-type]
+
     def finish_run(self, run: str) -> None:
         """Marks a run as finished."""
         with self._session() as session:
@@ -311,7 +350,7 @@ class Store:
                 row.received_bytes += entry.received_bytes
             for name, value in commit.metrics.items():
                 session.add(Metric(run=run, number=number, name=name, value=value))
-            session.add_all(commit.evidence)
+            session.add_all([*commit.evidence, *commit.summed])
             if commit.judgement is not None:
                 session.add(commit.judgement)
             session.flush()  # the triggers let nothing follow the commit

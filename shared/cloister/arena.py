@@ -26,7 +26,7 @@ from cloister_model.tokens import encode
 from cloister_model.warm_start import warm_head
 from cloister_server.defence import Cohort, enter, reputation
 from cloister_server.federation import PIPELINE, Defence
-from cloister_server.peers import norms_of, to_median
+from cloister_server.peers import norms_of, predicted_norm, to_median
 from cloister_server.robust import combine
 from cloister_shared.errors import InputError
 from cloister_shared.plan import TaskSpec, TrainingSpec
@@ -246,7 +246,8 @@ class Arena:
                 parent = bounded(np.asarray(parent + made.vector, dtype=np.float32), self.schema)
                 continue
             out = [reputation(past)[1] for past in codes]
-            cohort = Cohort(rows, np.ones(setting.sites), self.trainings, np.array(out, dtype=bool))
+            predicted = np.array([predicted_norm(training, self.schema) for training in self.trainings])
+            cohort = Cohort(rows, np.ones(setting.sites), predicted, np.array(out, dtype=bool))
             defence = Defence(rule=rule, attackers=setting.attackers if rule != "mean" else 0, margin=None)
             before, _ = self.judge(parent) if rule == PIPELINE else ({}, 0.0)
             got = enter(defence, "average", parent, cohort, self.schema, self, before)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cloister_client.data import add as add_text
-from cloister_client.policy import Policy
+from cloister_client.policy import Policy, add_peer
 from cloister_client.site import enrol, read_site
 from cloister_client.status import read_status
 from cloister_client.supervise import Running
@@ -31,7 +31,7 @@ from cloister_server.export import export_round
 from cloister_server.federation import Coordinator, admit_site, init, open_coordinator, read_federation
 from cloister_server.store import Store
 from cloister_shared import console
-from cloister_shared.cards import CoordinatorCard
+from cloister_shared.cards import CoordinatorCard, read_site_card
 from cloister_shared.encoding import write_durably
 from cloister_shared.errors import CloisterError, InputError, StateError
 from cloister_shared.processes import Child, Group, free_port
@@ -49,8 +49,34 @@ label = "label"
 """
 
 
-def federation_toml(shares: Shares, rounds: int, epsilon: float, port: int, steps: int, batch: int) -> str:
+_SECURE = """
+[secure_aggregation]
+group = {}
+"""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What was asked for: the command's options."""
+
+    data: Path | None
+    public: Path | None
+    text: str
+    label: str
+    sites: int
+    rounds: int
+    partition: str
+    epsilon: float
+    steps: int
+    batch: int
+    seed: int
+    device: str
+    secure: bool
+
+
+def federation_toml(shares: Shares, ask: Ask, port: int) -> str:
     """The demo's FEDERATION.toml."""
+    rounds = ask.rounds
     labels = ", ".join(quote(label) for label in shares.labels)
     return f"""# Made by `cloister demo`; start from it for your own.
 name = "demo"
@@ -69,14 +95,14 @@ alpha = 16
 
 [training]
 rounds = {rounds}
-steps = {steps}
-batch = {batch}
+steps = {ask.steps}
+batch = {ask.batch}
 # The head's recipe (rate, clipping norm, hashed words) is the default: bench/results has the tables it comes from.
 head_rounds = {rounds // 2}  # the head alone first, then LoRA below it too
 
 [privacy]
 # For a whole run, at every site.
-epsilon = {epsilon:g}
+epsilon = {ask.epsilon:g}
 delta = 1e-5
 
 [round]
@@ -87,18 +113,16 @@ min_clients = {max(1, len(shares.sites) // 2)}
 path = "held-out.jsonl"
 text = "text"
 label = "label"
-{_PUBLIC if shares.public else ""}"""
+{_PUBLIC if shares.public else ""}{_SECURE.format(min(4, len(shares.sites))) if ask.secure else ""}"""
 
 
-def make_federation(
-    home: Path, shares: Shares, rounds: int, epsilon: float, steps: int, batch: int, device: str
-) -> Coordinator:
+def make_federation(home: Path, shares: Shares, ask: Ask) -> Coordinator:
     """Makes the coordinator's and the sites' folders and exchanges keys by files."""
     write_records(home / "held-out.jsonl", shares.held_out)
     if shares.public:
         write_records(home / "public.jsonl", shares.public)
     settings = home / "federation.toml"
-    write_durably(settings, federation_toml(shares, rounds, epsilon, free_port(), steps, batch).encode(), mode=0o644)
+    write_durably(settings, federation_toml(shares, ask, free_port()).encode(), mode=0o644)
     federation, base, bundle = read_federation(settings), find_base("minilm", "demo"), build_bundle()[1]
     card: CoordinatorCard = init(home / "coordinator", federation, base.digest, bundle)
     threads = max(1, (os.cpu_count() or 1) // len(shares.sites))
@@ -114,12 +138,13 @@ def make_federation(
             ("text-classification",),
             ("query", "value"),
             8,
-            epsilon,
+            ask.epsilon,
             federation.delta,
             0.3,
-            1,
+            2 if ask.secure else 1,
             1000,
             "preferred",
+            secure_aggregation="required" if ask.secure else "allowed",
         )
         enrol(
             folder,
@@ -129,12 +154,17 @@ def make_federation(
             base="minilm",
             records=declared,
             runtime_port=free_port(),
-            device=device,
+            device=ask.device,
             threads=threads,
         )
         add_text(read_site(folder), Source(text.resolve(), "text", "label"))
         write_durably(folder / MARK, b"made by cloister demo\n", mode=0o644)
         admit_site(home / "coordinator", folder / "card.json")
+    cards = {folder: read_site_card(folder / "card.json") for folder in console.site_homes()} if ask.secure else {}
+    for folder, own in cards.items():
+        for other in cards.values():
+            if other is not own:
+                add_peer(folder / "policy.toml", other.key)
     return open_coordinator(home / "coordinator")
 
 
@@ -181,24 +211,6 @@ def clean(home: Path) -> str | None:
     return f"removed the earlier demo in {home} with its ledgers: a demo's budget starts anew, a real site's never does"
 
 
-@dataclass(frozen=True)
-class Ask:
-    """What was asked for: the command's options."""
-
-    data: Path | None
-    public: Path | None
-    text: str
-    label: str
-    sites: int
-    rounds: int
-    partition: str
-    epsilon: float
-    steps: int
-    batch: int
-    seed: int
-    device: str
-
-
 def run_demo(ask: Ask) -> None:
     """Runs the demo.
 
@@ -240,7 +252,7 @@ def run_demo(ask: Ask) -> None:
         },
         lines,
     )
-    coordinator = make_federation(root, shares, ask.rounds, ask.epsilon, ask.steps, ask.batch, ask.device)
+    coordinator = make_federation(root, shares, ask)
     with Group() as group:
         superlink = group.start(
             "superlink",

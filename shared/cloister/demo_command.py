@@ -36,6 +36,9 @@ def demo(
         int, typer.Option(min=0, help="Seed of the made text and the partition; never of noise or samples.")
     ] = 7,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    secure: Annotated[
+        bool, typer.Option("--secure", help="Sums under masks: the coordinator sees one sum a group of four sites.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
     home: Annotated[Path | None, typer.Option("--home", help="Folder of state.")] = None,
 ) -> None:
@@ -53,9 +56,11 @@ def demo(
         raise InputError(
             "the made text has no public part", where="--public", expected="--data FILE with it", got=str(public)
         )
+    if secure and sites < 3:
+        raise InputError("too few sites for a sum under masks", where="--sites", expected=">= 3", got=str(sites))
     from cloister_model.quiet import quieten
 
     quieten()
     from cloister.demo import Ask, run_demo
 
-    run_demo(Ask(data, public, text, label, sites, rounds, partition, epsilon, steps, batch, seed, device))
+    run_demo(Ask(data, public, text, label, sites, rounds, partition, epsilon, steps, batch, seed, device, secure))

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +24,14 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from cloister_shared.encoding import canonical
 from cloister_shared.errors import VerificationError
+from cloister_shared.signing import SigningKey, VerifyKey
 from cloister_shared.vectors import F32, Schema
 
 U32 = npt.NDArray[np.uint32]
 _NONCE = 12
+_PURPOSE = "secure-keys"
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,66 @@ class Fixed:
         reach = self.ranges()
         wide = total.astype(np.float64) / count / self.levels * (2 * reach) - reach
         return np.clip(wide, -reach, reach).astype(np.float32)
+
+
+def attempt_name(run: str, number: int, attempt: int) -> bytes:
+    """One attempt's name, which every key of it is derived with."""
+    return canonical({"run": run, "round": number, "attempt": attempt})
+
+
+@dataclass(frozen=True)
+class PeerKeys:
+    """A site's public keys of one attempt.
+
+    Attributes:
+        cipher: X25519, for shares, hex.
+        mask: X25519, for masks, hex.
+        signature: By the site's signing key, hex.
+    """
+
+    cipher: str
+    mask: str
+    signature: str
+
+    @staticmethod
+    def _signed(run: str, number: int, attempt: int, cipher: str, mask: str) -> bytes:
+        return attempt_name(run, number, attempt) + canonical({"cipher": cipher, "mask": mask})
+
+    @classmethod
+    def made(cls, run: str, number: int, attempt: int, cipher: bytes, mask: bytes, by: SigningKey) -> PeerKeys:
+        """The public halves of two private keys, signed."""
+        public = public_of(cipher).hex(), public_of(mask).hex()
+        return cls(*public, by.sign(_PURPOSE, cls._signed(run, number, attempt, *public)).hex())
+
+    @classmethod
+    def from_dict(cls, value: Any) -> PeerKeys:
+        """Reads the JSON form.
+
+        Raises:
+            VerificationError: Malformed.
+        """
+        try:
+            keys = cls(**value)
+            if all(isinstance(text, str) and len(bytes.fromhex(text)) in (32, 64) for text in asdict(keys).values()):
+                return keys
+        except (TypeError, ValueError):
+            pass
+        raise VerificationError(
+            "a site's keys of an attempt are malformed", expected="cipher, mask and signature in hex"
+        )
+
+    def checked(self, run: str, number: int, attempt: int, signer: VerifyKey) -> PeerKeys:
+        """These keys, after their signature was.
+
+        Raises:
+            VerificationError: It does not hold for this attempt, or a key cannot be used.
+        """
+        signed = self._signed(run, number, attempt, self.cipher, self.mask)
+        where = f"keys of {signer.id.hex()[:16]}"
+        signer.verify(_PURPOSE, signed, bytes.fromhex(self.signature), where)
+        for key in (self.cipher, self.mask):
+            agreed(bytes(32), bytes.fromhex(key), b"", where)
+        return self
 
 
 def _derived(secret: bytes, info: bytes) -> bytes:

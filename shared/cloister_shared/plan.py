@@ -16,8 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cloister_shared.draw import LEAST_GROUP, MOST_GROUP
 from cloister_shared.encoding import canonical, digest, parse_record
 from cloister_shared.errors import InputError, VerificationError
+from cloister_shared.masks import Fixed
 from cloister_shared.privacy import MAX_SIGMA, DpSgd
 from cloister_shared.sealing import SealingKey
 from cloister_shared.signing import SIGNATURE_BYTES, SigningKey, VerifyKey
@@ -70,7 +72,9 @@ def _integer(value: Any, low: int, high: int, what: str) -> None:
     )
 
 
-def _read(value: Any, kind: type[TaskSpec | TrainingSpec | NoisedNumber | PlanCore], *lists: str) -> dict[str, Any]:
+def _read(
+    value: Any, kind: type[TaskSpec | TrainingSpec | NoisedNumber | SecureSum | PlanCore], *lists: str
+) -> dict[str, Any]:
     """A record's JSON form, of which every field must be there and no other; ``lists`` as tuples."""
     record = dict(value)
     # Defaults are for code that makes plans; one that is read says everything.
@@ -267,6 +271,36 @@ class NoisedNumber:
 
 
 @dataclass(frozen=True)
+class SecureSum:
+    """That an update leaves under masks that cancel in its group's sum alone.
+
+    Attributes:
+        members: Key ids of the group, hex, sorted, the client among them; 3 to 100, and no others for the whole run.
+        adapter_range: Largest move of a LoRA number that the sum's fixed point holds; > 0.
+        head_range: The head's.
+    """
+
+    members: tuple[str, ...]
+    adapter_range: float
+    head_range: float
+
+    def __post_init__(self) -> None:
+        for member in self.members:
+            _hex(member, 16, "member")
+        _must(
+            list(self.members) == sorted(set(self.members)) and LEAST_GROUP <= len(self.members) <= MOST_GROUP,
+            f"a group is not sorted, distinct and of {LEAST_GROUP} to {MOST_GROUP}",
+            self.members,
+        )
+        _number(self.adapter_range, 1e-9, 1e9, "adapter_range")
+        _number(self.head_range, 1e-9, 1e9, "head_range")
+
+    def fixed(self, schema: Schema) -> Fixed:
+        """The fixed point of this sum."""
+        return Fixed(schema, len(self.members), self.adapter_range, self.head_range)
+
+
+@dataclass(frozen=True)
 class PlanCore:
     """The work of one client in one round.
 
@@ -287,6 +321,7 @@ class PlanCore:
         update_norm: L2 bound that the whole update is clipped to, at the client and again at the aggregator; None for none.
         reports: Un-noised numbers asked for beside the update; a client's policy permits each by name or refuses the plan.
         noised: Numbers asked for with noise, each under another name; none beside ``reports``.
+        secure: That the update leaves under masks, with no number beside it and weight 1; None where it leaves by itself.
     """
 
     federation: str
@@ -305,6 +340,7 @@ class PlanCore:
     update_norm: float | None = None
     reports: tuple[str, ...] = ()
     noised: tuple[NoisedNumber, ...] = ()
+    secure: SecureSum | None = None
 
     def __post_init__(self) -> None:
         _must(
@@ -342,6 +378,17 @@ class PlanCore:
             "noised numbers repeat, or stand beside reports",
             self.noised,
         )
+        if self.secure is not None:
+            _must(
+                self.client in self.secure.members and set(self.secure.members) <= set(self.cohort),
+                "the group is not of the cohort, or without the client",
+                self.secure.members,
+            )
+            _must(
+                self.rule in LINEAR_RULES and not (self.reports or self.noised) and self.weight == 1.0,
+                "a sum under masks is of updates alone, all of weight 1, and of a linear rule",
+                self.rule,
+            )
         for name in ("base", "schema", "parent"):
             _hex(getattr(self, name), 32, name)
 
@@ -374,6 +421,8 @@ class PlanCore:
             record["task"] = TaskSpec.from_dict(record["task"])
             record["training"] = TrainingSpec(**_read(record["training"], TrainingSpec))
             record["noised"] = tuple(NoisedNumber(**_read(number, NoisedNumber)) for number in record["noised"])
+            if record["secure"] is not None:
+                record["secure"] = SecureSum(**_read(record["secure"], SecureSum, "members"))
             return cls(**record)
         except (TypeError, KeyError, ValueError) as error:
             raise VerificationError("plan is malformed", got=str(error)[:200]) from error
@@ -433,6 +482,7 @@ class Plan:
         round_key: The key that updates of this attempt are sealed to.
         issued: Seconds since 1970.
         receipts: What became of this client's earlier updates.
+        sharers: Under masks: the members of its group that take part in this attempt, by key id, sorted; else none.
     """
 
     core: PlanCore
@@ -440,6 +490,7 @@ class Plan:
     round_key: SealingKey
     issued: int
     receipts: tuple[Receipt, ...] = ()
+    sharers: tuple[str, ...] = ()
 
     def to_bytes(self, parent: F32, by: SigningKey) -> bytes:
         """The signed plaintext of the envelope."""
@@ -450,6 +501,7 @@ class Plan:
                 "round_key": self.round_key.raw.hex(),
                 "issued": self.issued,
                 "receipts": [asdict(receipt) for receipt in self.receipts],
+                "sharers": list(self.sharers),
             }
         )
         return struct.pack(">I", len(record)) + record + by.sign(PURPOSE, record) + vector_to_bytes(parent)
@@ -472,9 +524,11 @@ class Plan:
         record_bytes, rest = data[4 : 4 + size], data[4 + size :]
         by.verify(PURPOSE, record_bytes, rest[:SIGNATURE_BYTES], where)
         record = parse_record(record_bytes, where)
-        names = {"core", "attempt", "round_key", "issued", "receipts"}
+        names = {"core", "attempt", "round_key", "issued", "receipts", "sharers"}
         _must(
-            set(record) == names and isinstance(record["receipts"], list), "other fields than a plan's", sorted(record)
+            set(record) == names and isinstance(record["receipts"], list) and isinstance(record["sharers"], list),
+            "other fields than a plan's",
+            sorted(record),
         )
         try:
             plan = cls(
@@ -483,11 +537,20 @@ class Plan:
                 SealingKey.from_hex(record["round_key"], where),
                 record["issued"],
                 tuple(Receipt.from_dict(r) for r in record["receipts"]),
+                tuple(record["sharers"]),
             )
         except (KeyError, TypeError) as error:
             raise VerificationError("plan is malformed", where=where, got=str(error)) from error
         _integer(plan.attempt, 1, 1_000_000, "attempt")
         _integer(plan.issued, 0, 1 << 62, "issued")
+        for sharer in plan.sharers:
+            _hex(sharer, 16, "sharer")
+        members = () if plan.core.secure is None else plan.core.secure.members
+        _must(
+            list(plan.sharers) == sorted(set(plan.sharers)) and set(plan.sharers) <= set(members),
+            "who takes part is not of the group",
+            plan.sharers,
+        )
         return plan, rest[SIGNATURE_BYTES:]
 
 

@@ -59,6 +59,8 @@ class Codec(IntEnum):
     REFUSAL = 3
     CLOSING = 4
     ACK = 5
+    SECURE = 6
+    MASKED_U32 = 7
 
 
 @dataclass(frozen=True)

@@ -123,9 +123,9 @@ def test_what_is_spent_for_and_sent_covers_the_numbers(tmp_path: Path) -> None:
 def test_a_number_with_too_little_noise_is_refused_by_the_policy() -> None:
     policy = replace(policy_for(CARD), base_models=("00" * 32,), least_noise=0.5, least_cohort=1)
     quiet: PlanCore = replace(BOTH, noised=(replace(UNITS, noise_multiplier=0.4),))
-    check(policy, BOTH)
+    check(policy, BOTH, 12)
     with pytest.raises(RefusedError, match="too little noise on units"):
-        check(policy, quiet)
+        check(policy, quiet, 12)
 
 
 def test_no_number_is_made_where_none_is_asked(made: tuple[Trainer, Encoded], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,8 +37,8 @@ def _training(**changes: Any) -> PlanCore:
 
 
 def test_a_plan_at_every_limit_passes() -> None:
-    check(POLICY, PLAN)
-    check(replace(POLICY, base_models=("ff" * 32, PLAN.base), tasks=("text-classification", "causal-lm")), PLAN)
+    check(POLICY, PLAN, 12)
+    check(replace(POLICY, base_models=("ff" * 32, PLAN.base), tasks=("text-classification", "causal-lm")), PLAN, 12)
 
 
 @pytest.mark.parametrize(
@@ -53,13 +53,18 @@ def test_a_plan_at_every_limit_passes() -> None:
         ("delta", POLICY, _training(delta=1e-6), "1e-05", "1e-06"),
         ("delta", POLICY, _training(delta=1e-4), "1e-05", "0.0001"),
         ("least_cohort", replace(POLICY, least_cohort=2), PLAN, ">= 2", "1"),
+        ("layers", replace(POLICY, layers=(1, 2)), _task(layers=(0, 1)), "1, 2", "0"),
+        ("layers", replace(POLICY, layers=(0,)), _task(layers=()), "0", "all"),
+        ("from_hour", replace(POLICY, from_hour=13), PLAN, "13:00 to 24:00 UTC", "12 h UTC"),
+        ("from_hour", replace(POLICY, from_hour=20, until_hour=12), PLAN, "20:00 to 12:00 UTC", "12 h UTC"),
+        ("secure_aggregation", replace(POLICY, secure_aggregation="required"), PLAN, "secure aggregation", "none"),
     ],
 )
 def test_each_rule_refuses_with_its_name_what_was_asked_and_what_is_allowed(
     rule: str, policy: Policy, plan: PlanCore, allowed: str, asked: str
 ) -> None:
     with pytest.raises(RefusedError) as refused:
-        check(policy, plan)
+        check(policy, plan, 12)
     error = refused.value
     assert (error.rule, error.expected, error.got) == (f"policy.{rule}", allowed, asked)
     assert error.where == "plan of round 3"

@@ -12,10 +12,11 @@ import cloister_client
 import pytest
 from cloister_client import release as gate
 from cloister_client.budget import Ledger
-from cloister_client.release import CODECS, CODES, WIRE, NoisedUpdate, NonPrivateRelease, refusal, release
+from cloister_client.release import CODECS, CODES, WIRE, NoisedUpdate, NonPrivateRelease, protocol, refusal, release
 from cloister_shared.cards import CoordinatorCard
 from cloister_shared.encoding import digest
 from cloister_shared.errors import RefusedError, StateError, VerificationError
+from cloister_shared.plan import SecureSum
 from cloister_shared.sealing import Codec
 from cloister_shared.signing import SigningKey
 from cloister_shared.v1 import agent_pb2
@@ -73,6 +74,7 @@ def test_only_declared_codecs_are_sealed_and_only_behind_the_gate() -> None:
                     assert [s.func.id for s in starred if isinstance(s, ast.Call) and isinstance(s.func, ast.Name)] in (
                         ["release"],
                         ["refusal"],
+                        ["protocol"],
                     )
                 if name == "ExecuteReply":
                     codes |= {
@@ -80,7 +82,29 @@ def test_only_declared_codecs_are_sealed_and_only_behind_the_gate() -> None:
                     }
     assert sealers == ["round.py"]
     assert codes == set(CODES)
-    assert set(CODECS) == {Codec.UPDATE_F32, Codec.REFUSAL}
+    assert set(CODECS) == {Codec.UPDATE_F32, Codec.REFUSAL, Codec.MASKED_U32, Codec.SECURE}
+
+
+def test_a_secure_sums_update_never_leaves_bare_and_its_protocol_says_hex_alone(ledger: Ledger) -> None:
+    held = ledger.reserve(core(1), 1000)
+    ledger.spend(held.entry, digest(UPDATE))
+    asked = core(1)
+    with pytest.raises(RefusedError, match="under masks"):
+        release(ledger, POLICY, asked, NoisedUpdate(UPDATE), (), bytes.swapcase)
+    members = tuple(sorted([asked.client, "aa" * 16, "bb" * 16]))
+    summed = replace(asked, cohort=members, weight=1.0, secure=SecureSum(members, 1e-3, 1.0))
+    held = ledger.reserve(summed, 1000)
+    ledger.spend(held.entry, digest(UPDATE))
+    with pytest.raises(RefusedError, match="under masks"):
+        release(ledger, POLICY, summed, NoisedUpdate(UPDATE))
+    assert release(ledger, POLICY, summed, NoisedUpdate(UPDATE), (), lambda data: data[::-1]) == (
+        Codec.MASKED_U32,
+        UPDATE[::-1],
+    )
+    assert protocol({"shares": {"aa": "00ff"}, "seed": "11"})[0] == Codec.SECURE
+    for bad in ({"text": "00"}, {"seed": "my text"}, {"shares": {"aa": "text"}}, {"seed": 1.5}):
+        with pytest.raises(RefusedError, match="no such thing"):
+            protocol(bad)
 
 
 def test_an_update_without_a_charge_stays(ledger: Ledger) -> None:

@@ -14,7 +14,7 @@ from cloister_server.aggregation import weighted_mean
 from cloister_server.cli import round_rows
 from cloister_server.defence import Cohort, Entered, enter, explained, lost, reputation
 from cloister_server.federation import Defence, read_federation
-from cloister_server.peers import FEWEST
+from cloister_server.peers import FEWEST, predicted_norm
 from cloister_server.rounds import one_round, run_rounds
 from cloister_shared.errors import InputError, RefusedError
 from cloister_shared.plan import Rule
@@ -50,7 +50,7 @@ def cohort(count: int = 12, hostile: dict[int, F32] | None = None, seed: int = 0
     rows = (0.4 * GOAL + rng.normal(0, noise, (count, SCHEMA.size))).astype(np.float32)
     for row, update in (hostile or {}).items():
         rows[row] = update
-    return Cohort(rows, np.ones(count), [spec()] * count, np.zeros(count, dtype=bool))
+    return Cohort(rows, np.ones(count), np.full(count, predicted_norm(spec(), SCHEMA)), np.zeros(count, dtype=bool))
 
 
 def entered(defence: Defence, own: Cohort, judge: Any = None, rule: Rule = "average") -> Entered:

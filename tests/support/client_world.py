@@ -18,6 +18,7 @@ from cloister_client.policy import Policy
 from cloister_client.round import Desk
 from cloister_client.site import Site, enrol, read_site
 from cloister_client.status import Status, StatusFile
+from cloister_client.sums import Sums
 from cloister_client.train import Device
 from cloister_client.units import Units
 from cloister_model.base import BaseModel, find_base
@@ -207,11 +208,12 @@ def open_desk(world: World, site: Site, records: tuple[Record, ...], **changes: 
     agent, policy = site.agent_home, policy_for(world.card, **changes)
     ledger = Ledger(agent / "ledger.db", site.counter, policy.limits)
     ledger.close_open(agent / "kept")
+    signing = SigningKey.load(agent / "sign.key")
     return Desk(
         site.name,
         site.coordinator(),
         policy,
-        SigningKey.load(agent / "sign.key"),
+        signing,
         OpeningKey.load(agent / "seal.key"),
         ledger,
         world.base,
@@ -219,6 +221,7 @@ def open_desk(world: World, site: Site, records: tuple[Record, ...], **changes: 
         CPU,
         agent / "kept",
         StatusFile(agent / "status.json", Status(site.name)),
+        Sums(agent / "sums", signing, policy.peers, policy.least_cohort),
     )
 
 

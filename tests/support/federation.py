@@ -136,6 +136,11 @@ label = "label"
 """
 
 
+_SECURE = """[secure_aggregation]
+group = 4
+"""
+
+
 @contextmanager
 def make_federation(
     base: Path,
@@ -147,6 +152,7 @@ def make_federation(
     deadline: int = 60,
     least: int = 2,
     noise: float = 0.8,
+    secure: bool = False,
 ) -> Iterator[Federation]:
     """Creates coordinator and sites by the commands of the README, and stops everything at the end."""
     with tempfile.TemporaryDirectory(prefix="clst", dir="/tmp") as folder:
@@ -183,7 +189,8 @@ min_clients = {least}
 path = "held-out.jsonl"
 text = "text"
 {'label = "label"' if classify else ""}
-{_PUBLIC if classify else ""}"""
+{_PUBLIC if classify else ""}
+{_SECURE if secure else ""}"""
         )
         names = tuple(f"site-{i + 1}" for i in range(sites))
         federation = Federation(home, settings, names, runtime)
@@ -204,6 +211,11 @@ text = "text"
                 "1000",
             )
             federation.done("coordinator", "admit", str(home / "sites" / name / "card.json"))
+        cards = {name: str(home / "sites" / name / "card.json") for name in names}
+        for name in names if secure else ():
+            for other, card in cards.items():
+                if other != name:
+                    federation.done("site", "peer", card, "--site", name)
         try:
             yield federation
         finally:

@@ -14,6 +14,7 @@ import torch
 from cloister_client.budget import Ledger
 from cloister_client.policy import Policy
 from cloister_client.round import Desk, execute
+from cloister_client.sums import Sums
 from cloister_client.train import Device
 from cloister_client.units import Units
 from cloister_flower.frames import outgoing, reply
@@ -239,6 +240,7 @@ def make_desk(home: Path, name: str, coordinator: Coordinator, base: BaseModel) 
         Device("cpu", False, "cpu"),
         home / "kept",
         Mute(),
+        Sums(home / "sums", signing, policy.peers, policy.least_cohort),
     )
     return desk, card
 

@@ -1,0 +1,290 @@
+"""The client's side of a sum that nobody can open: its keys, shares and masks, and what it refuses.
+
+    run:      commit -> reveal                                     (``cloister_shared.draw``: groups that nobody chose)
+    attempt:  keys -> shares -> masked update -> open: for the living a share of their own mask's seed, for the dead of their mask key
+
+It never gives both secrets of one site: it answers one opening an attempt, for lists that do not overlap, with a threshold above
+two thirds of the group, so that the coordinator would need more than a third of the group on its side. A work (run, round, plan) that was
+opened once is opened again for the same living only: two sums that differ by one client would be that client's update. An
+attempt's secrets are in memory alone and gone after it; the run's nonce and what was opened are on disk. Peers that the policy
+does not name count for nothing. No text is read here; what is masked passed ``release``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from cloister_shared import draw, masks, shamir
+from cloister_shared.draw import Transcript, read_commitments, threshold_of
+from cloister_shared.encoding import canonical, digest, write_durably
+from cloister_shared.errors import RefusedError, VerificationError
+from cloister_shared.masks import U32, PeerKeys, attempt_name
+from cloister_shared.plan import PlanCore
+from cloister_shared.signing import SigningKey, VerifyKey
+from cloister_shared.vectors import F32, Schema
+
+
+@dataclass
+class _Attempt:
+    """One attempt's secrets; never written, never shown."""
+
+    run: str
+    number: int
+    attempt: int
+    transcript: Transcript
+    members: tuple[str, ...]
+    cipher: bytes = field(default_factory=lambda: os.urandom(32), repr=False)
+    mask: bytes = field(default_factory=lambda: os.urandom(32), repr=False)
+    seed: bytes = field(default_factory=lambda: os.urandom(32), repr=False)
+    keys: dict[str, PeerKeys] = field(default_factory=dict)
+    own_share: bytes = field(default=b"", repr=False)
+    sharers: tuple[str, ...] = ()
+    work: str = ""
+
+    @property
+    def info(self) -> bytes:
+        """The attempt's name, in every derived key."""
+        return attempt_name(self.run, self.number, self.attempt)
+
+
+class Sums:
+    """A site's part in its sums.
+
+    Args:
+        folder: Where the run's nonces and what was opened are kept; made where missing.
+        signing: The site's key.
+        peers: Keys of other sites that the data owner accepts, hex.
+        least: Least accepted peers among those that a sum is of, itself not counted.
+    """
+
+    def __init__(self, folder: Path, signing: SigningKey, peers: Collection[str], least: int) -> None:
+        self._folder, self._signing, self._least = folder, signing, least
+        self._peers = {VerifyKey(bytes.fromhex(key)).id.hex() for key in peers}
+        self._now: _Attempt | None = None
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+    @property
+    def _own(self) -> str:
+        return self._signing.verify_key.id.hex()
+
+    def answer(self, run: str, number: int, attempt: int, record: dict[str, Any]) -> dict[str, Any]:
+        """Answers one message of the protocol.
+
+        Args:
+            run: The run, hex.
+            number: The round; 0 in the draw.
+            attempt: The attempt.
+            record: The message.
+
+        Raises:
+            RefusedError: It asks for what this site does not give; ``rule`` begins with ``secure.``.
+            VerificationError: It is malformed, or a signature or nonce in it does not hold.
+        """
+        stage = record.get("stage")
+        try:
+            if stage == "commit":
+                return asdict(self.commit(run))
+            if stage == "reveal":
+                return asdict(self.reveal(run, record["commitments"]))
+            if stage == "keys":
+                return asdict(self.keys(run, number, attempt, record["transcript"]))
+            if stage == "shares":
+                return self.shares(run, number, attempt, record["keys"])
+            if stage == "open":
+                return self.open(run, number, attempt, record["alive"], record["dead"], record["shares"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise VerificationError("a message of a secure sum is malformed", where=str(stage)[:20]) from error
+        raise VerificationError("a message of a secure sum has no known stage", got=repr(stage)[:40])
+
+    def commit(self, run: str) -> draw.Commitment:
+        """A commitment to this site's nonce in ``run``; the same one each time."""
+        kept = self._read(run)
+        if not kept:
+            kept = {"nonce": secrets.token_hex(draw.NONCE_BYTES), "list": "", "transcript": "", "last": [0, 0]}
+            self._write(run, kept)
+        return draw.commit(run, bytes.fromhex(kept["nonce"]), self._signing)
+
+    def reveal(self, run: str, shown: Any) -> draw.Reveal:
+        """The nonce, for the first list of commitments that has this site's own in it."""
+        kept, commitments = self._read(run), read_commitments(shown)
+        if not kept or commitments.get(self._own) != draw.commit(run, bytes.fromhex(kept["nonce"]), self._signing):
+            raise _refused("secure.draw", "this site's commitment is not in the list")
+        draw.check_commitments(run, commitments)
+        name = draw.list_digest(run, commitments)
+        if kept["list"] not in ("", name):
+            raise _refused("secure.draw", "another list of commitments was revealed for in this run")
+        self._enough(commitments, "committed")
+        if not kept["list"]:
+            self._write(run, kept | {"list": name})
+        return draw.reveal(run, bytes.fromhex(kept["nonce"]), commitments, self._signing)
+
+    def keys(self, run: str, number: int, attempt: int, shown: Any) -> PeerKeys:
+        """Fresh keys for an attempt, in the group that the draw gives."""
+        kept, transcript = self._read(run), Transcript.from_dict(shown)
+        if transcript.run != run or not kept or kept["list"] != draw.list_digest(run, transcript.commitments):
+            raise _refused("secure.draw", "the groups are not drawn from the commitments that this site revealed for")
+        group = transcript.group_of(self._own)
+        if kept["transcript"] not in ("", transcript.digest):
+            raise _refused("secure.draw", "this run has other groups")
+        if [number, attempt] <= kept["last"]:
+            last = f"round {kept['last'][0]}, attempt {kept['last'][1]}"
+            raise _refused(
+                "secure.stale", "this attempt is not newer than the last one", f"after {last}", f"{number}, {attempt}"
+            )
+        self._enough(group, "in the group")
+        self._write(run, kept | {"transcript": transcript.digest, "last": [number, attempt]})
+        now = self._now = _Attempt(run, number, attempt, transcript, group)
+        now.keys[self._own] = PeerKeys.made(run, number, attempt, now.cipher, now.mask, self._signing)
+        return now.keys[self._own]
+
+    def shares(self, run: str, number: int, attempt: int, shown: Mapping[str, Any]) -> dict[str, Any]:
+        """A sealed share of this attempt's secrets for each peer whose keys came, and a digest of the seed."""
+        now = self._at(run, number, attempt)
+        if len(now.keys) != 1:
+            raise _refused("secure.again", "shares of this attempt were made before")
+        found = {name: PeerKeys.from_dict(value) for name, value in shown.items()}
+        if found.get(self._own) != now.keys[self._own] or not set(found) <= set(now.members):
+            raise _refused("secure.group", "the keys are not those of this site's group")
+        for name, keys in found.items():
+            signer = VerifyKey.from_hex(now.transcript.commitments[name].key, "secure sum")
+            keys.checked(run, number, attempt, signer)
+        self._among(now, found, "gave keys")
+        holders, least = len(now.members), threshold_of(len(now.members))
+        of_mask, of_seed = shamir.split(now.mask, holders, least), shamir.split(now.seed, holders, least)
+        sealed = {}
+        for place, name in enumerate(now.members):
+            if name == self._own:
+                now.own_share = of_seed[place]
+            elif name in found:
+                info = _between(now, self._own, name)
+                theirs = bytes.fromhex(found[name].cipher)
+                sealed[name] = masks.hide(now.cipher, theirs, info, of_mask[place] + of_seed[place]).hex()
+        now.keys = found
+        return {"shares": sealed, "seed": sha256(now.seed).hexdigest()}
+
+    def expect(self, core: PlanCore, attempt: int, sharers: tuple[str, ...]) -> None:
+        """Sees, before anything is trained or charged, that a plan's update may be masked in this attempt.
+
+        Raises:
+            RefusedError: It may not.
+        """
+        if core.secure is None:
+            return
+        now = self._at(core.run, core.round, attempt)
+        if core.secure.members != now.members:
+            raise _refused("secure.group", "the plan names another group than was drawn")
+        if self._own not in sharers or not set(sharers) <= set(now.keys) or not now.own_share:
+            raise _refused("secure.group", "the plan's sharers are not those whose keys came")
+        if now.sharers:
+            raise _refused("secure.again", "this attempt's update was masked before")
+        self._among(now, sharers, "share")
+
+    def mask(self, core: PlanCore, attempt: int, sharers: tuple[str, ...], vector: F32, schema: Schema) -> U32:
+        """The update under masks, ``(d,) uint32``; once an attempt.
+
+        Raises:
+            RefusedError: As ``expect``.
+        """
+        self.expect(core, attempt, sharers)
+        now = self._at(core.run, core.round, attempt)
+        if core.secure is None:
+            raise VerificationError("a plan without a secure sum has nothing to mask", where="secure sum")
+        whole = core.secure.fixed(schema).encode(vector)
+        now.sharers, now.work = sharers, core.digest
+        whole += masks.self_mask(now.seed, now.info, len(whole))
+        others = {name: bytes.fromhex(now.keys[name].mask) for name in sharers if name != self._own}
+        whole += masks.pair_masks(now.mask, self._own, others, now.info, len(whole))
+        return whole
+
+    def open(
+        self, run: str, number: int, attempt: int, alive: list[str], dead: list[str], shares: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Shares for taking the masks off a sum: of the living's seeds, of the dead's mask keys; the attempt ends with it."""
+        now = self._at(run, number, attempt)
+        if not now.work:
+            raise _refused("secure.again", "nothing of this site is in that sum")
+        if set(alive) & set(dead) or len(set(alive)) + len(set(dead)) != len(alive) + len(dead):
+            raise _refused("secure.overlap", "a site is listed as alive and dead")
+        if {*alive, *dead} != set(now.sharers) or self._own not in alive:
+            raise _refused("secure.overlap", "the living and the dead are not those who shared")
+        self._among(now, alive, "alive")
+        self._same_as_before(now, alive)
+        out: dict[str, dict[str, str]] = {"alive": {self._own: now.own_share.hex()}, "dead": {}}
+        for name in sorted({*alive, *dead} - {self._own}):
+            theirs, sealed = bytes.fromhex(now.keys[name].cipher), bytes.fromhex(shares[name])
+            try:
+                opened = masks.reveal(
+                    now.cipher, theirs, _between(now, name, self._own), sealed, f"share of {name[:16]}"
+                )
+            except VerificationError:
+                continue  # what it gave us is worth nothing; others may have better ones
+            if name in alive:
+                out["alive"][name] = opened[shamir.SHARE_BYTES :].hex()
+            else:
+                out["dead"][name] = opened[: shamir.SHARE_BYTES].hex()
+        self._now = None
+        return out
+
+    def _same_as_before(self, now: _Attempt, alive: list[str]) -> None:
+        """One set of the living for a work, for good: the difference of two sums would be one client's update."""
+        path = self._folder / f"{now.work}.opened"
+        wanted = canonical({"alive": sorted(alive)})
+        if path.is_file() and path.read_bytes() != wanted:
+            raise _refused("secure.second_opening", "this round's sum was opened before, for other sites")
+        write_durably(path, wanted)
+
+    def forget(self, work: str) -> None:
+        """Drops what is kept of a work that a receipt has come for."""
+        (self._folder / f"{work}.opened").unlink(missing_ok=True)
+
+    def _at(self, run: str, number: int, attempt: int) -> _Attempt:
+        now = self._now
+        if now is None or (now.run, now.number, now.attempt) != (run, number, attempt):
+            raise _refused(
+                "secure.stale", "this site has no part in that attempt", "its keys first", f"{number}, {attempt}"
+            )
+        return now
+
+    def _among(self, now: _Attempt, sites: Collection[str], what: str) -> None:
+        least = threshold_of(len(now.members))
+        if len(sites) < least:
+            raise _refused(
+                "secure.threshold", f"too few sites {what}", f">= {least} of {len(now.members)}", str(len(sites))
+            )
+        self._enough(sites, what)
+
+    def _enough(self, sites: Collection[str], what: str) -> None:
+        count = len((set(sites) & self._peers) - {self._own})
+        if count < self._least:
+            raise _refused(
+                "policy.peers",
+                f"too few sites that the policy names are {what}",
+                f">= {self._least} beside this one",
+                str(count),
+            )
+
+    def _read(self, run: str) -> dict[str, Any]:
+        path = self._path(run)
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+    def _write(self, run: str, kept: dict[str, Any]) -> None:
+        write_durably(self._path(run), canonical(kept))
+
+    def _path(self, run: str) -> Path:
+        # The run's id comes from a peer: a digest of it names the file.
+        return self._folder / f"{digest(run.encode())}.draw"
+
+
+def _between(now: _Attempt, giver: str, holder: str) -> bytes:
+    return now.info + f"\0{giver}\0{holder}".encode()
+
+
+def _refused(rule: str, what: str, expected: str = "", got: str = "") -> RefusedError:
+    return RefusedError(rule, what, where="secure sum", expected=expected, got=got)
