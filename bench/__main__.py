@@ -13,7 +13,7 @@ from cloister_model.quiet import quieten
 
 quieten()
 
-from bench import accounting, entering, ledger, training, whole  # noqa: E402  # after the libraries are quiet
+from bench import accounting, entering, ledger, sums, training, whole  # noqa: E402  # after the libraries are quiet
 
 
 def _cpu() -> str:
@@ -30,6 +30,7 @@ def main() -> None:
     steps = training.measure()
     budget = ledger.measure()
     updates = entering.measure()
+    masked = sums.measure()
     demo = whole.measure()
     overhead = statistics.median(r["overhead"] for r in demo["rounds"])
     packages = ("torch", "opacus", "peft", "transformers", "flwr", "cryptography", "grpcio", "numpy")
@@ -47,6 +48,7 @@ def main() -> None:
     figures += accounting.figures(costs)
     figures += ledger.figures(budget)
     figures += entering.figures(updates)
+    figures += sums.figures(masked)
     machine = f"{_cpu()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
     print(f"machine: {machine}")
     print(f"versions: {', '.join(f'{p} {version(p)}' for p in packages)}")
@@ -61,6 +63,7 @@ def main() -> None:
                 "accounting": costs,
                 "ledger": budget,
                 "entering": updates,
+                "sums": masked,
             },
             indent=1,
         )

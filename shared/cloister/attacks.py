@@ -84,7 +84,9 @@ def noise_padded_ipm(seen: Seen) -> F32:
     mean = seen.honest.mean(0, dtype=np.float64)
     usual, size = seen.usual, float(np.linalg.norm(mean))
     noise = seen.rng.standard_normal(seen.own.shape)
-    noise *= np.sqrt(max(0.0, usual**2 - size**2)) / np.linalg.norm(noise, axis=1, keepdims=True)
+    if mean.size > 1:  # across the mean, so that the lengths add up
+        noise -= np.outer(noise @ mean / max(size**2, 1e-30), mean)
+    noise *= np.sqrt(max(0.0, usual**2 - size**2)) / np.maximum(np.linalg.norm(noise, axis=1, keepdims=True), 1e-30)
     return np.asarray(noise - mean, dtype=np.float32)
 
 

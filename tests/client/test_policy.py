@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cloister_client.policy import Policy, check, read_policy
+from cloister_client.policy import Policy, add_peer, check, note_peers, read_policy, within
 from cloister_shared.errors import InputError, RefusedError
 from cloister_shared.plan import PlanCore
+from cloister_shared.signing import SigningKey
 
 from support.client_ledgers import core
 
@@ -129,3 +130,42 @@ def test_a_file_that_is_none_is_told(tmp_path: Path, content: bytes | None) -> N
         path.write_bytes(content)
     with pytest.raises(InputError, match="policy"):
         read_policy(path)
+
+
+def test_peers_are_added_by_line_and_changes_are_noted(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text("# mine\n" + POLICY.to_toml() + "# the end\n")
+    keys = [SigningKey.generate().verify_key for _ in range(2)]
+    first, second = (key.raw.hex() for key in keys)
+    assert add_peer(path, first) == (first,)
+    assert add_peer(path, first) == (first,)
+    assert add_peer(path, second) == read_policy(path).peers == (first, second)
+    assert path.read_text().startswith("# mine\n")
+    assert path.read_text().endswith("# the end\n")
+    assert replace(read_policy(path), peers=()) == POLICY
+    policy = read_policy(path)
+    changed = note_peers(tmp_path, policy, 5.0)
+    assert all(f"+{key.id.hex()}" in changed for key in keys)
+    assert note_peers(tmp_path, policy, 6.0) == ""
+    assert note_peers(tmp_path, replace(policy, peers=(second,)), 7.0) == f"accepted peers changed: -{keys[0].id.hex()}"
+    assert [line.split()[0] for line in (tmp_path / "peers.log").read_text().splitlines()] == ["5", "7"]
+    path.write_text(path.read_text().replace("peers = [", "peers = [\n"))
+    with pytest.raises(InputError, match="line of its own"):
+        add_peer(path, "ab" * 32)
+    path.write_text(POLICY.to_toml().replace("peers = []", 'peers = ["zz"]'))
+    with pytest.raises(InputError, match=r"policy\.toml peers"):
+        read_policy(path)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "inside"),
+    [
+        (0, 24, set(range(24))),
+        (8, 18, set(range(8, 18))),
+        (20, 6, {20, 21, 22, 23, 0, 1, 2, 3, 4, 5}),
+        (5, 5, set(range(24))),
+    ],
+)
+def test_hours(first: int, last: int, inside: set[int]) -> None:
+    policy = replace(POLICY, from_hour=first, until_hour=last)
+    assert {hour for hour in range(24) if within(policy, hour)} == inside

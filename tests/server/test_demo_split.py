@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cloister.demo import MARK, clean, federation_toml
+from cloister.demo import MARK, Ask, clean, federation_toml
 from cloister.demo_text import own_shares, split, synthetic_shares
 from cloister_model.text import Record, Source
 from cloister_server.federation import read_federation
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from support.server_calm import calm
 
 LABELS = ("a", "b", "c")
+ASK = Ask(None, None, "text", "label", 2, 3, "iid", 8.0, 6, 128, 7, "cpu", False)
 
 
 def records(count: int, shops: int = 7) -> list[Record]:
@@ -132,16 +134,23 @@ def test_synthetic_shares_are_repeatable() -> None:
 
 def test_the_demos_settings_are_good(tmp_path: Path) -> None:
     shares = synthetic_shares(2, 7)
-    (tmp_path / "f.toml").write_text(federation_toml(shares, 3, 8.0, 9000, 6, 128))
+    (tmp_path / "f.toml").write_text(federation_toml(shares, ASK, 9000))
     federation = read_federation(tmp_path / "f.toml")
     assert (federation.task.labels, federation.epsilon, federation.rounds) == (shares.labels, 8.0, 3)
+    assert federation.secure_group is None
+    (tmp_path / "f.toml").write_text(federation_toml(shares, replace(ASK, secure=True), 9000))
+    with pytest.raises(InputError, match="group"):
+        read_federation(tmp_path / "f.toml")  # two sites make no group
+    four = synthetic_shares(4, 7)
+    (tmp_path / "f.toml").write_text(federation_toml(four, replace(ASK, secure=True), 9000))
+    assert read_federation(tmp_path / "f.toml").secure_group == 4
 
 
 def test_labels_with_quotes_survive_the_demos_settings(tmp_path: Path) -> None:
     odd = ('say "hi"', "back\\slash", "tab\there", "ünï", "new\nline")
     made = [Record(f"t{i}", odd[i % 5]) for i in range(200)]
     shares = own_shares(write(tmp_path / "own.jsonl", made), 2, "iid", 0)
-    (tmp_path / "f.toml").write_text(federation_toml(shares, 3, 8.0, 9000, 6, 128))
+    (tmp_path / "f.toml").write_text(federation_toml(shares, ASK, 9000))
     assert read_federation(tmp_path / "f.toml").task.labels == tuple(sorted(odd))
 
 
