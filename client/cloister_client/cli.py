@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+import sys
 import threading
 import time
 from dataclasses import asdict
@@ -13,7 +15,8 @@ import typer
 from cloister_model.text import Source, read
 from cloister_shared import console
 from cloister_shared.cards import read_coordinator_card, read_site_card
-from cloister_shared.errors import InputError, StateError
+from cloister_shared.errors import CloisterError, InputError, StateError
+from cloister_shared.invitation import Invitation
 from cloister_shared.processes import Group, free_port
 
 from cloister_client import audit_command
@@ -43,9 +46,14 @@ def register(app: typer.Typer) -> None:
 
 @site_app.command()
 def enrol(
-    name: Annotated[str, typer.Argument(help="The site's name.")],
-    coordinator: Annotated[Path, typer.Option(help="The coordinator's card.json, from a channel you trust.")],
+    name: Annotated[
+        str, typer.Argument(help="A token; - reads one from standard input; or, with --coordinator, the site's name.")
+    ],
     data: Annotated[Path, typer.Option(help="Private text: JSONL, CSV or Parquet, plain or gzipped.")],
+    coordinator: Annotated[
+        Path | None,
+        typer.Option(help="The coordinator's card.json, from a channel you trust, where there is no token."),
+    ] = None,
     text: Annotated[str, typer.Option(help="The text's field.")] = "text",
     label: Annotated[str, typer.Option(help="The label's field.")] = "label",
     unit_field: Annotated[
@@ -64,9 +72,18 @@ def enrol(
     json: Json = False,
     home: Home = None,
 ) -> None:
-    """Make this site's keys and policy, and write the card to hand to the coordinator."""
+    """Make this site's keys and policy here, and join: with a token, or by handing over a card."""
     console.choose(json, home)
-    card = read_coordinator_card(coordinator)
+    invitation = None
+    if coordinator is None:
+        from cloister_client.registry import look
+
+        if name == "-" and sys.stdin.isatty():
+            print("paste the token, then Enter:", file=sys.stderr, flush=True)
+        invitation = Invitation.from_token(sys.stdin.readline() if name == "-" else name)
+        name, card = invitation.site, look(invitation)
+    else:
+        card = read_coordinator_card(coordinator)
     if device not in ("auto", "cpu", "cuda"):
         raise InputError("unknown device", where="--device", expected="auto, cpu or cuda", got=device)
     classify = card.task == "text-classification"
@@ -85,6 +102,7 @@ def enrol(
         "preferred",
     )
     folder = console.OUTPUT.home / "sites" / name
+    fresh = not folder.exists()
     own = make_site(
         folder,
         name,
@@ -96,10 +114,21 @@ def enrol(
         unit="field" if unit_field else "record",
         device=device,
     )
+    if invitation is not None:
+        from cloister_client.registry import enrol as join
+
+        try:
+            join(invitation, card, folder, name)
+        except CloisterError:
+            # No text is registered yet, and keys that nobody certified are worth nothing.
+            if fresh:
+                shutil.rmtree(folder)
+            raise
     added = add_text(read_site(folder), source)
     console.emit(
         {
             "site": name,
+            "joined": invitation is not None,
             "home": str(folder),
             "units": added.units,
             "card": str(folder / "card.json"),
@@ -110,10 +139,34 @@ def enrol(
             f"site {name}: {found} records read and checked, {added.units} units registered, {records} declared",
             f"coordinator {card.federation}: fingerprint {card.fingerprint} (compare it with theirs)",
             f"policy: {folder / 'policy.toml'} (yours to edit)",
-            f"hand over: {folder / 'card.json'} (fingerprint {own.verify_key.id.hex()})",
+            f"hand over: {folder / 'card.json'} (fingerprint {own.verify_key.id.hex()})"
+            if invitation is None
+            else f"joined: the coordinator has this site's card (fingerprint {own.verify_key.id.hex()}) and certified its key",
             f"next: cloister site up {name}",
         ],
     )
+
+
+@site_app.command()
+def registered(
+    site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
+    run: Annotated[str, typer.Option("--run", help="A run's whole id; all by default.")] = "",
+    json: Json = False,
+    home: Home = None,
+) -> None:
+    """Ask the coordinator's registry what it holds about this site's part in rounds."""
+    console.choose(json, home)
+    from cloister_client.registry import rounds
+
+    own = read_site(console.site_home(site))
+    found = rounds(own, run)
+    cells = [
+        [r["run"][:8], r["number"], r["state"], r["verdict"], f"{r['epsilon']:.4f}", f"{r['delta']:g}", r["reason"]]
+        for r in found
+    ]
+    title = f"site {own.name}: what the coordinator registered of it; the ledger here is the authority on epsilon"
+    columns = ["run", "round", "state", "verdict", "epsilon", "delta", "reason"]
+    console.table({"site": own.name, "rounds": found}, title, columns, cells)
 
 
 @site_app.command()
@@ -235,8 +288,14 @@ def up(
         running.start_link()
         console.emit({"event": "ready"} | asdict(status), _ready_lines(status))
         last = status
+        from cloister_client.registry import Renewer
+
+        renewer = Renewer(
+            site, lambda line: console.emit({"event": "certificate", "what": line}, f"site {site.name}: {line}")
+        )
         while not stop.wait(0.5):
             running.check()
+            renewer.check()
             try:
                 status = read_status(site.agent_home / "status.json")
             except StateError:

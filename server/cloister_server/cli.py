@@ -1,4 +1,4 @@
-"""The coordinator's commands: ``cloister coordinator init | admit | up``, ``cloister run``, ``cloister rounds list | show | export``."""
+"""The coordinator's commands: ``cloister coordinator init | admit | invite | revoke | up``, ``cloister run``, ``cloister rounds …``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from cloister_shared import console
-from cloister_shared.cards import split_address
+from cloister_shared.cards import SiteCard, split_address
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.processes import Group, check_port
 
@@ -84,6 +84,54 @@ def admit(
     )
 
 
+@coordinator_app.command("invite")
+def invite_site(
+    site: Annotated[str, typer.Argument(help="The site's name; the token is good for no other.")],
+    minutes: Annotated[float, typer.Option(min=0.1, max=60 * 24 * 7, help="How long it is good.")] = 60.0,
+    json: Json = False,
+    home: Home = None,
+) -> None:
+    """Print a token with which one site can join once."""
+    console.choose(json, home)
+    from cloister_server.enrolment import invite
+
+    coordinator = open_coordinator(console.coordinator_home())
+    made = invite(coordinator, site, 60 * minutes)
+    token = made.to_token()
+    console.emit(
+        {"site": site, "token": token, "address": made.address, "minutes": minutes},
+        [
+            token,
+            f"good once, for {site}, for {minutes:g} minutes; send it over a channel you trust: whoever has it can join as {site}",
+            f"at the site: cloister site enrol - --data FILE, and paste it (it enrols at {made.address})",
+        ],
+    )
+
+
+@coordinator_app.command("revoke")
+def revoke_site(
+    site: Annotated[str, typer.Argument(help="The site's name.")], json: Json = False, home: Home = None
+) -> None:
+    """Put a site out: from its next call on, and from the next round on. Its key is never admitted again."""
+    console.choose(json, home)
+    from cloister_flower.control import Control
+
+    from cloister_server.enrolment import revoke
+
+    coordinator = open_coordinator(console.coordinator_home())
+    card = revoke(coordinator.home, site)
+    try:
+        with Control(coordinator.card.address, coordinator.ca, coordinator.token) as control:
+            control.unregister(card.node.encode())
+        link = "SuperLink lets it in no more"
+    except StateError:
+        link = "SuperLink does not answer; it is told when it is up (cloister coordinator up)"
+    console.emit(
+        {"site": site, "key": card.verify_key.id.hex(), "superlink": link},
+        f"site {site}: revoked, fingerprint {card.verify_key.id.hex()}; {link}",
+    )
+
+
 @coordinator_app.command()
 def up(json: Json = False, home: Home = None) -> None:
     """Serve the federation's SuperLink until stopped; admitted sites are registered with it as they come."""
@@ -93,22 +141,37 @@ def up(json: Json = False, home: Home = None) -> None:
     coordinator = open_coordinator(console.coordinator_home())
     host, port = split_address(coordinator.card.address, "address")
     check_port(host, port, "SuperLink")
+    service = coordinator.federation.service
+    for address in (service.address, service.enrolment) if service else ():
+        check_port(*split_address(address, "[registry]"), "the registry's service")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     log = coordinator.home / "superlink.log"
     with Group() as group:
-        child = group.start("superlink", "cloister_server.superlink", ["--home", str(coordinator.home)], log)
-        known: set[str] = set()
+        group.start("superlink", "cloister_server.superlink", ["--home", str(coordinator.home)], log)
+        if service:
+            group.start(
+                "registry",
+                "cloister_server.service",
+                ["--home", str(coordinator.home)],
+                coordinator.home / "registry.log",
+            )
+        known: dict[str, SiteCard] = {}
         ready, end = False, time.monotonic() + 60
         while not stop.is_set():
-            if child.process.poll() is not None:
-                raise StateError("SuperLink ended", where=str(log), got=child.error_line()[:300])
-            new = [card for card in coordinator.sites() if card.key not in known]
-            if new or not ready:
+            for part in group.children:
+                if part.process.poll() is not None:
+                    raise StateError(f"{part.name} ended", where=str(part.log), got=part.error_line()[:300])
+            sites = coordinator.sites()
+            new = [card for card in sites if card.key not in known]
+            gone = [card for card in known.values() if card not in sites]
+            if new or gone or not ready:
                 try:
                     with Control(coordinator.card.address, coordinator.ca, coordinator.token) as control:
                         control.nodes()
+                        for card in gone:
+                            control.unregister(card.node.encode())
                         for card in new:
                             control.register(card.node.encode(), card.name)
                 except StateError as error:
@@ -121,8 +184,11 @@ def up(json: Json = False, home: Home = None) -> None:
                     ready = True
                     listens = f"SuperLink of {coordinator.card.federation} listens on {coordinator.card.address}"
                     console.emit({"event": "ready", "address": coordinator.card.address}, listens)
+                for card in gone:
+                    del known[card.key]
+                    console.emit({"event": "unregistered", "site": card.name}, f"site {card.name}: may connect no more")
                 for card in new:
-                    known.add(card.key)
+                    known[card.key] = card
                     console.emit({"event": "registered", "site": card.name}, f"site {card.name}: may connect")
             else:
                 end = time.monotonic() + 60
@@ -156,6 +222,8 @@ def event_line(kind: str, e: dict[str, Any]) -> str | None:
             f"client level (one client's whole update, against whoever sees rounds): {how}, epsilon now {e['epsilon']:.3f},"
             f" after {e['rounds']} more rounds {e['epsilon_end']:.3f} of {e['epsilon_cap']:g} at delta {e['delta']:g}"
         )
+    if kind == "revoked":
+        return f"site {e['site']}: revoked, no part in this round"
     if kind == "groups":
         sizes = f"{e['sizes'][0]}" if e["sizes"][0] == e["sizes"][-1] else f"{e['sizes'][0]} to {e['sizes'][-1]}"
         stands = (

@@ -1,7 +1,8 @@
 """A federation's settings (FEDERATION.toml) and the coordinator's folder.
 
     coordinator/  0700: federation.toml, sign.key, control.token, superexec.secret, tls/, card.json (public),
-                  sites/NAME.json (admitted cards), superlink.db, registry.db, blobs/
+                  sites/NAME.json (admitted cards), revoked/ (cards that were), invitations/, certificates/ (serials),
+                  superlink.db, registry.db, blobs/
 
 Settings are checked whole before anything is made of them.
 """
@@ -38,7 +39,7 @@ from cloister_shared.plan import (
 )
 from cloister_shared.settings import Table, read_toml
 from cloister_shared.signing import SigningKey, read_secret
-from cloister_shared.tls import make_tls
+from cloister_shared.tls import make_site_ca, make_tls
 
 from cloister_server.robust import BY_COORDINATE, MIXED, least
 from cloister_server.robust import RULES as RULES_OF_ROWS
@@ -90,6 +91,21 @@ class Defence:
 
 
 @dataclass(frozen=True)
+class Service:
+    """The coordinator's own service.
+
+    Attributes:
+        address: ``host:port`` for enrolled sites, who show a certificate.
+        enrolment: ``host:port`` for sites that have a token and no certificate yet.
+        certificate_hours: How long a site's certificate lasts.
+    """
+
+    address: str
+    enrolment: str
+    certificate_hours: float
+
+
+@dataclass(frozen=True)
 class Federation:
     """FEDERATION.toml.
 
@@ -121,6 +137,7 @@ class Federation:
         held_out: Text to judge on, or None.
         public: Labelled text for everybody, which the head starts from, or None.
         secure_group: Under secure aggregation, least sites of a group; None without.
+        service: Where sites enrol by token and ask the registry; None where keys are exchanged as files alone.
     """
 
     path: Path
@@ -150,6 +167,7 @@ class Federation:
     held_out: Source | None
     public: Source | None
     secure_group: int | None
+    service: Service | None
 
 
 def _rule(table: Table, private: bool) -> Rule:
@@ -243,6 +261,17 @@ def _secure(table: Table, rule: Rule, client_level: bool, numbers: bool) -> int 
     return table.integer("group", LEAST_GROUP, MOST_GROUP, 4)
 
 
+def _service(table: Table) -> Service | None:
+    if not table.written:
+        return None
+    service = Service(
+        table.text("address"), table.text("enrolment"), table.number("certificate_hours", 1e-3, 24 * 30, 24.0)
+    )
+    for name in ("address", "enrolment"):
+        split_address(getattr(service, name), f"{table.where} {name}")
+    return service
+
+
 def _noised(table: Table) -> tuple[NoisedNumber, ...]:
     bound = {"loss": table.number("loss_bound", 1e-3, 1e3, 4.0), "units": 1.0}
     return tuple(NoisedNumber(n, table.number(n, 0.1, 1000), bound[n]) for n in NOISED if n in table.written)
@@ -268,7 +297,7 @@ def read_federation(path: Path) -> Federation:
     table = read_toml(path, "federation")
     names = ("task", "training", "aggregation", "privacy", "round", "held_out", "public", "noised", "defence")
     task, training, aggregation, privacy, waiting, held, public, numbers, defence = map(table.table, names)
-    secure = table.table("secure_aggregation")
+    secure, service = table.table("secure_aggregation"), table.table("registry")
     rule = _rule(aggregation, private=True)
     client_level = privacy.table("client_level")
     min_clients = waiting.integer("min_clients", 1, 1_000_000, 2)
@@ -307,9 +336,11 @@ def read_federation(path: Path) -> Federation:
         secure_group=_secure(
             secure, rule, bool(client_level.written), bool(numbers.written or "reports" in training.written)
         ),
+        service=_service(service),
     )
     for part in (
         secure,
+        service,
         task,
         training,
         aggregation,
@@ -414,7 +445,9 @@ def init(home: Path, federation: Federation, base_digest: str, bundle: str) -> C
     signing = SigningKey.generate()
     signing.save(home / "sign.key")
     host, _ = split_address(federation.address, "address")
-    make_tls(home / "tls", federation.name, tuple(dict.fromkeys((host, "127.0.0.1", "localhost"))))
+    hosts = [host, *([split_address(federation.service.address, "registry")[0]] if federation.service else [])]
+    make_tls(home / "tls", federation.name, tuple(dict.fromkeys((*hosts, "127.0.0.1", "localhost"))))
+    make_site_ca(home / "tls", federation.name)
     write_durably(home / "superexec.secret", secrets.token_bytes(32))
     write_durably(home / "control.token", secrets.token_urlsafe(32).encode())
     task = federation.task
@@ -430,6 +463,7 @@ def init(home: Path, federation: Federation, base_digest: str, bundle: str) -> C
         labels=task.labels,
         target_modules=task.target_modules,
         rank=task.rank,
+        registry=federation.service.address if federation.service else "",
     )
     write_durably(home / "federation.path", str(federation.path).encode(), mode=0o600)
     card.save(home / "card.json")
@@ -469,6 +503,9 @@ def admit_site(home: Path, path: Path) -> SiteCard:
         InputError: Not a card, or the name is taken by another key.
     """
     card = read_site_card(path)
+    revoked = [p for p in (home / "revoked").glob("*.json") if read_site_card(p).key == card.key]
+    if revoked:
+        raise InputError("this key was revoked", where=str(path), got=card.name, mend="enrol anew, with fresh keys")
     target = home / "sites" / f"{card.name}.json"
     if target.exists() and read_site_card(target).key != card.key:
         raise InputError(
@@ -487,3 +524,9 @@ def admit_site(home: Path, path: Path) -> SiteCard:
         raise InputError("this key is admitted under another name", where=str(path), got=taken[0])
     write_durably(target, path.read_bytes(), mode=0o644)
     return card
+
+
+def is_admitted(home: Path, card: SiteCard) -> bool:
+    """Whether this very card is admitted now."""
+    path = home / "sites" / f"{card.name}.json"
+    return path.is_file() and read_site_card(path).key == card.key

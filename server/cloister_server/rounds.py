@@ -14,7 +14,7 @@ import json
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 from cloister_shared.encoding import digest
@@ -34,7 +34,7 @@ from cloister_server.admission import reaches
 from cloister_server.aggregation import Aggregate, noised_mean
 from cloister_server.context import Context, Exchange, Member
 from cloister_server.defence import Cohort, Entered, enter, explained, reputation
-from cloister_server.federation import PIPELINE
+from cloister_server.federation import PIPELINE, is_admitted
 from cloister_server.intake import Intake, take
 from cloister_server.peers import predicted_norm
 from cloister_server.planning import in_round
@@ -54,6 +54,7 @@ def run_rounds(context: Context, link: Exchange) -> None:
     store, run = context.store, context.run
     holds = 0
     for number in range(store.last_committed(run.id).number + 1, run.rounds + 1):
+        context = admitted(context)
         held = one_round(context, link, number)
         holds = holds + 1 if held else 0
         if holds == MOST_HOLDS and number < run.rounds:
@@ -67,6 +68,15 @@ def run_rounds(context: Context, link: Exchange) -> None:
             )
     close(context, link)
     store.finish_run(run.id)
+
+
+def admitted(context: Context) -> Context:
+    """The run with those of its members that are still admitted: a site that was revoked has no part in the next round."""
+    here = tuple(m for m in context.members if is_admitted(context.store.home, m.card))
+    for member in context.members:
+        if member not in here:
+            context.tell("revoked", site=member.card.name)
+    return replace(context, members=here)
 
 
 def one_round(context: Context, link: Exchange, number: int) -> str:
@@ -86,6 +96,10 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
         intake = (gather if context.draw is None else gather_sums)(context, link, members, cores, row, parent, key)
     finally:
         key.erase()
+    for client in [i for i in intake.updates if i in members and not is_admitted(store.home, members[i].card)]:
+        # Revoked while it worked: as if it had not come. Under secure aggregation it is in its group's sum already.
+        del intake.updates[client], intake.members[client]
+        intake.changes[client] |= {"verdict": "revoked", "reason": "revoked while the round ran", "report": ""}
     costs = intake.costs or spending(store, cores)
     record_costs(intake.changes, intake.asked, costs, {c.client: c for c in clients})
     if sum(map(len, intake.members.values())) < federation.min_clients:

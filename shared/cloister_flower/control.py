@@ -10,7 +10,13 @@ from typing import Any
 import httpx
 from cloister_shared.errors import StateError
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest, StopRunRequest
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
 from flwr.proto.fab_pb2 import Fab
 from flwr.supercore.constant import NOOP_FEDERATION_ID
 from flwr.supercore.control import ControlHttpClient
@@ -114,6 +120,13 @@ class Control:
         if key not in known:
             known[key] = int(self._call("RegisterNode", RegisterNodeRequest(public_key=key, name=name)).node_id)
         return known[key]
+
+    def unregister(self, pem: bytes) -> bool:
+        """Takes a node's registration away: its next call is refused. Whether there was one."""
+        node = self.nodes().get(public_key_to_bytes(load_pem_public_key(pem)))
+        if node is not None:
+            self._call("UnregisterNode", UnregisterNodeRequest(node_id=node))
+        return node is not None
 
     def start_run(self, content: bytes, digest: str) -> int:
         """Starts a run of our bundle; returns Flower's run id.

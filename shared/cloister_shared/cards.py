@@ -56,6 +56,7 @@ class CoordinatorCard:
         labels: The task's labels.
         target_modules: Layers that carry LoRA.
         rank: LoRA rank.
+        registry: ``host:port`` of the registry's service; empty where there is none.
     """
 
     federation: str
@@ -69,6 +70,7 @@ class CoordinatorCard:
     labels: tuple[str, ...]
     target_modules: tuple[str, ...]
     rank: int
+    registry: str = ""
 
     def save(self, path: Path) -> None:
         """Writes the card."""
@@ -89,7 +91,7 @@ def _whole(value: Any, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _checked(record: dict[str, Any], kind: type, path: Path) -> dict[str, Any]:
+def _checked(record: dict[str, Any], kind: type, path: Path | str) -> dict[str, Any]:
     fields = {f.name for f in dataclasses.fields(kind)}
     if set(record) != fields:
         raise InputError(
@@ -107,7 +109,16 @@ def read_coordinator_card(path: Path) -> CoordinatorCard:
     Raises:
         InputError: It is not one.
     """
-    record = _checked(read_json(path, "coordinator card"), CoordinatorCard, path)
+    return coordinator_card_of(read_json(path, "coordinator card"), path)
+
+
+def coordinator_card_of(record: dict[str, Any], path: Path | str) -> CoordinatorCard:
+    """Checks a coordinator's card that was read already; ``path`` is for messages.
+
+    Raises:
+        InputError: It is not one.
+    """
+    record = _checked(record, CoordinatorCard, path)
     texts = ("federation", "address", "ca", "key", "bundle", "base", "base_source", "task")
     lists = ("labels", "target_modules")
     if (
@@ -121,6 +132,10 @@ def read_coordinator_card(path: Path) -> CoordinatorCard:
     card = CoordinatorCard(**(record | {n: tuple(record[n]) for n in lists}))
     check_name(card.federation, str(path))
     split_address(card.address, str(path))
+    if not isinstance(card.registry, str):
+        raise InputError("card has a malformed field", where=str(path), got="registry")
+    if card.registry:
+        split_address(card.registry, str(path))
     try:
         card.verify_key.id  # noqa: B018
     except VerificationError as error:

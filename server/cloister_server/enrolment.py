@@ -1,0 +1,211 @@
+"""Who may join, who is in, and who no longer is: small files in the coordinator's folder, each written whole.
+
+    invitations/HASH.json   {"site", "expires"}: the hash of a secret that was handed out; renamed to HASH.spent when it is used
+    sites/NAME.json         the card of an admitted site
+    certificates/NAME.json  serials that were given to a site, and when each expires
+    revoked/NAME-KEY.json   the card of a site that was revoked
+
+A rename spends an invitation: of two sites that come with one token, one wins. A revoked site has no card, so that its next
+call finds nobody; a live connection outlives a certificate, so every call asks here again. No secret is kept, only its hash.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cloister_shared.cards import SiteCard, check_name, read_site_card
+from cloister_shared.encoding import canonical, read_json, write_durably
+from cloister_shared.errors import InputError, RefusedError
+from cloister_shared.invitation import Invitation
+from cloister_shared.tls import certify
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
+
+from cloister_server.federation import Coordinator, admit_site
+
+TOKEN_SECONDS = 3600.0
+
+
+def invite(coordinator: Coordinator, site: str, seconds: float = TOKEN_SECONDS) -> Invitation:
+    """Makes a one-time token for a site's name.
+
+    Raises:
+        InputError: The federation serves no enrolment, or the name is taken.
+    """
+    check_name(site, "site name")
+    service, home = coordinator.federation.service, coordinator.home
+    if service is None:
+        raise InputError(
+            "this federation has no service to enrol at",
+            where=str(coordinator.federation.path),
+            expected="[registry] address and enrolment",
+            mend="add the table, or exchange cards: cloister coordinator admit CARD",
+        )
+    if (home / "sites" / f"{site}.json").exists():
+        raise InputError(
+            "this name is taken", where="site name", got=site, mend="cloister coordinator revoke SITE, or another"
+        )
+    ca = x509.load_pem_x509_certificate(coordinator.ca).public_bytes(Encoding.DER)
+    made = Invitation.make(site, service.enrolment, ca, coordinator.signing.verify_key.raw)
+    (home / "invitations").mkdir(mode=0o700, exist_ok=True)
+    write_durably(
+        home / "invitations" / f"{made.name}.json", canonical({"site": site, "expires": time.time() + seconds})
+    )
+    return made
+
+
+def invited(home: Path, name: str, now: float) -> str:
+    """The site that an open invitation is for; ``name`` is the hash of its secret.
+
+    Raises:
+        RefusedError: There is none, it was used, or it is too old; which of them a stranger is not told apart.
+    """
+    path = home / "invitations" / f"{name}.json"
+    try:
+        record = read_json(path, "invitation")
+    except InputError as error:
+        raise _unknown() from error
+    if now > float(record["expires"]):
+        raise _unknown()
+    return str(record["site"])
+
+
+def _unknown() -> RefusedError:
+    return RefusedError(
+        "enrolment.token",
+        "this token is not good: used, expired, or never given",
+        mend="ask for a new one: cloister coordinator invite SITE",
+    )
+
+
+def redeem(coordinator: Coordinator, secret_name: str, card: bytes, request: bytes, now: float) -> x509.Certificate:
+    """Admits a site and certifies its key, for one open invitation; then it is spent, whatever else happens.
+
+    Args:
+        coordinator: The coordinator.
+        secret_name: SHA-256 of the token's secret, hex.
+        card: The site's signed card, as bytes.
+        request: Its certificate signing request, PEM.
+        now: Seconds since 1970.
+
+    Raises:
+        CloisterError: The invitation, the card or the request is not good.
+    """
+    home = coordinator.home
+    site = invited(home, secret_name, now)
+    # Of its own name: several may come with one token at once.
+    incoming = home / "invitations" / f"{secrets.token_hex(8)}.card"
+    write_durably(incoming, card)
+    try:
+        found = read_site_card(incoming)
+        if found.name != site:
+            raise RefusedError("enrolment.name", "this token is for another site", expected=site, got=found.name)
+        # Everything that can be wrong with the request is found before the invitation is spent.
+        certificate = certify(home / "tls", request, site, _life(coordinator))
+        try:
+            os.rename(home / "invitations" / f"{secret_name}.json", home / "invitations" / f"{secret_name}.spent")
+        except FileNotFoundError as error:
+            raise _unknown() from error
+        admit_site(home, incoming)
+    finally:
+        incoming.unlink(missing_ok=True)
+    _remember(home, site, certificate, now)
+    return certificate
+
+
+def renew(coordinator: Coordinator, site: str, request: bytes, now: float) -> x509.Certificate:
+    """One more certificate for an enrolled site.
+
+    Raises:
+        VerificationError: The request is not good.
+    """
+    certificate = certify(coordinator.home / "tls", request, site, _life(coordinator))
+    _remember(coordinator.home, site, certificate, now)
+    return certificate
+
+
+def _life(coordinator: Coordinator) -> datetime.timedelta:
+    service = coordinator.federation.service
+    return datetime.timedelta(hours=service.certificate_hours if service else 24.0)
+
+
+def _remember(home: Path, site: str, certificate: x509.Certificate, now: float) -> None:
+    (home / "certificates").mkdir(mode=0o700, exist_ok=True)
+    path = home / "certificates" / f"{site}.json"
+    known = read_json(path, "serials")["serials"] if path.is_file() else {}
+    living = {serial: end for serial, end in known.items() if end > now}
+    living[f"{certificate.serial_number:x}"] = certificate.not_valid_after_utc.timestamp()
+    write_durably(path, canonical({"serials": living}))
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who calls.
+
+    Attributes:
+        card: The site's card.
+        serial: The certificate's serial, hex.
+        expires: When it expires, seconds since 1970.
+    """
+
+    card: SiteCard
+    serial: str
+    expires: float
+
+
+def caller(home: Path, pem: bytes, now: float) -> Caller:
+    """Who a client certificate stands for at this moment; TLS has checked its chain, and that only when the connection began.
+
+    Raises:
+        RefusedError: It has expired, was never given, or its site is revoked.
+    """
+    certificate = x509.load_pem_x509_certificate(pem)
+    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    site = str(names[0].value) if len(names) == 1 else ""
+    ends, begins = certificate.not_valid_after_utc.timestamp(), certificate.not_valid_before_utc.timestamp()
+    if not begins <= now < ends:
+        raise RefusedError(
+            "registry.expired",
+            "this certificate is not valid now",
+            where=f"site {site}",
+            expected=f"{certificate.not_valid_before_utc:%F %T} to {certificate.not_valid_after_utc:%F %T} UTC",
+            got=f"{datetime.datetime.fromtimestamp(now, datetime.UTC):%F %T} UTC here",
+            mend="see to both clocks, or enrol anew with a token",
+        )
+    try:
+        card = read_site_card(home / "sites" / f"{check_name(site, 'certificate')}.json")
+        serials = read_json(home / "certificates" / f"{site}.json", "serials")["serials"]
+    except InputError as error:
+        raise RefusedError(
+            "registry.revoked", "this site is not enrolled, or no longer", where=f"site {site}"
+        ) from error
+    serial = f"{certificate.serial_number:x}"
+    if serial not in serials:
+        raise RefusedError("registry.revoked", "this certificate is not one of the site's", where=f"site {site}")
+    return Caller(card, serial, ends)
+
+
+def revoke(home: Path, site: str) -> SiteCard:
+    """Puts a site out: its card, certificates and open invitations go, its key is never admitted again.
+
+    Raises:
+        InputError: There is no such site.
+    """
+    path = home / "sites" / f"{check_name(site, 'site name')}.json"
+    if not path.is_file():
+        raise InputError("no such site is admitted", where=str(home / "sites"), got=site)
+    card = read_site_card(path)
+    (home / "revoked").mkdir(mode=0o700, exist_ok=True)
+    # The card first: from here on every call finds nobody.
+    os.rename(path, home / "revoked" / f"{site}-{card.verify_key.id.hex()}.json")
+    (home / "certificates" / f"{site}.json").unlink(missing_ok=True)
+    for invitation in (home / "invitations").glob("*.json"):
+        if read_json(invitation, "invitation")["site"] == site:
+            invitation.unlink(missing_ok=True)
+    return card

@@ -1,0 +1,420 @@
+"""Joining and leaving: tokens that are good once, certificates that are asked about at every call, and a service that keeps its bounds."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from cloister_client import registry as client
+from cloister_client.policy import Policy
+from cloister_client.site import Site, enrol, read_site
+from cloister_server import enrolment
+from cloister_server.enrolment import caller, invite, invited, redeem, renew, revoke
+from cloister_server.federation import Coordinator, admit_site, init, is_admitted, open_coordinator, read_federation
+from cloister_server.store import Round, RoundClient, Run, Store
+from cloister_shared.cards import CoordinatorCard
+from cloister_shared.errors import CloisterError, InputError, RefusedError, StateError, VerificationError
+from cloister_shared.invitation import PREFIX, Invitation
+from cloister_shared.processes import free_port
+from cloister_shared.tls import certify, make_request, make_site_ca, make_tls
+from cloister_shared.v1 import registry_pb2, registry_pb2_grpc
+from cryptography.hazmat.primitives.serialization import Encoding
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.server_calm import calm
+from support.server_world import write_federation
+
+NOW = time.time()
+
+
+def coordinator_at(home: Path, base: Path, hours: float = 24.0) -> Coordinator:
+    """A coordinator with a service on free ports."""
+    table = f'[registry]\naddress = "127.0.0.1:{free_port()}"\nenrolment = "127.0.0.1:{free_port()}"\ncertificate_hours = {hours}'
+    settings = write_federation(home / "FEDERATION.toml", base, **{"[registry]": table})
+    init(home / "coordinator", read_federation(settings), "ab" * 32, "cd" * 32)
+    return open_coordinator(home / "coordinator")
+
+
+def make_site(home: Path, name: str, card: CoordinatorCard) -> Site:
+    """A site's folder with keys, pinned to ``card``."""
+    policy = Policy((card.base,), (card.task,), card.target_modules, 8, 8.0, 1e-5, 0.3, 1, 1000, "preferred")
+    enrol(home, name, card, policy, base="minilm", records=100, runtime_port=free_port())
+    return read_site(home)
+
+
+def joined(coordinator: Coordinator, home: Path, name: str) -> Site:
+    """A site that joined by token."""
+    made = invite(coordinator, name)
+    card = client.look(made)
+    site = make_site(home, name, card)
+    client.enrol(made, card, home, name)
+    return site
+
+
+@given(
+    st.from_regex(r"[a-z0-9][a-z0-9-]{0,39}", fullmatch=True), st.binary(min_size=32, max_size=32), st.integers(0, 200)
+)
+@calm(100)
+def test_a_token_is_read_as_it_was_made_and_no_other_way(site: str, key: bytes, at: int) -> None:
+    made = Invitation.make(site, "127.0.0.1:18002", b"ca", key)
+    token = made.to_token()
+    assert Invitation.from_token(f" {token}\n") == made
+    assert len(made.secret) * 8 >= 128
+    assert made.secret.hex() not in repr(made)
+    place = len(PREFIX) + at % (len(token) - len(PREFIX))
+    other = "A" if token[place] != "A" else "B"
+    for bad in (token[:place] + other + token[place + 1 :], token[:place], token[len(PREFIX) :], "", "site-1"):
+        with pytest.raises(InputError, match="not a token"):
+            Invitation.from_token(bad)
+
+
+def test_an_invitation_is_stored_hashed_bound_and_short(tmp_path: Path, tiny_bert: Path) -> None:
+    coordinator = coordinator_at(tmp_path, tiny_bert)
+    made = invite(coordinator, "site-1")
+    stored = b"".join(p.read_bytes() + p.name.encode() for p in (coordinator.home / "invitations").iterdir())
+    assert made.secret not in stored
+    assert made.secret.hex().encode() not in stored
+    assert made.name.encode() in stored
+    assert invited(coordinator.home, made.name, NOW) == "site-1"
+    for name, now in ((made.name, time.time() + 3601), ("00" * 32, NOW), ("../sites/x", NOW)):
+        with pytest.raises(RefusedError, match="not good"):
+            invited(coordinator.home, name, now)
+    with pytest.raises(InputError):
+        invite(coordinator, "../x")
+
+
+def test_a_token_is_spent_once_and_for_its_name_alone(tmp_path: Path, tiny_bert: Path) -> None:
+    coordinator = coordinator_at(tmp_path, tiny_bert)
+    made = invite(coordinator, "site-1")
+    other = make_site(tmp_path / "b", "site-2", coordinator.card)
+    _, request = make_request("site-1")
+    with pytest.raises(RefusedError, match="another site"):
+        redeem(coordinator, made.name, (other.home / "card.json").read_bytes(), request, NOW)
+    own = make_site(tmp_path / "a", "site-1", coordinator.card)
+    card = (own.home / "card.json").read_bytes()
+    for bad in (b"", b"no request", request.replace(b"M", b"N", 3)):
+        with pytest.raises(VerificationError):
+            redeem(coordinator, made.name, card, bad, NOW)
+    with pytest.raises(CloisterError):
+        redeem(coordinator, made.name, card.replace(b"site-1", b"site-3"), request, NOW)
+    assert not coordinator.sites()
+    # Four at once with one token: one wins.
+    outcomes = list[Any]()
+
+    def race() -> None:
+        try:
+            outcomes.append(redeem(coordinator, made.name, card, request, NOW))
+        except RefusedError as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=race) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(not isinstance(o, RefusedError) for o in outcomes) == 1
+    assert [c.name for c in coordinator.sites()] == ["site-1"]
+    with pytest.raises(RefusedError, match="not good"):
+        redeem(coordinator, made.name, card, request, NOW)
+    with pytest.raises(InputError, match="taken"):
+        invite(coordinator, "site-1")
+    assert not list((coordinator.home / "invitations").glob("*.card"))
+
+
+def test_a_certificate_is_asked_about_at_every_call(tmp_path: Path, tiny_bert: Path) -> None:
+    coordinator = coordinator_at(tmp_path, tiny_bert, hours=2.0)
+    own = make_site(tmp_path / "a", "site-1", coordinator.card)
+    made = invite(coordinator, "site-1")
+    _, request = make_request("anything")
+    first = redeem(coordinator, made.name, (own.home / "card.json").read_bytes(), request, NOW)
+    pem, home = first.public_bytes(Encoding.PEM), coordinator.home
+    assert first.subject.rfc4514_string() == "CN=site-1"
+    assert caller(home, pem, NOW).card.name == "site-1"
+    second = renew(coordinator, "site-1", make_request("x")[1], NOW)
+    assert second.serial_number != first.serial_number
+    assert caller(home, pem, NOW).card == caller(home, second.public_bytes(Encoding.PEM), NOW).card
+    for now in (NOW - 3600, NOW + 2 * 3600 + 60):
+        with pytest.raises(RefusedError, match="clocks"):
+            caller(home, pem, now)
+    # Of our own CA and name, and never given by us.
+    stray = certify(home / "tls", request, "site-1", datetime.timedelta(hours=1)).public_bytes(Encoding.PEM)
+    with pytest.raises(RefusedError, match="not one of the site's"):
+        caller(home, stray, NOW)
+    stranger = certify(home / "tls", request, "site-9", datetime.timedelta(hours=1)).public_bytes(Encoding.PEM)
+    with pytest.raises(RefusedError, match="not enrolled"):
+        caller(home, stranger, NOW)
+    open_token = invite(coordinator, "site-2")
+    revoke(home, "site-1")
+    with pytest.raises(RefusedError, match="no longer"):
+        caller(home, pem, NOW)
+    with pytest.raises(InputError, match="no such site"):
+        revoke(home, "site-1")
+    # The key never comes back, not by hand and not by token; another token's site may.
+    with pytest.raises(InputError, match="revoked"):
+        admit_site(home, own.home / "card.json")
+    again = invite(coordinator, "site-1")
+    with pytest.raises(InputError, match="revoked"):
+        redeem(coordinator, again.name, (own.home / "card.json").read_bytes(), request, NOW)
+    assert invited(home, open_token.name, NOW) == "site-2"
+    fresh = make_site(tmp_path / "c", "site-1", coordinator.card)
+    newest = invite(coordinator, "site-1")
+    redeem(coordinator, newest.name, (fresh.home / "card.json").read_bytes(), request, NOW)
+    assert is_admitted(home, coordinator.sites()[0])
+    revoke(home, "site-1")
+    assert not [p for p in (home / "invitations").glob("*.json") if json.loads(p.read_text())["site"] == "site-1"]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Iterator[Coordinator]:
+    """A coordinator whose service runs as its own process."""
+    home = tmp_path_factory.mktemp("service")
+    coordinator = coordinator_at(home, tiny_bert)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cloister_server.service", "--home", str(coordinator.home)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"GRPC_VERBOSITY": "NONE"},
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line == b"listening\n", line + process.stdout.read()
+    yield coordinator
+    process.terminate()
+    assert process.wait(timeout=20) == 0
+    process.stdout.close()
+
+
+def registry_address(coordinator: Coordinator) -> str:
+    """Where enrolled sites ask."""
+    assert coordinator.federation.service is not None
+    return coordinator.federation.service.address
+
+
+def test_a_site_joins_renews_and_asks(served: Coordinator, tmp_path: Path) -> None:
+    site = joined(served, tmp_path / "s", "alpha")
+    assert (site.home / client.IDENTITY).stat().st_mode & 0o777 == 0o600
+    before = client.read_identity(site.home)
+    assert b"PRIVATE" not in repr(before).encode()
+    assert client.rounds(site) == []
+    until = client.renew(site)
+    after = client.read_identity(site.home)
+    assert after.key != before.key
+    assert until == pytest.approx(time.time() + 24 * 3600, abs=120)
+    assert client.rounds(site) == []
+    assert "alpha" in [card.name for card in served.sites()]
+    with pytest.raises(RefusedError, match="no such run"):
+        client.rounds(site, "ab" * 16)
+
+
+def test_a_renewer_renews_at_two_thirds_and_not_before(
+    served: Coordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, said = joined(served, tmp_path / "s", "kappa"), list[str]()
+    renewer = client.Renewer(site, said.append)
+    renewer.check()
+    assert renewer._thread is None
+    begins, ends = client.read_identity(site.home).span
+    serial = client.read_identity(site.home).certificate
+    monkeypatch.setattr(client, "RENEW_AT", (time.time() - begins) / (ends - begins) / 2)
+    renewer._next = 0.0
+    renewer.check()
+    assert renewer._thread is not None
+    renewer._thread.join(20)
+    assert client.read_identity(site.home).certificate != serial
+    assert "renewed" in said[0]
+    # One that cannot reach the coordinator says so, and tries again later.
+    lonely = replace(site.coordinator(), registry=f"127.0.0.1:{free_port()}")
+    lonely.save(site.home / "coordinator.json")
+    renewer._next = 0.0
+    renewer.check()
+    renewer._thread.join(40)
+    assert "not renewed" in said[-1]
+
+
+def test_a_live_channel_dies_with_its_site(served: Coordinator, tmp_path: Path) -> None:
+    site = joined(served, tmp_path / "s", "beta")
+    with client._registry(site) as stub:
+        stub.Rounds(registry_pb2.RoundsRequest(), timeout=10)
+        revoke(served.home, "beta")
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.Rounds(registry_pb2.RoundsRequest(), timeout=10)
+    assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED
+    assert "no longer" in str(refused.value.details())
+    with pytest.raises(RefusedError, match="no longer"):
+        client.renew(site)
+
+
+def test_nobody_sees_anybody_elses_rounds(served: Coordinator, tmp_path: Path) -> None:
+    one, two = (joined(served, tmp_path / name, name) for name in ("gamma", "delta"))
+    cards = {card.name: card for card in served.sites()}
+    store = Store(served.home)
+    for number, name in enumerate(("gamma", "delta"), 1):
+        run = f"{number:032x}"
+        store.start_run(Run(id=run, federation="fed", created=1.0, rounds=1, base="", task="{}", rule="average",
+                            tensors="[]", config="{}", code=""), b"adapter")  # fmt: skip
+        row = RoundClient(run=run, number=1, client=cards[name].verify_key.id.hex(), name=name, plan="p", core="{}",
+                          weight=1.0, noise_multiplier=1.0, sample_rate=0.1, steps=1, delta=1e-5, epsilon=number)  # fmt: skip
+        store.open_round(Round(run=run, number=1, state="open", opened=1.0), [row])
+    store.close()
+    assert [(r["run"], r["epsilon"], r["state"]) for r in client.rounds(one)] == [(f"{1:032x}", 1.0, "open")]
+    assert [r["run"] for r in client.rounds(two)] == [f"{2:032x}"]
+    for site, foreign in ((one, f"{2:032x}"), (two, f"{1:032x}")):
+        with pytest.raises(RefusedError, match="no such run"):
+            client.rounds(site, foreign)
+
+
+def test_a_token_works_once_over_the_wire(served: Coordinator, tmp_path: Path) -> None:
+    made = invite(served, "epsilon")
+    card = client.look(made)
+    make_site(tmp_path / "a", "epsilon", card)
+    make_site(tmp_path / "b", "zeta", card)
+    with pytest.raises(RefusedError, match="another site"):
+        client.enrol(made, card, tmp_path / "b", "zeta")
+    client.enrol(made, card, tmp_path / "a", "epsilon")
+    for deed in (lambda: client.look(made), lambda: client.enrol(made, card, tmp_path / "a", "epsilon")):
+        with pytest.raises(RefusedError, match="not good"):
+            deed()
+    old = invite(served, "eta", seconds=-1)
+    with pytest.raises(RefusedError, match="not good"):
+        client.look(old)
+    guessed = replace(made, secret=os.urandom(32))
+    with pytest.raises(RefusedError, match="not good"):
+        client.look(guessed)
+
+
+def test_a_coordinator_that_is_another_is_not_spoken_to(served: Coordinator, tmp_path: Path) -> None:
+    made = invite(served, "theta")
+    with pytest.raises(VerificationError, match="another CA"):
+        client.look(replace(made, ca="00" * 32))
+    with pytest.raises(VerificationError, match="not the one that the token names"):
+        client.look(replace(made, key="00" * 32))
+    with pytest.raises(StateError, match="does not answer"):
+        client.look(replace(made, address=f"127.0.0.1:{free_port()}"))
+    # Somebody in between with a CA of their own shows a chain that the token does not name.
+    make_tls(tmp_path, "evil", ("127.0.0.1",))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "tls.crt", tmp_path / "tls.key")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def meet() -> None:
+            raw, _ = listening.accept()
+            with context.wrap_socket(raw, server_side=True) as wrapped:
+                assert wrapped.recv(10) == b""
+
+        thread = threading.Thread(target=meet)
+        thread.start()
+        with pytest.raises(VerificationError, match="in between"):
+            client.look(replace(made, address=f"127.0.0.1:{listening.getsockname()[1]}"))
+        thread.join(20)
+
+
+def test_only_tls_1_3_and_only_our_sites_certificates(served: Coordinator, tmp_path: Path) -> None:
+    service = served.federation.service
+    assert service is not None
+    for address in (service.address, service.enrolment):
+        host, port = address.rsplit(":", 1)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        with socket.create_connection((host, int(port))) as raw, pytest.raises((ssl.SSLError, OSError)):
+            context.wrap_socket(raw)
+        context.maximum_version = context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.set_alpn_protocols(["h2"])
+        with socket.create_connection((host, int(port))) as raw, context.wrap_socket(raw) as wrapped:
+            assert wrapped.version() == "TLSv1.3"
+    site = joined(served, tmp_path / "s", "iota")
+    make_site_ca(tmp_path, "another")
+    key, request = make_request("iota")
+    foreign = certify(tmp_path, request, "iota", datetime.timedelta(hours=1)).public_bytes(Encoding.PEM)
+    ca = served.ca
+    for credentials in (grpc.ssl_channel_credentials(ca), grpc.ssl_channel_credentials(ca, key, foreign)):
+        with grpc.secure_channel(service.address, credentials) as channel:
+            with pytest.raises(grpc.RpcError) as refused:
+                registry_pb2_grpc.RegistryStub(channel).Rounds(registry_pb2.RoundsRequest(), timeout=5)
+            assert refused.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    assert client.rounds(site) == []
+
+
+def test_the_services_bounds(served: Coordinator, tmp_path: Path) -> None:
+    site = joined(served, tmp_path / "s", "lambda")
+    with client._registry(site) as stub:
+        for timeout in (None, 3600):
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.Rounds(registry_pb2.RoundsRequest(), timeout=timeout)
+            assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.Renew(registry_pb2.RenewRequest(csr=b"x" * (1 << 19)), timeout=10)
+        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        # A storm from one caller leaves others served.
+        other = joined(served, tmp_path / "t", "mu")
+        with ThreadPoolExecutor(40) as pool, ExitStack() as stack:
+            stubs = [stack.enter_context(client._registry(site)) for _ in range(10)]
+            futures = [pool.submit(_coded, stubs[i % 10]) for i in range(200)]
+            assert client.rounds(other) == []
+            codes = {future.result() for future in futures}
+    # Over the quota, or, over the connection's own bound on streams, refused before it is read (RST_STREAM 7).
+    assert codes <= {"OK", "RESOURCE_EXHAUSTED", "UNAVAILABLE"}
+    assert "OK" in codes
+
+
+def _coded(stub: Any) -> str:
+    try:
+        stub.Rounds(registry_pb2.RoundsRequest(), timeout=30)
+    except grpc.RpcError as error:
+        return str(error.code().name)
+    return "OK"
+
+
+def test_idle_connections_and_halves_of_handshakes_keep_nobody_waiting(served: Coordinator, tmp_path: Path) -> None:
+    site = joined(served, tmp_path / "s", "nu")
+    host, port = registry_address(served).rsplit(":", 1)
+    with ExitStack() as stack:
+        for _ in range(200):
+            stack.enter_context(socket.create_connection((host, int(port))))
+        assert client.rounds(site) == []
+
+
+def test_a_quota_counts_by_caller() -> None:
+    from cloister_server.service import Quota
+
+    class Aborted(Exception):  # noqa: N818
+        pass
+
+    class Context:
+        def abort(self, code: Any, words: str) -> None:
+            raise Aborted(words)
+
+    quota = Quota(2)
+    with quota.held("a", Context()), quota.held("a", Context()), quota.held("b", Context()):
+        with pytest.raises(Aborted, match="more than 2"), quota.held("a", Context()):
+            pass
+        with quota.held("b", Context()):
+            pass
+    with quota.held("a", Context()), quota.held("a", Context()):
+        pass
+    assert not quota._running
+
+
+def test_without_a_service_nobody_is_invited(tmp_path: Path, tiny_bert: Path) -> None:
+    settings = write_federation(tmp_path / "FEDERATION.toml", tiny_bert)
+    init(tmp_path / "coordinator", read_federation(settings), "ab" * 32, "cd" * 32)
+    coordinator = open_coordinator(tmp_path / "coordinator")
+    with pytest.raises(InputError, match="no service to enrol at"):
+        invite(coordinator, "site-1")
+    assert enrolment.TOKEN_SECONDS == 3600
