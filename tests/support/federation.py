@@ -68,19 +68,20 @@ class Federation:
             "OMP_NUM_THREADS": "1",
         }
 
-    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Runs ``cloister`` to its end."""
+    def command(self, *arguments: str, typed: str = "") -> subprocess.CompletedProcess[str]:
+        """Runs ``cloister`` to its end, with ``typed`` on its standard input."""
         return subprocess.run(
             [sys.executable, "-m", "cloister.cli", *arguments],
             env=self.environment,
             capture_output=True,
             text=True,
             timeout=PATIENCE,
+            input=typed,
         )
 
-    def done(self, *arguments: str) -> dict[str, Any]:
+    def done(self, *arguments: str, typed: str = "") -> dict[str, Any]:
         """Runs ``cloister --json`` to its end, which must be good; its last JSON line."""
-        result = self.command("--json", *arguments)
+        result = self.command("--json", *arguments, typed=typed)
         assert result.returncode == 0, result.stdout + result.stderr
         record: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
         return record
@@ -141,6 +142,13 @@ group = 4
 """
 
 
+_REGISTRY = """[registry]
+address = "127.0.0.1:{}"
+enrolment = "127.0.0.1:{}"
+certificate_hours = 0.02
+"""
+
+
 @contextmanager
 def make_federation(
     base: Path,
@@ -153,6 +161,7 @@ def make_federation(
     least: int = 2,
     noise: float = 0.8,
     secure: bool = False,
+    tokens: bool = False,
 ) -> Iterator[Federation]:
     """Creates coordinator and sites by the commands of the README, and stops everything at the end."""
     with tempfile.TemporaryDirectory(prefix="clst", dir="/tmp") as folder:
@@ -190,26 +199,23 @@ path = "held-out.jsonl"
 text = "text"
 {'label = "label"' if classify else ""}
 {_PUBLIC if classify else ""}
-{_SECURE if secure else ""}"""
+{_SECURE if secure else ""}
+{_REGISTRY.format(free_port(), free_port()) if tokens else ""}"""
         )
         names = tuple(f"site-{i + 1}" for i in range(sites))
         federation = Federation(home, settings, names, runtime)
         federation.done("coordinator", "init", str(settings))
+        if tokens:
+            federation.start("coordinator", "coordinator", "up")
+            wait_for("the coordinator to be ready", partial(_settled, federation, "coordinator"))
         for i, name in enumerate(names):
             make_text(root / f"{name}.jsonl", 60 + i, i, f"secretmarker{name.replace('-', '')}")
-            federation.done(
-                "site",
-                "enrol",
-                name,
-                "--coordinator",
-                str(home / "coordinator" / "card.json"),
-                "--data",
-                str(root / f"{name}.jsonl"),
-                "--records",
-                "60",
-                "--epsilon-cap",
-                "1000",
-            )
+            text = ("--data", str(root / f"{name}.jsonl"), "--records", "60", "--epsilon-cap", "1000")
+            if tokens:
+                token = str(federation.done("coordinator", "invite", name)["token"])
+                federation.done("site", "enrol", "-", *text, typed=token + "\n")
+                continue
+            federation.done("site", "enrol", name, "--coordinator", str(home / "coordinator" / "card.json"), *text)
             federation.done("coordinator", "admit", str(home / "sites" / name / "card.json"))
         cards = {name: str(home / "sites" / name / "card.json") for name in names}
         for name in names if secure else ():
@@ -228,7 +234,8 @@ def _settled(federation: Federation, name: str) -> bool:
 
 def bring_up(federation: Federation) -> None:
     """Starts SuperLink and all sites, and waits for them."""
-    federation.start("coordinator", "coordinator", "up")
+    if "coordinator" not in federation.processes:
+        federation.start("coordinator", "coordinator", "up")
     for name in federation.sites:
         federation.start(name, "site", "up", name)
     for name in ("coordinator", *federation.sites):
