@@ -11,28 +11,36 @@ import itertools
 import math
 
 import torch
+from cloister_model.build import load_vector
 from cloister_model.tokens import Encoded, padded
 from cloister_shared import noise
 from cloister_shared.plan import NoisedNumber, PlanCore
+from cloister_shared.vectors import F32
 
 from cloister_client.batches import physical_batches
 from cloister_client.release import AccountedCount, NoisedMetric
 from cloister_client.train import PHYSICAL_TOKENS, Trainer
 
 
-def noised_numbers(trainer: Trainer, core: PlanCore, data: Encoded) -> tuple[NoisedMetric | AccountedCount, ...]:
+def noised_numbers(
+    trainer: Trainer, core: PlanCore, parent: F32, data: Encoded
+) -> tuple[NoisedMetric | AccountedCount, ...]:
     """The numbers that ``core`` asks for, in its order.
 
     Args:
         trainer: After the round's training: ``loss`` is that of the adapter as it is now, which is private already.
         core: The work; its numbers were reserved.
+        parent: The adapter that the round began with, ``(d,) float32``; the model has it afterwards where its loss was asked for.
         data: The units that it was trained on.
     """
     made: list[NoisedMetric | AccountedCount] = []
-    for asked in core.noised:
+    # The parent's loss last: the model is given it for that.
+    for asked in sorted(core.noised, key=lambda number: number.name == "parent_loss"):
         if asked.name == "units":
             made.append(AccountedCount(_noised(float(len(data.units)), asked)))
         else:
+            if asked.name == "parent_loss":
+                load_vector(trainer.model, parent)
             each = unit_losses(trainer, data, core.training.unit_records)
             made.append(NoisedMetric(asked.name, _noised(math.fsum(cut(v, asked.bound) for v in each), asked)))
     return tuple(made)

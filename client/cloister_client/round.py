@@ -277,7 +277,7 @@ def work(desk: Desk, core: PlanCore, rest: bytes) -> tuple[bytes, tuple[NonPriva
     try:
         data = desk.text(core.task, reservation.blocks)
         vector, loss = _train(desk, trainer, core, parent, data)
-        update = with_numbers(vector_to_bytes(vector), noised_numbers(trainer, core, data))
+        update = with_numbers(vector_to_bytes(vector), noised_numbers(trainer, core, parent, data))
         write_durably(desk.kept / f"{core.digest}.f32", update)
         desk.ledger.spend(entry, digest(update))
     except BaseException as error:

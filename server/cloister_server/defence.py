@@ -206,3 +206,27 @@ def lost(before: dict[str, float], after: dict[str, float], margin: float | None
         if down > margin
         else ""
     )
+
+
+def lost_at_sites(
+    before: dict[str, float], now: dict[str, float], std: dict[str, float], units: dict[str, float], margin: float
+) -> str:
+    """Why the last round is taken back, or nothing: its adapter's loss on the sites' own text rose by more than noise and ``margin``.
+
+    Args:
+        before: Noised sum of the units' losses under the adapter before it, by client, as told in the last round.
+        now: The same under its own adapter, as told in this one.
+        std: Standard deviation of the noise on each such sum.
+        units: Declared units.
+        margin: Nats a unit.
+    """
+    both = sorted(set(before) & set(now))
+    if not both:
+        return ""
+    count = sum(units[client] for client in both)
+    rose = sum(now[client] - before[client] for client in both) / count
+    # Three standard deviations of the difference of two sums, each noised at every site.
+    room = margin + 3 * (2 * sum(std[client] ** 2 for client in both)) ** 0.5 / count
+    if rose <= room:
+        return ""
+    return f"loss on the own text of {len(both)} sites rose by {rose:.4f} nats a unit in the round before: limit {room:.4f}; taken back"

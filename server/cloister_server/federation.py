@@ -83,11 +83,14 @@ class Defence:
         attackers: How many clients of a cohort may be anything.
         margin: What a round may lose on held-out text, in accuracy (in loss where there is none), before its parent is
             kept; None for no gate.
+        sites_margin: What a round may lose on the sites' own text, in nats a unit, before the next one takes it back; None for no
+            such gate. It goes by ``parent_loss``, which sites tell with noise.
     """
 
     rule: str
     attackers: int
     margin: float | None
+    sites_margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,9 @@ def _client_level(table: Table, rule: Rule) -> ClientLevel | None:
     )
 
 
-def _defence(table: Table, rule: Rule, min_clients: int | None, client_level: bool, held_out: bool) -> Defence:
+def _defence(
+    table: Table, rule: Rule, min_clients: int | None, client_level: bool, held_out: bool, told: bool
+) -> Defence:
     # Measured (README): what loses least to the attacks there, where there is held-out text to see harm on.
     named = table.text(
         "rule",
@@ -244,7 +249,15 @@ def _defence(table: Table, rule: Rule, min_clients: int | None, client_level: bo
             got=f"min_clients = {min_clients}",
             mend="raise [round] min_clients, or lower attackers",
         )
-    return Defence(named, attackers, margin)
+    by_sites = table.number("sites_margin", 0, 1000) if "sites_margin" in table.written else None
+    if by_sites is not None and not told:
+        raise InputError(
+            "the sites' gate goes by what sites tell of the parent",
+            where=f"{table.where} sites_margin",
+            expected="[noised] parent_loss",
+            mend="add it: it is charged with each round",
+        )
+    return Defence(named, attackers, margin, by_sites)
 
 
 def _secure(table: Table, rule: Rule, client_level: bool, numbers: bool) -> int | None:
@@ -273,7 +286,8 @@ def _service(table: Table) -> Service | None:
 
 
 def _noised(table: Table) -> tuple[NoisedNumber, ...]:
-    bound = {"loss": table.number("loss_bound", 1e-3, 1e3, 4.0), "units": 1.0}
+    nats = table.number("loss_bound", 1e-3, 1e3, 4.0)
+    bound = {"loss": nats, "parent_loss": nats, "units": 1.0}
     return tuple(NoisedNumber(n, table.number(n, 0.1, 1000), bound[n]) for n in NOISED if n in table.written)
 
 
@@ -327,7 +341,12 @@ def read_federation(path: Path) -> Federation:
         delta=privacy.number("delta", 1e-10, 0.5, 1e-5),
         client_level=_client_level(client_level, rule),
         defence=_defence(
-            defence, rule, None if secure.written else min_clients, bool(client_level.written), bool(held.written)
+            defence,
+            rule,
+            None if secure.written else min_clients,
+            bool(client_level.written),
+            bool(held.written),
+            "parent_loss" in numbers.written,
         ),
         deadline=waiting.number("deadline_seconds", 1, 7 * 86400, 1800),
         min_clients=min_clients,

@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from cloister_shared.errors import VerificationError
 from cloister_shared.vectors import F32
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 F64 = npt.NDArray[np.float64]
-CHUNK = 1 << 15
+CHUNK = 1 << 14
 # Weiszfeld's steps: each is a product of (n, n) and (n,).
 _STEPS, _CLOSE, _CLIPS = 500, 1e-12, 20
 # A distance that is none: rows that are all alike.
@@ -58,6 +59,11 @@ def combine(rule: str, updates: F32, attackers: int, scales: F64 | None = None) 
     if inner not in RULES:
         raise VerificationError("no such rule", expected=f"[{MIXED}]{'|'.join(RULES)}", got=rule)
     scales = np.ones(len(updates)) if scales is None else scales
+    with threadpool_limits(1, "blas"):
+        return _combined(rule, inner, updates, attackers, scales)
+
+
+def _combined(rule: str, inner: str, updates: F32, attackers: int, scales: F64) -> Combined:
     if updates.ndim != 2 or len(updates) < least(rule, attackers) or scales.shape != (len(updates),):
         raise VerificationError(
             "too few updates for the rule",
@@ -93,11 +99,13 @@ def gram(updates: F32, scales: F64) -> F64:
     Raises:
         VerificationError: A number is not finite, or its square is not.
     """
-    total = np.zeros((len(updates), len(updates)))
-    factors = scales.astype(np.float32)[:, None]
+    count = len(updates)
+    total, factors = np.zeros((count, count)), scales.astype(np.float32)
+    share, unscaled = factors / count, bool((scales == 1).all())
     for at in range(0, updates.shape[1], CHUNK):
-        part = updates[:, at : at + CHUNK] * factors
-        part -= part.mean(0)
+        part = updates[:, at : at + CHUNK]
+        centre = np.asarray(share @ part, dtype=np.float32)
+        part = (part if unscaled else part * factors[:, None]) - centre
         total += part @ part.T
     if not np.isfinite(total).all():
         raise VerificationError("an update is not finite, or larger than its square can be")

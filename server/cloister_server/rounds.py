@@ -33,7 +33,7 @@ from cloister_server.accounting import charge, foresee, record_costs, spending
 from cloister_server.admission import reaches
 from cloister_server.aggregation import Aggregate, noised_mean
 from cloister_server.context import Context, Exchange, Member
-from cloister_server.defence import Cohort, Entered, enter, explained, reputation
+from cloister_server.defence import Cohort, Entered, enter, explained, lost_at_sites, reputation
 from cloister_server.federation import PIPELINE, is_admitted
 from cloister_server.intake import Intake, take
 from cloister_server.peers import predicted_norm
@@ -119,7 +119,11 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
             mend="see to the sites, then cloister run --resume",
         )
     past = store.evidence(context.run.id)
-    entered, charged = make_candidate(context, row, before.number, cores, parent, intake, past)
+    back = taken_back(context, number, cores, intake)
+    if back:
+        entered, charged = nothing_of(parent, intake, store.metrics(context.run.id, number - 2), back), None
+    else:
+        entered, charged = make_candidate(context, row, before.number, cores, parent, intake, past)
     order = sorted(intake.updates)
     held = entered.held
     names, left_out = {m.id: m.card.name for m in context.members}, refused(past, order, entered)
@@ -131,7 +135,10 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
                 "report": "",
             }
     made = entered.made
-    adapter = before.adapter or ""
+    # A round that is taken back leaves the adapter of the one before it.
+    adapter = (
+        before if not back else next(r for r in store.rounds(context.run.id) if r.number == number - 2)
+    ).adapter or ""
     if not held:
         named = {"run": context.run.id, "round": str(number), "base": context.run.base}
         adapter = store.blobs.put(to_safetensors(made.vector, context.schema, named))
@@ -268,6 +275,27 @@ def make_candidate(
     return enter(defence, "average" if rested else federation.rule, parent, cohort, context.schema, judge, scores), None
 
 
+def taken_back(context: Context, number: int, cores: dict[str, PlanCore], intake: Intake) -> str:
+    """Why the last round's adapter is taken back by what the sites tell of it now, or nothing."""
+    margin = context.federation.defence.sites_margin
+    if margin is None or number < 2:
+        return ""
+    told = "noised_parent_loss"
+    now = {i: json.loads(c["report"])[told] for i, c in intake.changes.items() if told in (c.get("report") or "")}
+    rows = context.store.clients(context.run.id, number - 1)
+    before = {c.client: json.loads(c.report)[told] for c in rows if told in c.report}
+    numbers = {i: n for i, core in cores.items() for n in core.noised if n.name == "parent_loss"}
+    std = {i: n.noise_multiplier * n.bound for i, n in numbers.items()}
+    units = {m.id: float(m.card.records) for m in context.members}
+    return lost_at_sites(before, {i: v for i, v in now.items() if i in units}, std, units, margin)
+
+
+def nothing_of(parent: F32, intake: Intake, scores: dict[str, float], why: str) -> Entered:
+    """A round of which nothing enters: its updates began at an adapter that is taken back."""
+    count = len(intake.updates)
+    return Entered(Aggregate(parent, 0.0), ((),) * count, np.zeros(count, dtype=bool), None, "mean", why, scores, 0.0)
+
+
 def history(past: list[Evidence], client: str) -> list[list[str]]:
     """What a client was flagged for, round by round."""
     rounds: dict[int, list[str]] = {}
@@ -292,7 +320,9 @@ def register(
 ) -> tuple[Judgement | None, list[Evidence]]:
     """The registry's rows of what the defence did; none where there is none."""
     defence = context.federation.defence
-    if context.federation.client_level is not None or (defence.rule == "mean" and defence.margin is None):
+    if context.federation.client_level is not None or (
+        defence.rule == "mean" and defence.margin is None and defence.sites_margin is None
+    ):
         return None, []
     run = context.run.id
     shares = None if entered.shares is None else dict(zip(order, map(float, entered.shares), strict=True))

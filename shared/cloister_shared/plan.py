@@ -32,7 +32,7 @@ TaskKind = Literal["text-classification", "causal-lm"]
 TASK_KINDS = ("text-classification", "causal-lm")
 UNITS = ("record", "field")
 REPORTS = ("loss",)
-NOISED = ("loss", "units")
+NOISED = ("loss", "parent_loss", "units")
 Rule = Literal["average", "freeze-a", "exact"]
 RULES: tuple[Rule, ...] = ("average", "freeze-a", "exact")
 LINEAR_RULES: tuple[Rule, ...] = ("average", "freeze-a")
@@ -249,9 +249,10 @@ class NoisedNumber:
     """A sum over all units of a client that is asked for with noise: a Gaussian release of its own, charged with the round.
 
     Attributes:
-        name: ``loss``: each unit's mean loss under the trained adapter, cut at ``bound``. ``units``: how many there are.
+        name: ``loss``: each unit's mean loss under the trained adapter, cut at ``bound``; ``parent_loss``: the same under the plan's
+            parent, which is how a site judges the last round. ``units``: how many there are.
         noise_multiplier: Standard deviation of the noise over ``bound``.
-        bound: What one unit can move the sum by: nats for ``loss``; 1 for ``units``.
+        bound: What one unit can move the sum by: nats for losses; 1 for ``units``.
     """
 
     name: str

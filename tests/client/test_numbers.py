@@ -16,6 +16,7 @@ from cloister_client.numbers import cut, noised_numbers, unit_losses
 from cloister_client.policy import check
 from cloister_client.release import AccountedCount, NoisedMetric, NoisedUpdate, release, with_numbers
 from cloister_client.train import Trainer
+from cloister_model.build import load_vector, read_vector
 from cloister_model.tokens import Encoded
 from cloister_shared.cards import CoordinatorCard
 from cloister_shared.encoding import digest
@@ -97,7 +98,7 @@ def test_no_loss_moves_the_sum_further_than_the_bound(value: float) -> None:
 def test_noise_is_of_the_stated_size_and_never_the_same(made: tuple[Trainer, Encoded]) -> None:
     trainer, data = made
     work = replace(BOTH, training=replace(BOTH.training, unit="field", unit_records=2))
-    drawn = [noised_numbers(trainer, work, data) for _ in range(400)]
+    drawn = [noised_numbers(trainer, work, read_vector(trainer.model), data) for _ in range(400)]
     for place, (centre, asked) in enumerate(
         ((math.fsum(cut(v, 2.0) for v in unit_losses(trainer, data, 2)), LOSS), (3.0, UNITS))
     ):
@@ -130,5 +131,21 @@ def test_a_number_with_too_little_noise_is_refused_by_the_policy() -> None:
 
 def test_no_number_is_made_where_none_is_asked(made: tuple[Trainer, Encoded], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numbers, "unit_losses", None)
-    assert noised_numbers(made[0], core(1), made[1]) == ()
+    assert noised_numbers(made[0], core(1), read_vector(made[0].model), made[1]) == ()
     assert with_numbers(b"1234", ()) == b"1234"
+
+
+def test_the_parents_loss_is_the_parents_and_the_trained_ones_its_own(made: tuple[Trainer, Encoded]) -> None:
+    trainer, data = made
+    quiet = tuple(NoisedNumber(name, 1e-6, 8.0) for name in ("parent_loss", "loss"))
+    work = replace(BOTH, training=replace(BOTH.training, unit="field", unit_records=2), noised=quiet)
+    parent = read_vector(trainer.model)
+    trained = parent + np.float32(0.05)
+    before = math.fsum(unit_losses(trainer, data, 2))
+    load_vector(trainer.model, trained)
+    after = math.fsum(unit_losses(trainer, data, 2))
+    told = {n.name: n.value for n in noised_numbers(trainer, work, parent, data)}
+    load_vector(trainer.model, parent)
+    assert told["parent_loss"] == pytest.approx(before, abs=1e-4)
+    assert told["loss"] == pytest.approx(after, abs=1e-4)
+    assert abs(before - after) > 1e-3

@@ -10,18 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 from cloister_flower.frames import reply
+from cloister_server.admission import reaches
 from cloister_server.aggregation import weighted_mean
 from cloister_server.cli import round_rows
-from cloister_server.defence import Cohort, Entered, enter, explained, lost, reputation
+from cloister_server.defence import Cohort, Entered, enter, explained, lost, lost_at_sites, reputation
 from cloister_server.federation import Defence, read_federation
 from cloister_server.peers import FEWEST, predicted_norm
 from cloister_server.rounds import one_round, run_rounds
+from cloister_shared.encoding import canonical
 from cloister_shared.errors import InputError, RefusedError
 from cloister_shared.plan import Rule
-from cloister_shared.vectors import F32, Schema, from_safetensors
+from cloister_shared.vectors import F32, Schema, from_safetensors, vector_to_bytes
 
 from support.client_world import spec
-from support.server_world import Loopback, World, forged_vector, make_world, write_federation
+from support.server_world import Loopback, World, forged, forged_vector, make_world, write_federation
 
 SCHEMA = Schema(
     (("x.lora_A.weight", (2, 6)), ("x.lora_B.weight", (5, 2)), ("head.weight", (3, 20)), ("head.bias", (3,)))
@@ -269,3 +271,63 @@ def test_no_defence_beside_client_level_noise(tmp_path: Path, tiny_bert: Path) -
     path = write_federation(tmp_path / "F.toml", tiny_bert, delta=level)
     with pytest.raises(InputError, match="client-level noise"):
         read_federation(path)
+
+
+def test_a_round_that_the_sites_own_text_speaks_against_is_taken_back(tmp_path: Path, tiny_bert: Path) -> None:
+    settings = {
+        "[noised]": "[noised]\nparent_loss = 0.1\nloss_bound = 2",
+        "[defence]": '[defence]\nrule = "mean"\nsites_margin = 0.02',
+    }
+    world = make_world(tmp_path, tiny_bert, sites=3, rounds=5, settings=settings)
+    quiet = tuple(replace(m, training=replace(m.training, noise_multiplier=0.1)) for m in world.members)
+    context = world.context(members=quiet)
+    one_round(context, world.link, 1)
+    assert all("noised_parent_loss" in c.report for c in world.store.clients(world.run.id, 1))
+    kept = adapter_of(world, 1)
+    # Round 2 is poisoned: two sites answer with as large a move of the head as their plans allow.
+    reach = 0.9 * reaches(quiet[0].training)[1]
+
+    def poison(link: Loopback, node: int, frame: bytes, message: Any) -> Any:
+        parts = {name: np.zeros(shape, dtype=np.float32) for name, shape in world.schema.tensors}
+        parts["head.bias"][:] = [reach, -reach]
+        desk = link.desks[node]
+        said = canonical({"noised": {"parent_loss": 10.0}})
+        plaintext = vector_to_bytes(world.schema.join(parts)) + said
+        return reply(forged(desk, frame, plaintext, parameters=world.schema.size), message)
+
+    world.link.behaviours = {200: poison, 300: poison}
+    assert one_round(context, world.link, 2) == ""
+    world.link.behaviours = {}
+    why = one_round(context, world.link, 3)
+    assert "taken back" in why
+    assert {c.verdict for c in world.store.clients(world.run.id, 3)} == {"held"}
+    assert np.array_equal(adapter_of(world, 3), kept)
+    assert not np.array_equal(adapter_of(world, 2), kept)
+    assert world.store.judgements(world.run.id)[-1].held == why
+    assert one_round(context, world.link, 4) == ""
+    assert one_round(context, world.link, 5) == ""
+
+
+def test_noise_alone_takes_nothing_back() -> None:
+    std, units = dict.fromkeys("abc", 10.0), dict.fromkeys("abc", 100.0)
+    before = {"a": 90.0, "b": 110.0, "c": 95.0}
+    # Three standard deviations of the difference of two sums over three sites: 3 sqrt(6) 10 / 300 nats a unit, and the margin.
+    limit = 3 * 6**0.5 * 10 / 300 + 0.1
+    just = {k: v + (limit - 1e-6) * 100 for k, v in before.items()}
+    over = {k: v + (limit + 1e-6) * 100 for k, v in before.items()}
+    assert lost_at_sites(before, just, std, units, 0.1) == ""
+    assert "taken back" in lost_at_sites(before, over, std, units, 0.1)
+    assert lost_at_sites(before, {}, std, units, 0.1) == ""
+    assert lost_at_sites({}, over, std, units, 0.1) == ""
+
+
+def test_the_sites_gate_needs_their_word(tmp_path: Path, tiny_bert: Path) -> None:
+    settings = write_federation(tmp_path / "f.toml", tiny_bert, **{"[defence]": "[defence]\nsites_margin = 0.1"})
+    with pytest.raises(InputError, match="parent_loss"):
+        read_federation(settings)
+
+
+def adapter_of(world: World, number: int) -> F32:
+    """A round's adapter."""
+    row = world.store.rounds(world.run.id)[number]
+    return from_safetensors(world.store.adapter(row.adapter or ""), world.schema, "test")
