@@ -27,7 +27,13 @@ from cloister_shared.errors import StateError, VerificationError
 from cloister_shared.tls import make_tls
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import ACCESS_TOKEN_KEY, ISOLATION_MODE_PROCESS, SubStatus
-from flwr.proto.control_pb2 import ListNodesRequest, ListNodesResponse, RegisterNodeRequest, RegisterNodeResponse
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListNodesResponse,
+    RegisterNodeRequest,
+    RegisterNodeResponse,
+    UnregisterNodeRequest,
+)
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import Metadata as ProtoMetadata
@@ -449,6 +455,21 @@ def test_a_node_that_states_another_sender_is_refused_with_403(door: Door, node:
     number, key, raw = node
     answer = door.post("/v1/fleet/push-messages", pushed(number, number + 1), headers_of(key, raw))
     assert answer.status_code == 403
+
+
+def test_a_node_that_was_unregistered_is_refused_at_its_next_call(door: Door) -> None:
+    """What a revocation does at SuperLink."""
+    key, public = generate_key_pairs()
+    raw = public_key_to_bytes(public)
+    answer = door.bearer("/v1/control/register-node", RegisterNodeRequest(public_key=raw, name="leaving"))
+    number = RegisterNodeResponse.FromString(answer.content).node_id
+    assert door.post("/v1/fleet/push-messages", pushed(number, number), headers_of(key, raw)).status_code not in (
+        401,
+        403,
+    )
+    gone = door.bearer("/v1/control/unregister-node", UnregisterNodeRequest(node_id=number))
+    assert gone.status_code == 200
+    assert door.post("/v1/fleet/push-messages", pushed(number, number), headers_of(key, raw)).status_code == 401
 
 
 # Our own waiting over Flower's Grid
