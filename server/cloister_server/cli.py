@@ -231,7 +231,8 @@ def event_line(kind: str, e: dict[str, Any]) -> str | None:
             if e["rule"] == "mean"
             else f"the rule {e['rule']} stands {e['withstands']} groups with a hostile site in them"
         )
-        return f"secure aggregation: {e['groups']} groups of {sizes} sites, drawn by all; one sum a group is seen; {stands}"
+        groups = f"{e['groups']} group{'s' if e['groups'] > 1 else ''}"
+        return f"secure aggregation: {groups} of {sizes} sites, drawn by all; one sum a group is seen; {stands}"
     if kind == "group":
         return f"  {e['name']} dropped: {e['what']}"
     if kind == "round":

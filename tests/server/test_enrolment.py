@@ -23,9 +23,11 @@ import pytest
 from cloister_client import registry as client
 from cloister_client.policy import Policy
 from cloister_client.site import Site, enrol, read_site
+from cloister_flower.frames import reply
 from cloister_server import enrolment
 from cloister_server.enrolment import caller, invite, invited, redeem, renew, revoke
 from cloister_server.federation import Coordinator, admit_site, init, is_admitted, open_coordinator, read_federation
+from cloister_server.rounds import run_rounds
 from cloister_server.store import Round, RoundClient, Run, Store
 from cloister_shared.cards import CoordinatorCard
 from cloister_shared.errors import CloisterError, InputError, RefusedError, StateError, VerificationError
@@ -38,7 +40,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.server_calm import calm
-from support.server_world import write_federation
+from support.server_world import Loopback, make_world, write_federation
 
 NOW = time.time()
 
@@ -409,6 +411,25 @@ def test_a_quota_counts_by_caller() -> None:
     with quota.held("a", Context()), quota.held("a", Context()):
         pass
     assert not quota._running
+
+
+def test_a_site_that_is_revoked_while_a_round_runs_is_left_out_of_it_and_of_the_next(
+    tmp_path: Path, tiny_bert: Path
+) -> None:
+    world = make_world(tmp_path, tiny_bert, sites=3)
+
+    def put_out(link: Loopback, node: int, frame: bytes, message: Any) -> Any:
+        answer = link.honest(node, frame)
+        revoke(world.coordinator.home, "site-3")
+        return reply(answer, message)
+
+    world.link.behaviours = {300: put_out}
+    run_rounds(world.context(), world.link)
+    assert world.verdicts(1) == {"site-1": "accepted", "site-2": "accepted", "site-3": "revoked"}
+    assert world.verdicts(2) == world.verdicts(3) == {"site-1": "accepted", "site-2": "accepted"}
+    assert [f["site"] for kind, f in world.events if kind == "revoked"] == ["site-3"]
+    sent = [world.link.sent[group] for group in ("1.1", "2.1", "3.1")]
+    assert [sorted(frames) for frames in sent] == [[100, 200, 300], [100, 200], [100, 200]]
 
 
 def test_without_a_service_nobody_is_invited(tmp_path: Path, tiny_bert: Path) -> None:

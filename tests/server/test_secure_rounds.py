@@ -13,12 +13,13 @@ from cloister_client.sums import Sums
 from cloister_flower.frames import reply
 from cloister_server import secure
 from cloister_server.aggregation import weighted_mean
+from cloister_server.cli import event_line, show
 from cloister_server.context import Context
 from cloister_server.federation import Defence
 from cloister_server.rounds import one_round, run_rounds
 from cloister_server.run import drawn
 from cloister_server.secure import DROPPED, groups_of, unmasked
-from cloister_shared import masks, shamir
+from cloister_shared import console, masks, shamir
 from cloister_shared.encoding import canonical
 from cloister_shared.errors import InputError, RefusedError
 from cloister_shared.plan import SecureSum
@@ -443,6 +444,28 @@ def test_what_secure_aggregation_and_robustness_cannot_do_together_is_refused(tm
     }
     with pytest.raises(InputError, match="under masks"):
         make_world(tmp_path / "c", tiny_bert, sites=3, settings=SECURE | level)
+
+
+def test_what_was_seen_is_told(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = context_of(world)
+    world.link.behaviours = {400: away("plan", "open")}
+    one_round(context, world.link, 1)
+    lines = [event_line(kind, fields) or "" for kind, fields in world.events]
+    assert any(line.startswith("secure aggregation: 1 group of 4 sites, drawn by all") for line in lines)
+    assert any("for masks" in line and "3 of 4 accepted" in line for line in lines)
+    monkeypatch.setattr(console.OUTPUT, "home", world.coordinator.home.parent)
+    monkeypatch.setattr(console.OUTPUT, "json", False)
+    show(1)
+    out = capsys.readouterr().out
+    assert "no update was seen, only the sums of group-1 (3 of 4: site-" in out
+    monkeypatch.setattr(console.OUTPUT, "json", True)
+    show(1)
+    record = json.loads(capsys.readouterr().out)
+    assert [(s["group"], s["members"], sorted(s["sites"])) for s in record["secure_sums"]] == [
+        ("group-1", 4, ["site-1", "site-2", "site-3"])
+    ]
 
 
 def test_the_plan_names_the_group(world: World) -> None:
