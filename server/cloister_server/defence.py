@@ -19,7 +19,7 @@ from cloister_shared.vectors import F32, Schema, bounded
 
 from cloister_server.aggregation import Aggregate, aggregate, exact_products
 from cloister_server.federation import PIPELINE, STRONGEST, Defence
-from cloister_server.judge import Judge
+from cloister_server.judge import RECALL, Judge
 from cloister_server.peers import Finding, harm_test, majority_flagged, norm_test, norms_of, to_median
 from cloister_server.robust import combine, least
 
@@ -148,7 +148,7 @@ def enter(
     if majority_flagged(flagged):
         return kept(f"{sum(flagged)} of {count} updates are odd: more than half", defence.rule)
     attempts = [STRONGEST if defence.rule == PIPELINE else defence.rule]
-    attempts += [] if defence.margin is None else [STRONGEST]
+    attempts += [STRONGEST] if defence.gated else []
     why = ""
     for number, name in enumerate(attempts):
         own = cohort.updates[entered]
@@ -163,7 +163,7 @@ def enter(
         made = Aggregate(bounded(made.vector, schema), made.residual)
         metrics, took = judge.judge(made.vector)
         seconds += took
-        why = lost(before, metrics, defence.margin)
+        why = lost(before, metrics, defence.margin, defence.label_margin)
         if not why:
             whole = None if shares is None else np.zeros(count)
             if whole is not None:
@@ -195,8 +195,16 @@ def candidate(
     return Aggregate(mean, 0.0), shares
 
 
-def lost(before: dict[str, float], after: dict[str, float], margin: float | None) -> str:
-    """Why a candidate is not let in, or nothing: it lost more than ``margin`` of accuracy, or of loss where there is no accuracy."""
+def lost(
+    before: dict[str, float], after: dict[str, float], margin: float | None, label_margin: float | None = None
+) -> str:
+    """Why a candidate is not let in, or nothing.
+
+    It lost more than ``margin`` of accuracy (of loss where there is no accuracy), or ``label_margin`` of one label's recall.
+    """
+    for one in sorted(before) if label_margin is not None else ():
+        if one.startswith(RECALL) and label_margin is not None and before[one] - after.get(one, 0.0) > label_margin:
+            return f"{one} would go from {before[one]:.4f} to {after.get(one, 0.0):.4f}: limit {label_margin:g}"
     name, sign = ("accuracy", 1.0) if "accuracy" in before else ("loss", -1.0)
     if margin is None or name not in before:
         return ""

@@ -22,6 +22,7 @@ from cloister_shared.privacy import ACCOUNTANT, NEIGHBOURS
 from cloister_shared.vectors import F32, Schema, from_safetensors, to_safetensors
 
 from cloister_server.accounting import client_level_line, client_level_statement
+from cloister_server.judge import RECALL
 from cloister_server.store import RoundClient, Run, Store
 
 _CARD = """---
@@ -215,7 +216,7 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
             frozen=f"; A was not trained and is recomputed from the base's digest (`{FROZEN_FORMAT}`)"
             if frozen
             else "",
-            metrics=", ".join(f"{k} {v:.4f}" for k, v in metrics.items()) or "none",
+            metrics=", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if not k.startswith(RECALL)) or "none",
             neighbours=NEIGHBOURS,
             accountant=ACCOUNTANT,
             privacy=_privacy_table(clients),

@@ -83,6 +83,7 @@ class Defence:
         attackers: How many clients of a cohort may be anything.
         margin: What a round may lose on held-out text, in accuracy (in loss where there is none), before its parent is
             kept; None for no gate.
+        label_margin: What one label of held-out text may lose, in recall; None for no such gate.
         sites_margin: What a round may lose on the sites' own text, in nats a unit, before the next one takes it back; None for no
             such gate. It goes by ``parent_loss``, which sites tell with noise.
     """
@@ -90,7 +91,13 @@ class Defence:
     rule: str
     attackers: int
     margin: float | None
+    label_margin: float | None = None
     sites_margin: float | None = None
+
+    @property
+    def gated(self) -> bool:
+        """Whether a candidate is held against its parent on held-out text."""
+        return self.margin is not None or self.label_margin is not None
 
 
 @dataclass(frozen=True)
@@ -225,6 +232,7 @@ def _defence(
         choices=(PIPELINE, *RULES_OF_ROWS, *(MIXED + r for r in RULES_OF_ROWS)),
     )
     margin = table.number("margin", 0, 1000) if "margin" in table.written else None
+    by_label = table.number("label_margin", 0, 1) if "label_margin" in table.written else None
     if client_level and table.written:
         raise InputError(
             "client-level noise is made for a mean of cut updates, and for nothing that compares them",
@@ -235,7 +243,7 @@ def _defence(
         raise InputError(
             "this rule goes by coordinate, which products have none of", where=f"{table.where} rule", got=named
         )
-    if margin is not None and not held_out:
+    if not (margin is None and by_label is None) and not held_out:
         raise InputError("a margin is measured on held-out text", where=f"{table.where} margin", mend="add [held_out]")
     attackers = table.integer("attackers", 0, 100_000, 0)
     fewest = least(STRONGEST if named == PIPELINE else named, attackers)
@@ -257,7 +265,7 @@ def _defence(
             expected="[noised] parent_loss",
             mend="add it: it is charged with each round",
         )
-    return Defence(named, attackers, margin, by_sites)
+    return Defence(named, attackers, margin, by_label, by_sites)
 
 
 def _secure(table: Table, rule: Rule, client_level: bool, numbers: bool) -> int | None:

@@ -15,6 +15,9 @@ from cloister_model.tokens import Encoded
 from cloister_shared.plan import TaskSpec
 from cloister_shared.vectors import F32
 
+# Before a label, the name of its score.
+RECALL = "recall:"
+
 
 class Judge(Protocol):
     """Something that scores an adapter."""
@@ -45,9 +48,10 @@ class HeldOutJudge:
         self._model, self._task, self._data, self._device = model.to(device), task, data, device
 
     def judge(self, vector: F32) -> tuple[dict[str, float], float]:
-        """Accuracy, macro-F1 and loss, or loss and perplexity; a score that is not finite is left out."""
+        """Accuracy, macro-F1, loss and each label's recall, or loss and perplexity; a score that is not finite is left out."""
         started = time.monotonic()
         load_vector(self._model, vector)
         got = score(self._model, self._task, self._data, device=self._device)
         named = {"loss": got.loss, "accuracy": got.accuracy, "macro_f1": got.macro_f1, "perplexity": got.perplexity}
+        named |= {f"{RECALL}{label}": share for label, share in got.recalls.items()}
         return {k: v for k, v in named.items() if v is not None and math.isfinite(v)}, time.monotonic() - started

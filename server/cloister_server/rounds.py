@@ -268,7 +268,7 @@ def make_candidate(
         np.array(left_out, dtype=bool),
     )
     defence, scores = federation.defence, context.store.metrics(context.run.id, before)
-    if not scores and (defence.rule == PIPELINE or defence.margin is not None):
+    if not scores and (defence.rule == PIPELINE or defence.gated):
         scores, _ = judge.judge(parent)
     # Where LoRA rested, there are no products to put in a mean's place.
     rested = all(core.training.head_only for group in groups for core in group)
@@ -321,7 +321,7 @@ def register(
     """The registry's rows of what the defence did; none where there is none."""
     defence = context.federation.defence
     if context.federation.client_level is not None or (
-        defence.rule == "mean" and defence.margin is None and defence.sites_margin is None
+        defence.rule == "mean" and not defence.gated and defence.sites_margin is None
     ):
         return None, []
     run = context.run.id

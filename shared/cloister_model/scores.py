@@ -7,7 +7,7 @@ out un-noised.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -31,12 +31,14 @@ class Scores:
         accuracy: Share of right classes; None for a language model.
         macro_f1: Unweighted mean of the classes' F1, over classes that are present or predicted; None for a language model.
         perplexity: exp(loss); None for classification.
+        recalls: Share of right answers by label, of labels that there are; empty for a language model.
     """
 
     loss: float
     accuracy: float | None
     macro_f1: float | None
     perplexity: float | None
+    recalls: dict[str, float] = field(default_factory=dict)
 
 
 def macro_f1(truth: np.ndarray, guess: np.ndarray, classes: int) -> float:
@@ -79,7 +81,9 @@ def score(model: Adapted, task: TaskSpec, data: Encoded, *, batch: int = 64, dev
     log_sum = peak[:, 0] + np.log(np.exp(logits - peak).sum(1))
     loss = float((log_sum - logits[np.arange(len(truth)), truth]).mean())
     guess = logits.argmax(1)
-    return Scores(loss, float((guess == truth).mean()), macro_f1(truth, guess, len(task.labels)), None)
+    there = [(i, label) for i, label in enumerate(task.labels) if (truth == i).any()]
+    recalls = {label: float((guess[truth == i] == i).mean()) for i, label in there}
+    return Scores(loss, float((guess == truth).mean()), macro_f1(truth, guess, len(task.labels)), None, recalls)
 
 
 @torch.no_grad()

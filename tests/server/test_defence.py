@@ -164,6 +164,11 @@ def test_what_a_margin_is_of() -> None:
     assert lost({"loss": 1.0}, {}, 0.1)  # not finite: the judge leaves it out
     assert lost({"accuracy": 0.6, "loss": 1.0}, {}, 0.1)
     assert not lost({"loss": 1.0}, {"loss": 9.0}, None)
+    halves = {"accuracy": 0.6, "recall:a": 0.9, "recall:b": 0.3}
+    assert not lost(halves, {"accuracy": 0.6, "recall:a": 0.8, "recall:b": 0.4}, 0.1, 0.2)
+    assert "recall:a" in lost(halves, {"accuracy": 0.6, "recall:a": 0.6, "recall:b": 0.6}, 0.1, 0.2)
+    assert "recall:a" in lost(halves, {"accuracy": 0.6, "recall:b": 0.6}, None, 0.2)
+    assert not lost(halves, {"accuracy": 0.6, "recall:a": 0.1}, 0.1)
 
 
 def shifted(factor: float) -> Any:

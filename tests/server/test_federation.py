@@ -201,7 +201,7 @@ def test_init_twice_is_refused_and_changes_nothing(home: Path, settings: Path) -
 
 
 def test_secrets_are_their_owners_alone(home: Path) -> None:
-    public = {"card.json", "ca.crt", "tls.crt"}
+    public = {"card.json", "ca.crt", "tls.crt", "site-ca.crt"}
     for path in home.rglob("*"):
         mode = stat.S_IMODE(path.stat().st_mode)
         assert mode == (0o700 if path.is_dir() else 0o644 if path.name in public else 0o600), path

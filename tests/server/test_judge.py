@@ -61,12 +61,14 @@ def test_scores_are_the_models(task: TaskSpec, bert: BaseModel, gpt2: BaseModel)
         expected = score(fresh, task, data)
         got, seconds = judge.judge(candidate)
         named = {"loss": expected.loss, "accuracy": expected.accuracy, "macro_f1": expected.macro_f1}
+        named |= {f"recall:{label}": share for label, share in expected.recalls.items()}
         named["perplexity"] = expected.perplexity
         assert got == {k: v for k, v in named.items() if v is not None}
         assert seconds > 0
         seen.append(got)
     assert seen[0] == seen[2] != seen[1]
-    assert set(seen[0]) == ({"loss", "perplexity"} if task is CAUSAL else {"loss", "accuracy", "macro_f1"})
+    whole = {name for name in seen[0] if not name.startswith("recall:")}
+    assert whole == ({"loss", "perplexity"} if task is CAUSAL else {"loss", "accuracy", "macro_f1"})
 
 
 def test_a_trivial_head_scores_as_it_must(bert: BaseModel) -> None:

@@ -16,7 +16,7 @@ from cloister_model.tokens import encode
 from cloister_shared.plan import TaskSpec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, f1_score, log_loss
+from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
 
 CLASSES = TaskSpec("text-classification", ("a", "b", "c"), 32, ("query", "value"), (), 2, 4.0)
 LANGUAGE = TaskSpec("causal-lm", (), 32, ("c_attn",), (), 2, 4.0)
@@ -64,6 +64,10 @@ def test_classifier_scores(tiny_bert: Path) -> None:
     whole, cut = score(model, CLASSES, data), score(model, CLASSES, data, batch=4)
     assert whole.accuracy == cut.accuracy == accuracy_score(truth, guess)
     assert whole.macro_f1 == pytest.approx(f1_score(truth, guess, average="macro"))
+    named = dict(
+        zip(sorted(set(truth)), recall_score(truth, guess, average=None, labels=sorted(set(truth))), strict=True)
+    )
+    assert whole.recalls == pytest.approx({CLASSES.labels[i]: float(share) for i, share in named.items()})
     assert whole.loss == pytest.approx(log_loss(truth, odds / odds.sum(1, keepdims=True)), abs=1e-6)
     assert cut.loss == pytest.approx(whole.loss, abs=1e-6)
     assert whole.perplexity is None
