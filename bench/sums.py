@@ -13,7 +13,7 @@ import numpy as np
 from cloister_client.sums import Sums
 from cloister_server.secure import unmasked
 from cloister_shared.draw import Commitment, Reveal, Transcript
-from cloister_shared.masks import PeerKeys, attempt_name
+from cloister_shared.masks import PeerKeys, attempt_name, work_name
 from cloister_shared.plan import PlanCore, SecureSum, TaskSpec, TrainingSpec
 from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import Schema
@@ -42,12 +42,15 @@ def measure() -> dict[str, float]:
     peers = [key.verify_key.raw.hex() for key in signing]
     clocks = [_Clock() for _ in range(CLIENTS)]
     with tempfile.TemporaryDirectory() as folder:
-        sites = {key.verify_key.id.hex(): Sums(Path(folder) / str(i), key, peers, 2) for i, key in enumerate(signing)}
+        sites = {
+            key.verify_key.id.hex(): Sums(Path(folder) / str(i), key, peers, 2, 1, 100) for i, key in enumerate(signing)
+        }
         clock = dict(zip(sites, clocks, strict=True))
         commitments: dict[str, Commitment] = {i: site.commit(run) for i, site in sites.items()}
         shown = {i: asdict(c) for i, c in commitments.items()}
-        reveals: dict[str, Reveal] = {i: site.reveal(run, shown) for i, site in sites.items()}
-        transcript = Transcript(run, CLIENTS, commitments, reveals).as_dict()
+        reveals: dict[str, Reveal] = {i: site.reveal(run, CLIENTS, shown) for i, site in sites.items()}
+        drawn = Transcript(run, CLIENTS, commitments, reveals)
+        transcript, groups = drawn.as_dict(), drawn.digest
         keys, shares, masked = dict[str, PeerKeys](), {}, {}
         for i, site in sites.items():
             with clock[i]:
@@ -59,13 +62,16 @@ def measure() -> dict[str, float]:
         members = tuple(sorted(sites))
         vector, seconds = rng.normal(0, 1e-4, NUMBERS).astype(np.float32), _Clock()
         alive, dead = members[DEAD:], members[:DEAD]
-        for i in alive:
-            core = PlanCore(
+        cores = {}
+        for i in members:
+            cores[i] = PlanCore(
                 "bench", run, 1, 1, i, members, 1.0, "average", "ab" * 32, SCHEMA.digest, "cd" * 32, TASK, TRAINING,
                 secure=SecureSum(members, 0.01, 1.0),
             )  # fmt: skip
+        works = {i: core.digest for i, core in cores.items()}
+        for i in alive:
             with clock[i]:
-                masked[i] = sites[i].mask(core, 1, members, vector, SCHEMA), 0
+                masked[i] = sites[i].mask(cores[i], 1, works, vector, SCHEMA), 0
         given = {}
         for i in alive:
             sealed = {j: shares[j]["shares"][i] for j in members if j != i}
@@ -73,7 +79,8 @@ def measure() -> dict[str, float]:
                 given[i] = sites[i].open(run, 1, 1, list(alive), list(dead), sealed)
         seeds = {i: shares[i]["seed"] for i in members}
         with seconds:
-            total = unmasked(attempt_name(run, 1, 1), members, alive, dead, keys, seeds, masked, given)
+            name, work = attempt_name(run, groups, 1, 1), work_name(cores[members[0]].common, works)
+            total = unmasked(name, work, members, alive, dead, keys, seeds, masked, given)
         mean = SecureSum(members, 0.01, 1.0).fixed(SCHEMA).mean(total, len(alive))
     if float(np.abs(mean - vector).max()) > 1e-8:
         raise SystemExit("the sum is not the sum")

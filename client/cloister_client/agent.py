@@ -35,6 +35,7 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
     """
     import torch
     from cloister_model.base import find_base
+    from cloister_shared.cards import read_site_card
     from cloister_shared.errors import InputError, StateError, VerificationError
     from cloister_shared.sealing import OpeningKey
     from cloister_shared.signing import SigningKey
@@ -100,7 +101,14 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
         device,
         site.agent_home / "kept",
         tell,
-        Sums(site.agent_home / "sums", signing, policy.peers, policy.least_cohort),
+        Sums(
+            site.agent_home / "sums",
+            signing,
+            policy.peers,
+            policy.least_cohort,
+            policy.draws_per_day,
+            read_site_card(home / "card.json").records,
+        ),
     )
     return desk, tell
 

@@ -38,6 +38,7 @@ class Policy:
         sandbox: ``required`` to refuse to start where the door cannot be shut, or ``preferred``.
         secure_aggregation: ``required`` where an update may leave under masks alone, or ``allowed``.
         peers: Signing keys, hex, of the other sites that the data owner accepts in a sum; others count for nothing there.
+        draws_per_day: Most draws of groups for such sums in any 24 hours: one for each run.
         from_hour: From which hour of the day, UTC, a round may begin, 0 to 23.
         until_hour: Up to which hour, not included, 1 to 24; less than ``from_hour`` goes over midnight.
         layers: Layers that may carry LoRA; none for any.
@@ -58,6 +59,7 @@ class Policy:
     nonprivate_releases: tuple[str, ...] = ()
     secure_aggregation: str = "allowed"
     peers: tuple[str, ...] = ()
+    draws_per_day: int = 4
     from_hour: int = 0
     until_hour: int = 24
     layers: tuple[int, ...] = ()
@@ -93,6 +95,8 @@ until_hour = {self.until_hour}
 secure_aggregation = {quote(self.secure_aggregation)}
 # Signing keys of the sites that are accepted in such sums, hex: cloister site peer CARD adds one.
 peers = {texts(self.peers)}
+# Most draws of groups for such sums in any 24 hours, one for each run: who may draw at will draws until a site sits among its own.
+draws_per_day = {self.draws_per_day}
 # A second cap within any so many days; 0 days for none. It never resets the first.
 period_days = {self.period_days}
 period_epsilon_cap = {self.period_epsilon_cap!r}
@@ -126,6 +130,7 @@ def read_policy(path: Path) -> Policy:
         nonprivate_releases=table.texts("nonprivate_releases", [], choices=REPORTS),
         secure_aggregation=table.text("secure_aggregation", "allowed", choices=("required", "allowed")),
         peers=table.texts("peers", []),
+        draws_per_day=table.integer("draws_per_day", 1, 1_000_000, 4),
         from_hour=table.integer("from_hour", 0, 23, 0),
         until_hour=table.integer("until_hour", 1, 24, 24),
         layers=table.integers("layers", 0, 1000, []),

@@ -205,7 +205,6 @@ def settle(desk: Desk, receipts: tuple[Receipt, ...]) -> None:
     for receipt in receipts:
         if receipt.plan:
             (desk.kept / f"{receipt.plan}.f32").unlink(missing_ok=True)
-            desk.sums.forget(receipt.plan)
 
 
 def kept_update(desk: Desk, core: PlanCore) -> bytes | None:

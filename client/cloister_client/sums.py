@@ -3,18 +3,22 @@
     run:      commit -> reveal                                     (``cloister_shared.draw``: groups that nobody chose)
     attempt:  keys -> shares -> masked update -> open: for the living a share of their own mask's seed, for the dead of their mask key
 
-It never gives both secrets of one site: it answers one opening an attempt, for lists that do not overlap, with a threshold above
-two thirds of the group, so that the coordinator would need more than a third of the group on its side. A work (run, round, plan) that was
-opened once is opened again for the same living only: two sums that differ by one client would be that client's update. An
-attempt's secrets are in memory alone and gone after it; the run's nonce and what was opened are on disk. Peers that the policy
-does not name count for nothing. No text is read here; what is masked passed ``release``.
+It never gives both secrets of one site: it answers one opening an attempt, for lists that do not overlap, with a threshold above two
+thirds of the group, so that the coordinator would need more than a third of the group on its side. Masks cancel only among members
+that were asked for the same work (``PlanCore.common``) in the same groups. A work that was opened once is opened again for the same
+living only, for good: two sums that differ by one client would be that client's update. An attempt's secrets are in memory alone and gone
+after it; the run's nonce and what was opened are on disk. Peers that the policy does not name count for nothing. Draws are few a day, and
+each is in ``draws.log``: whoever may draw at will draws until a site sits among its own. No text is read here; what is masked passed
+``release``.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -25,10 +29,12 @@ from cloister_shared import draw, masks, shamir
 from cloister_shared.draw import Transcript, read_commitments, threshold_of
 from cloister_shared.encoding import canonical, digest, write_durably
 from cloister_shared.errors import RefusedError, VerificationError
-from cloister_shared.masks import U32, PeerKeys, attempt_name
+from cloister_shared.masks import U32, PeerKeys, attempt_name, work_name
 from cloister_shared.plan import PlanCore
 from cloister_shared.signing import SigningKey, VerifyKey
 from cloister_shared.vectors import F32, Schema
+
+_DAY = 86_400.0
 
 
 @dataclass
@@ -45,13 +51,13 @@ class _Attempt:
     seed: bytes = field(default_factory=lambda: os.urandom(32), repr=False)
     keys: dict[str, PeerKeys] = field(default_factory=dict)
     own_share: bytes = field(default=b"", repr=False)
-    sharers: tuple[str, ...] = ()
+    sharers: Mapping[str, str] = field(default_factory=dict)
     work: str = ""
 
     @property
     def info(self) -> bytes:
         """The attempt's name, in every derived key."""
-        return attempt_name(self.run, self.number, self.attempt)
+        return attempt_name(self.run, self.transcript.digest, self.number, self.attempt)
 
 
 class Sums:
@@ -62,10 +68,15 @@ class Sums:
         signing: The site's key.
         peers: Keys of other sites that the data owner accepts, hex.
         least: Least accepted peers among those that a sum is of, itself not counted.
+        draws: Most draws in any 24 hours.
+        units: What the site declared as the number of its privacy units.
     """
 
-    def __init__(self, folder: Path, signing: SigningKey, peers: Collection[str], least: int) -> None:
+    def __init__(
+        self, folder: Path, signing: SigningKey, peers: Collection[str], least: int, draws: int, units: int
+    ) -> None:
         self._folder, self._signing, self._least = folder, signing, least
+        self._draws, self._units = draws, units
         self._peers = {VerifyKey(bytes.fromhex(key)).id.hex() for key in peers}
         self._now: _Attempt | None = None
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -92,14 +103,14 @@ class Sums:
             if stage == "commit":
                 return asdict(self.commit(run))
             if stage == "reveal":
-                return asdict(self.reveal(run, record["commitments"]))
+                return asdict(self.reveal(run, record["size"], record["commitments"]))
             if stage == "keys":
                 return asdict(self.keys(run, number, attempt, record["transcript"]))
             if stage == "shares":
                 return self.shares(run, number, attempt, record["keys"])
             if stage == "open":
                 return self.open(run, number, attempt, record["alive"], record["dead"], record["shares"])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise VerificationError("a message of a secure sum is malformed", where=str(stage)[:20]) from error
         raise VerificationError("a message of a secure sum has no known stage", got=repr(stage)[:40])
 
@@ -107,28 +118,47 @@ class Sums:
         """A commitment to this site's nonce in ``run``; the same one each time."""
         kept = self._read(run)
         if not kept:
+            self._count_draw(run, time.time())
             kept = {"nonce": secrets.token_hex(draw.NONCE_BYTES), "list": "", "transcript": "", "last": [0, 0]}
             self._write(run, kept)
         return draw.commit(run, bytes.fromhex(kept["nonce"]), self._signing)
 
-    def reveal(self, run: str, shown: Any) -> draw.Reveal:
-        """The nonce, for the first list of commitments that has this site's own in it."""
+    def _count_draw(self, run: str, now: float) -> None:
+        path = self._folder / "draws.log"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        newest = [line for line in lines if float(line.split()[0]) > now - _DAY]
+        if len(newest) >= self._draws:
+            what = "groups are drawn too often: every run draws once"
+            raise _refused("policy.draws_per_day", what, f"<= {self._draws} a day", str(len(newest) + 1))
+        with path.open("a") as log:
+            log.write(f"{now:.0f} {digest(run.encode())}\n")
+            log.flush()
+            os.fsync(log.fileno())
+
+    def reveal(self, run: str, size: int, shown: Any) -> draw.Reveal:
+        """The nonce, for the first list of commitments that has this site's own in it, and for one size of groups."""
+        if type(size) is not int or not draw.LEAST_GROUP <= size <= draw.MOST_GROUP:
+            raise _refused("secure.draw", "groups of an odd size", f"{draw.LEAST_GROUP} to {draw.MOST_GROUP}")
         kept, commitments = self._read(run), read_commitments(shown)
         if not kept or commitments.get(self._own) != draw.commit(run, bytes.fromhex(kept["nonce"]), self._signing):
             raise _refused("secure.draw", "this site's commitment is not in the list")
         draw.check_commitments(run, commitments)
-        name = draw.list_digest(run, commitments)
+        name = draw.list_digest(run, size, commitments)
         if kept["list"] not in ("", name):
             raise _refused("secure.draw", "another list of commitments was revealed for in this run")
         self._enough(commitments, "committed")
         if not kept["list"]:
             self._write(run, kept | {"list": name})
-        return draw.reveal(run, bytes.fromhex(kept["nonce"]), commitments, self._signing)
+        return draw.reveal(run, size, bytes.fromhex(kept["nonce"]), commitments, self._signing)
 
     def keys(self, run: str, number: int, attempt: int, shown: Any) -> PeerKeys:
         """Fresh keys for an attempt, in the group that the draw gives."""
         kept, transcript = self._read(run), Transcript.from_dict(shown)
-        if transcript.run != run or not kept or kept["list"] != draw.list_digest(run, transcript.commitments):
+        if (
+            transcript.run != run
+            or not kept
+            or kept["list"] != draw.list_digest(run, transcript.size, transcript.commitments)
+        ):
             raise _refused("secure.draw", "the groups are not drawn from the commitments that this site revealed for")
         group = transcript.group_of(self._own)
         if kept["transcript"] not in ("", transcript.digest):
@@ -141,7 +171,7 @@ class Sums:
         self._enough(group, "in the group")
         self._write(run, kept | {"transcript": transcript.digest, "last": [number, attempt]})
         now = self._now = _Attempt(run, number, attempt, transcript, group)
-        now.keys[self._own] = PeerKeys.made(run, number, attempt, now.cipher, now.mask, self._signing)
+        now.keys[self._own] = PeerKeys.made(now.info, now.cipher, now.mask, self._signing)
         return now.keys[self._own]
 
     def shares(self, run: str, number: int, attempt: int, shown: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +184,7 @@ class Sums:
             raise _refused("secure.group", "the keys are not those of this site's group")
         for name, keys in found.items():
             signer = VerifyKey.from_hex(now.transcript.commitments[name].key, "secure sum")
-            keys.checked(run, number, attempt, signer)
+            keys.checked(now.info, signer)
         self._among(now, found, "gave keys")
         holders, least = len(now.members), threshold_of(len(now.members))
         of_mask, of_seed = shamir.split(now.mask, holders, least), shamir.split(now.seed, holders, least)
@@ -169,7 +199,7 @@ class Sums:
         now.keys = found
         return {"shares": sealed, "seed": sha256(now.seed).hexdigest()}
 
-    def expect(self, core: PlanCore, attempt: int, sharers: tuple[str, ...]) -> None:
+    def expect(self, core: PlanCore, attempt: int, sharers: Mapping[str, str]) -> None:
         """Sees, before anything is trained or charged, that a plan's update may be masked in this attempt.
 
         Raises:
@@ -180,13 +210,19 @@ class Sums:
         now = self._at(core.run, core.round, attempt)
         if core.secure.members != now.members:
             raise _refused("secure.group", "the plan names another group than was drawn")
-        if self._own not in sharers or not set(sharers) <= set(now.keys) or not now.own_share:
+        # The one part of a plan that members may differ in must follow from their sizes: else it could silence all but one.
+        wanted, asked = core.training.sample_rate * self._units, core.training.expected_batch
+        if not math.isclose(wanted, asked, rel_tol=1e-9):
+            raise _refused(
+                "secure.batch", "the mean is over another batch than this site's", f"{wanted:g}", f"{asked:g}"
+            )
+        if sharers.get(self._own) != core.digest or not set(sharers) <= set(now.keys) or not now.own_share:
             raise _refused("secure.group", "the plan's sharers are not those whose keys came")
         if now.sharers:
             raise _refused("secure.again", "this attempt's update was masked before")
         self._among(now, sharers, "share")
 
-    def mask(self, core: PlanCore, attempt: int, sharers: tuple[str, ...], vector: F32, schema: Schema) -> U32:
+    def mask(self, core: PlanCore, attempt: int, sharers: Mapping[str, str], vector: F32, schema: Schema) -> U32:
         """The update under masks, ``(d,) uint32``; once an attempt.
 
         Raises:
@@ -200,7 +236,7 @@ class Sums:
         now.sharers, now.work = sharers, core.digest
         whole += masks.self_mask(now.seed, now.info, len(whole))
         others = {name: bytes.fromhex(now.keys[name].mask) for name in sharers if name != self._own}
-        whole += masks.pair_masks(now.mask, self._own, others, now.info, len(whole))
+        whole += masks.pair_masks(now.mask, self._own, others, now.info + work_name(core.common, sharers), len(whole))
         return whole
 
     def open(
@@ -235,14 +271,10 @@ class Sums:
     def _same_as_before(self, now: _Attempt, alive: list[str]) -> None:
         """One set of the living for a work, for good: the difference of two sums would be one client's update."""
         path = self._folder / f"{now.work}.opened"
-        wanted = canonical({"alive": sorted(alive)})
+        wanted = canonical({"alive": {name: now.sharers[name] for name in alive}})
         if path.is_file() and path.read_bytes() != wanted:
-            raise _refused("secure.second_opening", "this round's sum was opened before, for other sites")
+            raise _refused("secure.second_opening", "this round's sum was opened before, of other sites or other work")
         write_durably(path, wanted)
-
-    def forget(self, work: str) -> None:
-        """Drops what is kept of a work that a receipt has come for."""
-        (self._folder / f"{work}.opened").unlink(missing_ok=True)
 
     def _at(self, run: str, number: int, attempt: int) -> _Attempt:
         now = self._now

@@ -73,7 +73,8 @@ def record_costs(
         missing = {"verdict": "missing", "reason": why, "received_bytes": 0, "update": "", "report": ""}
         change = changes.setdefault(client, missing)
         known = earlier[client]
-        again = change["verdict"] == "accepted" and known.charged and change["update"] == known.update
+        # Under secure aggregation no update is seen, so that none can be told to be the same: counted as charged.
+        again = change["verdict"] == "accepted" and known.charged and change["update"] == known.update != ""
         free = client not in sizes or change["verdict"] == REFUSED or again
         change |= {
             "sent_bytes": sizes.get(client, 0),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 
@@ -26,6 +27,7 @@ from cloister_shared.vectors import (
     bounded,
     from_safetensors,
     to_safetensors,
+    vector_from_bytes,
     vector_to_bytes,
 )
 
@@ -38,8 +40,8 @@ from cloister_server.federation import PIPELINE, is_admitted
 from cloister_server.intake import Intake, take
 from cloister_server.peers import predicted_norm
 from cloister_server.planning import in_round
-from cloister_server.secure import collect
-from cloister_server.store import Commit, Evidence, Judgement, NoisedSum, Round, RoundClient, Summed
+from cloister_server.secure import collect, opened_before
+from cloister_server.store import Commit, Evidence, Judgement, NoisedSum, Opening, Round, RoundClient, Summed
 
 CLOSING_SECONDS = 15.0
 MOST_HOLDS = 3
@@ -229,11 +231,27 @@ def gather_sums(
         raise StateError("a run under secure aggregation has no draw", where=f"run {context.run.id[:8]}")
     receipts = receipts_of(context, row.number - 1)
 
-    def plan_for(member: Member, sharers: tuple[str, ...]) -> bytes:
+    def plan_for(member: Member, sharers: Mapping[str, str]) -> bytes:
         told = receipts.get(member.id, ())
         return seal_plan(context, member, cores[member.id], parent, row.attempt, key, told, sharers)
 
-    got = collect(context, link, context.draw, members, cores, row.attempt, key, plan_for)
+    store, run = context.store, context.run.id
+    known = {s.group: s for s in store.openings(run, row.number)}
+    before = {name: tuple(json.loads(s.clients)) for name, s in known.items()}
+    done = {name for name, s in known.items() if s.mean}
+
+    def opening(group: str, alive: Sequence[str]) -> None:
+        # Written down before it is asked: the members open for these again, and for no others.
+        if group not in known:
+            store.keep_opening(Opening(run=run, number=row.number, group=group, clients=json.dumps(alive)))
+
+    got = collect(context, link, context.draw, members, cores, row.attempt, key, plan_for, before, done, opening)
+    for name, mean in got.means.items():
+        store.keep_mean(run, row.number, name, store.blobs.put(vector_to_bytes(mean)))
+    for name in done:
+        got.means[name] = vector_from_bytes(store.blobs.get(known[name].mean), context.schema, name)
+        got.alive[name] = before[name]
+        got.changes |= {client: opened_before(name) for client in before[name]}
     return Intake(got.means, got.changes, got.alive, got.asked, got.seconds)
 
 
@@ -421,10 +439,10 @@ def seal_plan(
     attempt: int,
     key: OpeningKey,
     receipts: tuple[Receipt, ...],
-    sharers: tuple[str, ...] = (),
+    sharers: Mapping[str, str] | None = None,
 ) -> bytes:
     """One client's plan, signed and sealed to it."""
-    plan = Plan(core, attempt, key.sealing_key, int(time.time()), receipts, sharers)
+    plan = Plan(core, attempt, key.sealing_key, int(time.time()), receipts, sharers or {})
     return _seal(context, member, Codec.PLAN, plan.to_bytes(parent, context.signing), core.round, attempt, core.digest)
 
 

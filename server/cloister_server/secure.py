@@ -11,9 +11,11 @@ seen here: who takes part, and one sum a group. Robust rules act on the groups' 
 from __future__ import annotations
 
 import itertools
+import math
 import os
+import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -21,10 +23,20 @@ from typing import Any
 import numpy as np
 from cloister_flower.frames import frame_of
 from cloister_shared import masks, shamir
-from cloister_shared.draw import Commitment, Reveal, Transcript, threshold_of
+from cloister_shared.draw import (
+    Commitment,
+    Reveal,
+    Transcript,
+    check_commitments,
+    check_reveal,
+    list_digest,
+    read_commitments,
+    read_reveal,
+    threshold_of,
+)
 from cloister_shared.encoding import canonical, parse_record
 from cloister_shared.errors import CloisterError, InputError, RefusedError, VerificationError
-from cloister_shared.masks import U32, PeerKeys, attempt_name
+from cloister_shared.masks import U32, PeerKeys, attempt_name, work_name
 from cloister_shared.plan import PlanCore
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, open_envelope, seal
 from cloister_shared.vectors import F32
@@ -39,6 +51,8 @@ STAGE_SECONDS = 60.0
 LEAST_SURVIVORS = 3
 LEAST_FOR_BOTH = 12
 _TRIES = 2000
+# Hex digits of two sealed shares: nonce, both, tag.
+_SEALED = 2 * (12 + 2 * shamir.SHARE_BYTES + 16)
 DROPPED = "group-dropped"
 
 
@@ -167,32 +181,50 @@ class Talk:
 
 
 def draw_groups(context: Context, link: Exchange, size: int) -> Transcript:
-    """Draws a run's groups with all members that are online.
+    """Draws a run's groups with all members that are online and commit as they should.
 
     Raises:
-        RefusedError: A site that committed did not reveal, or there are too few: start the run anew.
+        RefusedError: A site that committed did not reveal, by name; or there are too few: start the run anew.
     """
-    key, members = OpeningKey.generate(), {m.id: m for m in context.members}
+    key, members, run = OpeningKey.generate(), {m.id: m for m in context.members}, context.run.id
+    talk = Talk(context, link, key, 0, 1)
+    commitments, reveals = dict[str, Commitment](), dict[str, Reveal]()
     try:
-        talk = Talk(context, link, key, 0, 1)
-        commitments = {i: Commitment(**said) for i, said in talk.ask("commit", {i: {} for i in members}, members)}
-        shown = {"commitments": {i: asdict(one) for i, one in commitments.items()}}
-        reveals = {i: Reveal(**said) for i, said in talk.ask("reveal", dict.fromkeys(commitments, shown), members)}
-        transcript = Transcript(context.run.id, size, commitments, reveals)
-        transcript.groups()
-    except (TypeError, VerificationError) as error:
-        why = "; ".join(f"{members[i].card.name}: {reply.reason or reply.verdict}" for i, reply in talk.refused.items())
-        raise RefusedError(
-            "secure.draw",
-            "the groups could not be drawn",
-            where=f"run {context.run.id[:8]}",
-            expected="every site that commits reveals",
-            got=f"{error} {why}"[:600],
-            mend="see to the sites and their policies' peers, then start a new run",
-        ) from error
+        for i, said in talk.ask("commit", {i: {} for i in members}, members):
+            try:
+                one = read_commitments({i: said})
+                check_commitments(run, one)
+                commitments |= one
+            except VerificationError as error:  # costs its sender: the groups are drawn without it
+                talk.refused[i] = Reply.unreadable(error)
+        named = list_digest(run, size, commitments)
+        shown = {"size": size, "commitments": {i: asdict(one) for i, one in commitments.items()}}
+        for i, said in talk.ask("reveal", dict.fromkeys(commitments, shown), members):
+            try:
+                reveal = read_reveal(said)
+                check_reveal(run, named, commitments[i], reveal)
+                reveals[i] = reveal
+            except VerificationError as error:
+                talk.refused[i] = Reply.unreadable(error)
     finally:
         key.erase()
-    return transcript
+    if set(reveals) == set(commitments) and len(commitments) >= max(LEAST_SURVIVORS, context.federation.min_clients):
+        transcript = Transcript(run, size, commitments, reveals)
+        transcript.groups()
+        return transcript
+    lacking = {i: talk.refused.get(i) for i in members if i not in reveals}
+    why = "; ".join(
+        f"{members[i].card.name}: {reply.reason or reply.verdict if reply else 'no answer'}"
+        for i, reply in lacking.items()
+    )
+    raise RefusedError(
+        "secure.draw",
+        "the groups could not be drawn",
+        where=f"run {run[:8]}",
+        expected=f"every site that commits reveals, and >= {max(LEAST_SURVIVORS, context.federation.min_clients)} do",
+        got=f"{len(commitments)} committed, {len(reveals)} revealed ({why})"[:600],
+        mend="see to those sites and their policies' peers, or revoke them, then start a new run",
+    )
 
 
 def groups_of(federation: Federation, sites: int) -> int:
@@ -237,7 +269,10 @@ def collect(
     cores: Mapping[str, PlanCore],
     attempt: int,
     key: OpeningKey,
-    plan_for: Callable[[Member, tuple[str, ...]], bytes],
+    plan_for: Callable[[Member, Mapping[str, str]], bytes],
+    opened: Mapping[str, Collection[str]],
+    done: Collection[str],
+    opening: Callable[[str, Sequence[str]], None],
 ) -> Gathered:
     """One attempt at a round, through all stages.
 
@@ -249,25 +284,31 @@ def collect(
         cores: The work of each client of the round.
         attempt: The attempt.
         key: The round's key.
-        plan_for: Seals a client's plan, given who shares in its group.
+        plan_for: Seals a client's plan, given who shares in its group and in what work.
+        opened: Groups that were asked to open in an earlier attempt, and for whom: they open for the same again and for no others.
+        done: Those of them whose sums are known: they are left in peace.
+        opening: Called with a group and its living before it is asked to open.
     """
     number, started = next(iter(cores.values())).round, time.monotonic()
     talk, out = Talk(context, link, key, number, attempt), Gathered()
     groups = {f"group-{i}": group for i, group in enumerate(transcript.groups(), 1)}
-    run, keys = context.run.id, dict[str, PeerKeys]()
-    for i, said in talk.ask("keys", {i: {"transcript": transcript.as_dict()} for i in members}, members):
+    groups = {name: group for name, group in groups.items() if name not in done}
+    wanted = [i for name, group in groups.items() for i in group if i in members and i in opened.get(name, group)]
+    asked = {"transcript": transcript.as_dict()}
+    name_of, keys = attempt_name(context.run.id, transcript.digest, number, attempt), dict[str, PeerKeys]()
+    for i, said in talk.ask("keys", dict.fromkeys(wanted, asked), members):
         try:
-            keys[i] = PeerKeys.from_dict(said).checked(run, number, attempt, members[i].card.verify_key)
+            keys[i] = PeerKeys.from_dict(said).checked(name_of, members[i].card.verify_key)
         except VerificationError as error:  # seen here, so that it costs its sender and not its group
             talk.refused[i] = Reply.unreadable(error)
     groups = _stage(context, out, groups, keys, "gave keys")
     shown = {name: {j: asdict(keys[j]) for j in group if j in keys} for name, group in groups.items()}
-    asked = {i: {"keys": shown[name]} for name in groups for i in shown[name]}
-    shares = dict(talk.ask("shares", asked, members))
+    told = {i: {"keys": shown[name]} for name in groups for i in shown[name]}
+    shares = dict(talk.ask("shares", told, members))
     groups = _stage(context, out, groups, shares, "gave shares")
-    frames, sharers = dict[int, bytes](), dict[str, tuple[str, ...]]()
+    frames, sharers = dict[int, bytes](), dict[str, dict[str, str]]()
     for name, group in groups.items():
-        sharers[name] = tuple(i for i in group if i in shares)
+        sharers[name] = {i: cores[i].digest for i in group if i in shares}
         for i in sharers[name]:
             frames[members[i].node] = plan_for(members[i], sharers[name])
             out.asked[i] = len(frames[members[i].node])
@@ -276,7 +317,9 @@ def collect(
     masked = _masked(context, link, talk, frames, members, cores, f"{number}.{attempt}")
     started = time.monotonic()
     groups = _stage(context, out, groups, masked, "sent updates")
-    _open(context, out, talk, groups, sharers, keys, shares, masked, members, cores)
+    for name in groups:
+        opening(name, [i for i in sharers[name] if i in masked])
+    _open(context, out, talk, name_of, groups, sharers, keys, shares, masked, members, cores)
     for i, reply in talk.refused.items():
         out.changes.setdefault(i, _change(reply.verdict, reply.reason))
     out.seconds += time.monotonic() - started
@@ -284,10 +327,15 @@ def collect(
 
 
 def _text(said: dict[str, Any], kind: str, name: str) -> str:
-    """A peer's word for another, or nothing where it said none."""
+    """A peer's sealed share for another, or nothing where it said none of the right size."""
     part = said.get(kind)
     value = part.get(name) if isinstance(part, dict) else None
-    return value if isinstance(value, str) else ""
+    return value if isinstance(value, str) and len(value) == _SEALED else ""
+
+
+def opened_before(group: str) -> dict[str, Any]:
+    """What the registry will know of a client whose group's sum was opened in an earlier attempt."""
+    return _change("accepted", f"in the sum of {group} that an earlier attempt opened")
 
 
 def _change(verdict: str, reason: str) -> dict[str, Any]:
@@ -357,8 +405,9 @@ def _open(
     context: Context,
     out: Gathered,
     talk: Talk,
+    name_of: bytes,
     groups: Mapping[str, tuple[str, ...]],
-    sharers: Mapping[str, tuple[str, ...]],
+    sharers: Mapping[str, Mapping[str, str]],
     keys: Mapping[str, PeerKeys],
     shares: Mapping[str, Any],
     masked: Mapping[str, tuple[U32, int]],
@@ -380,10 +429,10 @@ def _open(
             raise VerificationError("a plan of a secure sum does not say so", where=name)
         said = {i: given[i] for i in alive[name] if i in given}
         try:
-            info = attempt_name(context.run.id, cores[alive[name][0]].round, talk.attempt)
+            work = work_name(cores[alive[name][0]].common, sharers[name])
             seeds = {i: str(shares[i].get("seed")) for i in alive[name]}
             dead = records[alive[name][0]]["dead"]
-            total = unmasked(info, secure.members, alive[name], dead, keys, seeds, masked, said)
+            total = unmasked(name_of, work, secure.members, alive[name], dead, keys, seeds, masked, said)
         except VerificationError as error:
             context.tell("group", name=name, what=str(error))
             for i in alive[name]:
@@ -397,6 +446,7 @@ def _open(
 
 def unmasked(
     info: bytes,
+    work: bytes,
     group: Sequence[str],
     alive: Sequence[str],
     dead: Sequence[str],
@@ -409,6 +459,7 @@ def unmasked(
 
     Args:
         info: The attempt's name.
+        work: What the group was asked for, from ``work_name``.
         group: The group's members, as in the plan.
         alive: Whose updates came.
         dead: Who shared and sent none.
@@ -427,8 +478,18 @@ def unmasked(
     for i in dead:
         own = _recovered(group, given, "dead", i, _opens(keys[i].mask))
         others = {j: bytes.fromhex(keys[j].mask) for j in alive}
-        total += masks.pair_masks(own, i, others, info, len(total))
+        total += masks.pair_masks(own, i, others, info + work, len(total))
     return total
+
+
+def _subsets(places: list[int], least: int) -> Iterator[tuple[int, ...]]:
+    """Subsets to try: all where they are few, else some at random, of which one in three has not a given place in it."""
+    if math.comb(len(places), least) <= _TRIES:
+        yield from itertools.combinations(places, least)
+        return
+    rng = random.Random(0)  # which shares are tried first protects nobody
+    for _ in range(_TRIES):
+        yield tuple(sorted(rng.sample(places, least)))
 
 
 def _digests_to(wanted: str) -> Callable[[bytes], bool]:
@@ -452,7 +513,7 @@ def _recovered(
         if len(share) == shamir.SHARE_BYTES:
             found[group.index(holder) + 1] = share
     least = threshold_of(len(group))
-    for places in itertools.islice(itertools.combinations(sorted(found), least), _TRIES):
+    for places in _subsets(sorted(found), least):
         try:
             secret = shamir.join({place: found[place] for place in places})
         except VerificationError:

@@ -133,6 +133,19 @@ class Draw(SQLModel, table=True):
     transcript: str
 
 
+class Opening(SQLModel, table=True):
+    """For whom a group was asked to open its sum, in whatever attempt at a round: it opens for the same again and for no others.
+
+    Written before the group is asked; the mean once it is known, so that it need not be asked again.
+    """
+
+    run: str = Field(primary_key=True, foreign_key="run.id")
+    number: int = Field(primary_key=True)
+    group: str = Field(primary_key=True)
+    clients: str  # ids of the living, JSON
+    mean: str = ""  # digest of the mean's float32 bytes
+
+
 class Summed(SQLModel, table=True):
     """What the coordinator saw of one group in a round under secure aggregation: the sum of these clients' updates, and no other."""
 
@@ -299,6 +312,25 @@ class Store:
         with Session(self._engine) as session:
             found = session.get(Draw, run)
             return None if found is None else found.transcript
+
+    def keep_opening(self, row: Opening) -> None:
+        """Writes down for whom a group is asked to open, once.
+
+        Raises:
+            StateError: It is there.
+        """
+        with self._session() as session:
+            session.add(row)
+
+    def keep_mean(self, run: str, number: int, group: str, mean: str) -> None:
+        """Writes down what a group's opening gave."""
+        with self._session() as session:
+            session.get_one(Opening, (run, number, group)).mean = mean
+
+    def openings(self, run: str, number: int) -> list[Opening]:
+        """Groups of a round that were asked to open in any attempt."""
+        with Session(self._engine) as session:
+            return list(session.exec(select(Opening).where(Opening.run == run, Opening.number == number)))
 
     def summed(self, run: str) -> list[Summed]:
         """What was seen of each group, by round."""

@@ -1,10 +1,11 @@
 """Drawing the groups of a run by commit and reveal, so that nobody chooses whom a site is summed with.
 
-    every site: H(nonce), signed -> all commitments shown to all -> every site: nonce, signed over all commitments -> groups
+    every site: H(nonce), signed -> all commitments shown to all -> every site: nonce, signed over all commitments and the size -> groups
 
-The seed is a hash of all nonces; sites in the order of H(seed, id) are cut into groups. A coordinator that colludes with a site learns the
-groups before that site reveals, and can break the draw off: a site reveals for one list of commitments per run, so that the price
-of another throw is another run, which the sites' owners see. Everything is checked from signatures by whoever has the transcript.
+The seed is a hash of all nonces; sites in the order of H(seed, id) are cut into groups of the size that all signed: one draw has one
+partition. A coordinator that colludes with a site learns the groups before that site reveals, and can break the draw off: a site reveals
+for one list of commitments per run, and takes part in so many draws a day (``cloister_client.sums``). Everything is checked from
+signatures by whoever has the transcript.
 """
 
 from __future__ import annotations
@@ -72,15 +73,28 @@ def commit(run: str, nonce: bytes, by: SigningKey) -> Commitment:
     return Commitment(key, made, by.sign(_COMMIT, canonical({"run": run, "commitment": made})).hex())
 
 
-def list_digest(run: str, commitments: Mapping[str, Commitment]) -> str:
-    """The name of a list of commitments, hex."""
-    return digest(canonical({"run": run, "commitments": {i: asdict(c) for i, c in commitments.items()}}))
+def list_digest(run: str, size: int, commitments: Mapping[str, Commitment]) -> str:
+    """The name of a list of commitments and of the size that groups will have, hex."""
+    return digest(canonical({"run": run, "size": size, "commitments": {i: asdict(c) for i, c in commitments.items()}}))
 
 
-def reveal(run: str, nonce: bytes, commitments: Mapping[str, Commitment], by: SigningKey) -> Reveal:
-    """A site's nonce, for one list of commitments."""
-    named = canonical({"run": run, "nonce": nonce.hex(), "commitments": list_digest(run, commitments)})
+def reveal(run: str, size: int, nonce: bytes, commitments: Mapping[str, Commitment], by: SigningKey) -> Reveal:
+    """A site's nonce, for one list of commitments and one size of groups."""
+    named = canonical({"run": run, "nonce": nonce.hex(), "commitments": list_digest(run, size, commitments)})
     return Reveal(nonce.hex(), by.sign(_REVEAL, named).hex())
+
+
+def check_reveal(run: str, named: str, commitment: Commitment, shown: Reveal) -> None:
+    """Sees that a nonce is what its site committed to, and signed for the list ``named``.
+
+    Raises:
+        VerificationError: It is not.
+    """
+    where = f"nonce of {commitment.id[:16]}"
+    if _commitment_of(run, commitment.key, _bytes(shown.nonce)) != commitment.commitment:
+        raise VerificationError("a nonce is not what was committed to", where=where)
+    signed = canonical({"run": run, "nonce": shown.nonce, "commitments": named})
+    VerifyKey.from_hex(commitment.key, where).verify(_REVEAL, signed, _bytes(shown.signature), where)
 
 
 def check_commitments(run: str, commitments: Mapping[str, Commitment]) -> None:
@@ -136,7 +150,8 @@ class Transcript:
                 or type(size) is not int
             ):
                 raise VerificationError("a draw has other fields", where="draw", got=str(sorted(value))[:200])
-            return cls(run, size, read_commitments(value["commitments"]), _reveals(value["reveals"]))
+            reveals = {str(name): read_reveal(one) for name, one in value["reveals"].items()}
+            return cls(run, size, read_commitments(value["commitments"]), reveals)
         except (TypeError, KeyError, AttributeError) as error:
             raise VerificationError("a draw is malformed", where="draw", got=str(error)[:200]) from error
 
@@ -161,13 +176,9 @@ class Transcript:
         check_commitments(self.run, self.commitments)
         if set(self.reveals) != set(self.commitments):
             raise VerificationError("not all who committed revealed", where="draw")
-        named = list_digest(self.run, self.commitments)
+        named = list_digest(self.run, self.size, self.commitments)
         for name, one in self.reveals.items():
-            own = self.commitments[name]
-            if _commitment_of(self.run, own.key, _bytes(one.nonce)) != own.commitment:
-                raise VerificationError("a nonce is not what was committed to", where="draw", got=name[:16])
-            signed = canonical({"run": self.run, "nonce": one.nonce, "commitments": named})
-            VerifyKey.from_hex(own.key, "draw").verify(_REVEAL, signed, _bytes(one.signature), f"nonce of {name[:16]}")
+            check_reveal(self.run, named, self.commitments[name], one)
         return cut(
             [self.reveals[name].nonce for name in sorted(self.reveals)], self.run, tuple(self.reveals), self.size
         )
@@ -202,16 +213,24 @@ def read_commitments(value: Any) -> dict[str, Commitment]:
         out = {str(name): Commitment(**fields) for name, fields in value.items()}
     except (TypeError, AttributeError) as error:
         raise VerificationError("commitments are malformed", where="draw", got=str(error)[:200]) from error
-    if not all(isinstance(text, str) for one in out.values() for text in asdict(one).values()):
+    if not all(isinstance(text, str) for one in out.values() for text in vars(one).values()):
         raise VerificationError("commitments are malformed", where="draw", expected="text")
     return out
 
 
-def _reveals(value: Any) -> dict[str, Reveal]:
-    out = {str(name): Reveal(**fields) for name, fields in value.items()}
-    if not all(isinstance(text, str) for one in out.values() for text in asdict(one).values()):
-        raise VerificationError("nonces are malformed", where="draw", expected="text")
-    return out
+def read_reveal(value: Any) -> Reveal:
+    """Reads one nonce.
+
+    Raises:
+        VerificationError: Malformed.
+    """
+    try:
+        made = Reveal(**value)
+    except TypeError as error:
+        raise VerificationError("a nonce is malformed", where="draw", got=str(error)[:200]) from error
+    if not all(isinstance(text, str) for text in vars(made).values()):
+        raise VerificationError("a nonce is malformed", where="draw", expected="text")
+    return made
 
 
 def _bytes(text: str) -> bytes:

@@ -2,15 +2,18 @@
 
 Vectors become integers modulo 2^32: n clients' numbers are at most ``2^32 - 1`` together, so that a sum never wraps
 (``Fixed``). Two clients agree on a mask by X25519 and HKDF-SHA256; one adds it, the other takes it away. Each adds one more of
-its own, so that a client that was given up for dead and answers late is still covered. Masks are AES-256-CTR streams under keys that are
-used once. Nothing here knows who is alive; the client (``cloister_client.sums``) and the coordinator (``cloister_server.secure``) do.
+its own, so that a client that was given up for dead and answers late is still covered. Masks are AES-256-CTR streams under keys that
+are used once. Masks of two that were asked for different work do not cancel: the work's name is in them. Nothing here knows who is
+alive; the client (``cloister_client.sums``) and the coordinator (``cloister_server.secure``) do.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,7 @@ from cloister_shared.vectors import F32, Schema
 U32 = npt.NDArray[np.uint32]
 _NONCE = 12
 _PURPOSE = "secure-keys"
+_HEX = re.compile("[0-9a-f]{64}(?:[0-9a-f]{64})?")
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,14 @@ class Fixed:
         return np.clip(wide, -reach, reach).astype(np.float32)
 
 
-def attempt_name(run: str, number: int, attempt: int) -> bytes:
-    """One attempt's name, which every key of it is derived with."""
-    return canonical({"run": run, "round": number, "attempt": attempt})
+def attempt_name(run: str, groups: str, number: int, attempt: int) -> bytes:
+    """One attempt's name, which every key of it is derived with; ``groups`` is the digest of the draw."""
+    return canonical({"run": run, "groups": groups, "round": number, "attempt": attempt})
+
+
+def work_name(common: str, sharers: Mapping[str, str]) -> bytes:
+    """The name of what a group was asked for in an attempt: what all were asked alike, and each one's work by its id."""
+    return canonical({"common": common, "works": dict(sharers)})
 
 
 @dataclass(frozen=True)
@@ -105,15 +114,11 @@ class PeerKeys:
     mask: str
     signature: str
 
-    @staticmethod
-    def _signed(run: str, number: int, attempt: int, cipher: str, mask: str) -> bytes:
-        return attempt_name(run, number, attempt) + canonical({"cipher": cipher, "mask": mask})
-
     @classmethod
-    def made(cls, run: str, number: int, attempt: int, cipher: bytes, mask: bytes, by: SigningKey) -> PeerKeys:
-        """The public halves of two private keys, signed."""
-        public = public_of(cipher).hex(), public_of(mask).hex()
-        return cls(*public, by.sign(_PURPOSE, cls._signed(run, number, attempt, *public)).hex())
+    def made(cls, name: bytes, cipher: bytes, mask: bytes, by: SigningKey) -> PeerKeys:
+        """The public halves of two private keys, signed for the attempt that ``attempt_name`` names."""
+        public = {"cipher": public_of(cipher).hex(), "mask": public_of(mask).hex()}
+        return cls(**public, signature=by.sign(_PURPOSE, name + canonical(public)).hex())
 
     @classmethod
     def from_dict(cls, value: Any) -> PeerKeys:
@@ -122,23 +127,23 @@ class PeerKeys:
         Raises:
             VerificationError: Malformed.
         """
-        try:
+        keys: PeerKeys | None = None
+        with suppress(TypeError):
             keys = cls(**value)
-            if all(isinstance(text, str) and len(bytes.fromhex(text)) in (32, 64) for text in asdict(keys).values()):
-                return keys
-        except (TypeError, ValueError):
-            pass
+        # One spelling alone: keys are compared as they are written.
+        if keys is not None and all(isinstance(text, str) and _HEX.fullmatch(text) for text in vars(keys).values()):
+            return keys
         raise VerificationError(
             "a site's keys of an attempt are malformed", expected="cipher, mask and signature in hex"
         )
 
-    def checked(self, run: str, number: int, attempt: int, signer: VerifyKey) -> PeerKeys:
+    def checked(self, name: bytes, signer: VerifyKey) -> PeerKeys:
         """These keys, after their signature was.
 
         Raises:
             VerificationError: It does not hold for this attempt, or a key cannot be used.
         """
-        signed = self._signed(run, number, attempt, self.cipher, self.mask)
+        signed = name + canonical({"cipher": self.cipher, "mask": self.mask})
         where = f"keys of {signer.id.hex()[:16]}"
         signer.verify(_PURPOSE, signed, bytes.fromhex(self.signature), where)
         for key in (self.cipher, self.mask):

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -41,6 +42,8 @@ MAX_LABELS = 1000
 MAX_WORDS, MAX_HIDDEN, MAX_CENTRE = 1 << 16, 1 << 14, 1000.0
 # A block's spread: a smaller one would stretch the rounding of a block until records of a batch touch each other.
 LEAST_SPREAD, MAX_SPREAD = 0.01, 1000.0
+# What a site's declared size and unit set in its training, and nobody else's.
+_OF_SITE = {"sample_rate", "expected_batch", "noise_multiplier", "unit", "unit_records"}
 # Largest LoRA scale alpha / rank; see ``vectors.bounded``.
 MAX_SCALE = 4.0
 
@@ -407,6 +410,16 @@ class PlanCore:
         """SHA-256 of the canonical form, hex: the name of this work."""
         return digest(self.to_bytes())
 
+    @property
+    def common(self) -> str:
+        """SHA-256 of all that the members of one sum must have been asked alike, hex.
+
+        That is everything but who the client is and how its size and unit make it sample: a sum of one real update and of others that
+        were asked for something that comes to nothing would be that update.
+        """
+        training = {k: v for k, v in asdict(self.training).items() if k not in _OF_SITE}
+        return digest(canonical(asdict(self) | {"client": "", "training": training}))
+
     @classmethod
     def from_dict(cls, value: Any) -> PlanCore:
         """Reads the JSON form strictly.
@@ -483,7 +496,8 @@ class Plan:
         round_key: The key that updates of this attempt are sealed to.
         issued: Seconds since 1970.
         receipts: What became of this client's earlier updates.
-        sharers: Under masks: the members of its group that take part in this attempt, by key id, sorted; else none.
+        sharers: Under masks: the members of its group that take part in this attempt, by key id, and the digest of each one's
+            work; else none.
     """
 
     core: PlanCore
@@ -491,7 +505,7 @@ class Plan:
     round_key: SealingKey
     issued: int
     receipts: tuple[Receipt, ...] = ()
-    sharers: tuple[str, ...] = ()
+    sharers: Mapping[str, str] = field(default_factory=dict)
 
     def to_bytes(self, parent: F32, by: SigningKey) -> bytes:
         """The signed plaintext of the envelope."""
@@ -502,7 +516,7 @@ class Plan:
                 "round_key": self.round_key.raw.hex(),
                 "issued": self.issued,
                 "receipts": [asdict(receipt) for receipt in self.receipts],
-                "sharers": list(self.sharers),
+                "sharers": dict(self.sharers),
             }
         )
         return struct.pack(">I", len(record)) + record + by.sign(PURPOSE, record) + vector_to_bytes(parent)
@@ -527,7 +541,7 @@ class Plan:
         record = parse_record(record_bytes, where)
         names = {"core", "attempt", "round_key", "issued", "receipts", "sharers"}
         _must(
-            set(record) == names and isinstance(record["receipts"], list) and isinstance(record["sharers"], list),
+            set(record) == names and isinstance(record["receipts"], list) and isinstance(record["sharers"], dict),
             "other fields than a plan's",
             sorted(record),
         )
@@ -538,20 +552,17 @@ class Plan:
                 SealingKey.from_hex(record["round_key"], where),
                 record["issued"],
                 tuple(Receipt.from_dict(r) for r in record["receipts"]),
-                tuple(record["sharers"]),
+                record["sharers"],
             )
         except (KeyError, TypeError) as error:
             raise VerificationError("plan is malformed", where=where, got=str(error)) from error
         _integer(plan.attempt, 1, 1_000_000, "attempt")
         _integer(plan.issued, 0, 1 << 62, "issued")
-        for sharer in plan.sharers:
+        for sharer, work in plan.sharers.items():
             _hex(sharer, 16, "sharer")
+            _hex(work, 32, "a sharer's work")
         members = () if plan.core.secure is None else plan.core.secure.members
-        _must(
-            list(plan.sharers) == sorted(set(plan.sharers)) and set(plan.sharers) <= set(members),
-            "who takes part is not of the group",
-            plan.sharers,
-        )
+        _must(set(plan.sharers) <= set(members), "who takes part is not of the group", plan.sharers)
         return plan, rest[SIGNATURE_BYTES:]
 
 

@@ -476,6 +476,8 @@ def test_nothing_un_noised_is_told(noised: World) -> None:
         "adapter",
         "cohort",
         "defence",
+        "groups",
+        "stages_seconds",
         "held",
         "judging_seconds",
         "metrics",

@@ -11,7 +11,7 @@ import pytest
 from cloister_shared import draw, masks, shamir
 from cloister_shared.draw import Transcript, threshold_of
 from cloister_shared.errors import VerificationError
-from cloister_shared.masks import Fixed, PeerKeys
+from cloister_shared.masks import Fixed, PeerKeys, attempt_name
 from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import Schema
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -141,20 +141,24 @@ def test_a_share_opens_for_its_peer_its_attempt_and_its_way_alone() -> None:
 
 def test_keys_are_of_one_attempt_and_one_signer() -> None:
     site, other = SigningKey.generate(), SigningKey.generate()
-    keys = PeerKeys.made(RUN, 3, 1, os.urandom(32), os.urandom(32), site)
-    assert PeerKeys.from_dict(asdict(keys)).checked(RUN, 3, 1, site.verify_key) == keys
-    for run, number, attempt, key in (
-        (RUN, 3, 2, site),
-        (RUN, 4, 1, site),
-        ("cd" * 16, 3, 1, site),
-        (RUN, 3, 1, other),
-    ):
+    name = attempt_name(RUN, "aa" * 32, 3, 1)
+    keys = PeerKeys.made(name, os.urandom(32), os.urandom(32), site)
+    assert PeerKeys.from_dict(asdict(keys)).checked(name, site.verify_key) == keys
+    others = ((RUN, "aa" * 32, 3, 2), (RUN, "aa" * 32, 4, 1), ("cd" * 16, "aa" * 32, 3, 1), (RUN, "bb" * 32, 3, 1))
+    for another in others:
         with pytest.raises(VerificationError, match="signature"):
-            keys.checked(run, number, attempt, key.verify_key)
-    low = replace(keys, mask="00" * 32)
+            keys.checked(attempt_name(*another), site.verify_key)
+    with pytest.raises(VerificationError, match="signature"):
+        keys.checked(name, other.verify_key)
     with pytest.raises(VerificationError):
-        low.checked(RUN, 3, 1, site.verify_key)
-    for bad in (None, {}, asdict(keys) | {"more": "00"}, asdict(keys) | {"mask": "zz"}, asdict(keys) | {"mask": 5}):
+        replace(keys, mask="00" * 32).checked(name, site.verify_key)
+    good = asdict(keys)
+    for bad in (
+        None,
+        {},
+        good | {"more": "00"},
+        *(good | {"mask": v} for v in ("zz", 5, good["mask"].upper(), " " + good["mask"])),
+    ):
         with pytest.raises(VerificationError, match="malformed"):
             PeerKeys.from_dict(bad)
 
@@ -164,7 +168,9 @@ def drawn(count: int, size: int = 4) -> tuple[Transcript, list[SigningKey]]:
     sites = [SigningKey.generate() for _ in range(count)]
     nonces = {site.verify_key.id.hex(): os.urandom(32) for site in sites}
     commitments = {s.verify_key.id.hex(): draw.commit(RUN, nonces[s.verify_key.id.hex()], s) for s in sites}
-    reveals = {s.verify_key.id.hex(): draw.reveal(RUN, nonces[s.verify_key.id.hex()], commitments, s) for s in sites}
+    reveals = {
+        s.verify_key.id.hex(): draw.reveal(RUN, size, nonces[s.verify_key.id.hex()], commitments, s) for s in sites
+    }
     return Transcript(RUN, size, commitments, reveals), sites
 
 
@@ -210,6 +216,7 @@ def test_a_draw_that_was_tampered_with_is_refused() -> None:
             transcript, reveals={**transcript.reveals, first: replace(transcript.reveals[first], nonce="zz")}
         ),
         "groups of two": replace(transcript, size=2),
+        "another size than was signed": replace(transcript, size=3),
     }
     for name, bad in tampered.items():
         with pytest.raises(VerificationError) as refused:

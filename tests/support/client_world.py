@@ -221,7 +221,7 @@ def open_desk(world: World, site: Site, records: tuple[Record, ...], **changes: 
         CPU,
         agent / "kept",
         StatusFile(agent / "status.json", Status(site.name)),
-        Sums(agent / "sums", signing, policy.peers, policy.least_cohort),
+        Sums(agent / "sums", signing, policy.peers, policy.least_cohort, 4, len(records)),
     )
 
 

@@ -240,7 +240,7 @@ def make_desk(home: Path, name: str, coordinator: Coordinator, base: BaseModel) 
         Device("cpu", False, "cpu"),
         home / "kept",
         Mute(),
-        Sums(home / "sums", signing, policy.peers, policy.least_cohort),
+        Sums(home / "sums", signing, policy.peers, policy.least_cohort, 4, RECORDS),
     )
     return desk, card
 
