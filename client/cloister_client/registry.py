@@ -30,7 +30,8 @@ from cloister_shared.signing import read_secret
 from cloister_shared.tls import make_request
 from cloister_shared.v1 import registry_pb2, registry_pb2_grpc
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 from cloister_client.site import Site
 
@@ -39,6 +40,7 @@ CALL_SECONDS = 20.0
 _MESSAGE_BYTES = 4 * 1024 * 1024
 # A certificate is renewed after this share of its life.
 RENEW_AT = 2 / 3
+_PLAIN = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 _RETRY_SECONDS = 30.0
 _END_OF_KEY = b"-----END PRIVATE KEY-----\n"
 
@@ -153,7 +155,14 @@ def enrol(invitation: Invitation, card: CoordinatorCard, home: Path, name: str) 
 
 
 def _keep(home: Path, key: bytes, certificate: bytes) -> None:
-    x509.load_pem_x509_certificate(certificate)
+    try:
+        public = x509.load_pem_x509_certificate(certificate).public_key()
+        own = load_pem_private_key(key, None).public_key()
+        same = public.public_bytes(*_PLAIN) == own.public_bytes(*_PLAIN)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise VerificationError("what came is no certificate", where=IDENTITY, got=str(error)[:100]) from error
+    if not same:
+        raise VerificationError("the certificate is for another key", where=IDENTITY)
     write_durably(home / IDENTITY, key + certificate)
 
 

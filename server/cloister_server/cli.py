@@ -150,13 +150,10 @@ def up(json: Json = False, home: Home = None) -> None:
     log = coordinator.home / "superlink.log"
     with Group() as group:
         group.start("superlink", "cloister_server.superlink", ["--home", str(coordinator.home)], log)
-        if service:
-            group.start(
-                "registry",
-                "cloister_server.service",
-                ["--home", str(coordinator.home)],
-                coordinator.home / "registry.log",
-            )
+        for name in ("registry", "enrolment") if service else ():
+            # Apart: whoever is let in nowhere yet can wear out the one process alone.
+            arguments = ["--home", str(coordinator.home), "--serve", name]
+            group.start(name, "cloister_server.service", arguments, coordinator.home / f"{name}.log")
         known: dict[str, SiteCard] = {}
         ready, end = False, time.monotonic() + 60
         while not stop.is_set():

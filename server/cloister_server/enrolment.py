@@ -2,19 +2,23 @@
 
     invitations/HASH.json   {"site", "expires"}: the hash of a secret that was handed out; renamed to HASH.spent when it is used
     sites/NAME.json         the card of an admitted site
-    certificates/NAME.json  serials that were given to a site, and when each expires
+    certificates/NAME.json  the key id of a site, serials that were given to it, and when each expires
     revoked/NAME-KEY.json   the card of a site that was revoked
 
-A rename spends an invitation: of two sites that come with one token, one wins. A revoked site has no card, so that its next
-call finds nobody; a live connection outlives a certificate, so every call asks here again. No secret is kept, only its hash.
+Whoever changes anything holds one lock over looking and writing (``enrolment.lock``), since the service and the operator's commands are
+processes apart. A revoked site has no card, so that its next call finds nobody, and serials are of one key: the next site of its name
+inherits none. A live connection outlives a certificate, so every call asks here again. No secret is kept, only its hash.
 """
 
 from __future__ import annotations
 
 import datetime
+import fcntl
 import os
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +31,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from cloister_server.federation import Coordinator, admit_site
+from cloister_server.federation import Coordinator, admit_site, is_admitted
 
 TOKEN_SECONDS = 3600.0
+_MOST_SERIALS = 8
 
 
 def invite(coordinator: Coordinator, site: str, seconds: float = TOKEN_SECONDS) -> Invitation:
@@ -84,8 +89,16 @@ def _unknown() -> RefusedError:
     )
 
 
+@contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """Holds the folder's lock, against other processes and other threads."""
+    with (home / "enrolment.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
 def redeem(coordinator: Coordinator, secret_name: str, card: bytes, request: bytes, now: float) -> x509.Certificate:
-    """Admits a site and certifies its key, for one open invitation; then it is spent, whatever else happens.
+    """Admits a site and certifies its key, for one open invitation, which is spent by it.
 
     Args:
         coordinator: The coordinator.
@@ -95,38 +108,42 @@ def redeem(coordinator: Coordinator, secret_name: str, card: bytes, request: byt
         now: Seconds since 1970.
 
     Raises:
-        CloisterError: The invitation, the card or the request is not good.
+        CloisterError: The invitation, the card or the request is not good; nothing is spent.
     """
     home = coordinator.home
-    site = invited(home, secret_name, now)
-    # Of its own name: several may come with one token at once.
-    incoming = home / "invitations" / f"{secrets.token_hex(8)}.card"
-    write_durably(incoming, card)
-    try:
-        found = read_site_card(incoming)
-        if found.name != site:
-            raise RefusedError("enrolment.name", "this token is for another site", expected=site, got=found.name)
-        # Everything that can be wrong with the request is found before the invitation is spent.
-        certificate = certify(home / "tls", request, site, _life(coordinator))
+    invited(home, secret_name, now)  # before the lock: strangers wait for nobody
+    with _alone(home):
+        site = invited(home, secret_name, now)
+        incoming = home / "invitations" / f"{secrets.token_hex(8)}.card"
+        write_durably(incoming, card)
         try:
-            os.rename(home / "invitations" / f"{secret_name}.json", home / "invitations" / f"{secret_name}.spent")
-        except FileNotFoundError as error:
-            raise _unknown() from error
-        admit_site(home, incoming)
-    finally:
-        incoming.unlink(missing_ok=True)
-    _remember(home, site, certificate, now)
+            found = read_site_card(incoming)
+            if found.name != site:
+                raise RefusedError("enrolment.name", "this token is for another site", expected=site, got=found.name)
+            certificate = certify(home / "tls", request, site, _life(coordinator))
+            admit_site(home, incoming)
+        finally:
+            incoming.unlink(missing_ok=True)
+        os.rename(home / "invitations" / f"{secret_name}.json", home / "invitations" / f"{secret_name}.spent")
+        _remember(home, found, certificate, {})
     return certificate
 
 
-def renew(coordinator: Coordinator, site: str, request: bytes, now: float) -> x509.Certificate:
+def renew(coordinator: Coordinator, who: Caller, request: bytes, now: float) -> x509.Certificate:
     """One more certificate for an enrolled site.
 
     Raises:
+        RefusedError: It was revoked meanwhile.
         VerificationError: The request is not good.
     """
-    certificate = certify(coordinator.home / "tls", request, site, _life(coordinator))
-    _remember(coordinator.home, site, certificate, now)
+    home, site = coordinator.home, who.card.name
+    certificate = certify(home / "tls", request, site, _life(coordinator))
+    with _alone(home):
+        known = _serials(home, who.card)
+        living = {serial: end for serial, end in known.items() if end > now}
+        # The newest few: more than that no honest site has use for.
+        newest = dict(sorted(living.items(), key=lambda one: one[1])[-_MOST_SERIALS:])
+        _remember(home, who.card, certificate, newest)
     return certificate
 
 
@@ -135,13 +152,30 @@ def _life(coordinator: Coordinator) -> datetime.timedelta:
     return datetime.timedelta(hours=service.certificate_hours if service else 24.0)
 
 
-def _remember(home: Path, site: str, certificate: x509.Certificate, now: float) -> None:
+def _serials(home: Path, card: SiteCard) -> dict[str, float]:
+    """Serials given to this very site.
+
+    Raises:
+        RefusedError: It is not admitted, or no longer.
+    """
+    try:
+        record = read_json(home / "certificates" / f"{card.name}.json", "serials")
+    except InputError as error:
+        raise _gone(card.name) from error
+    if not is_admitted(home, card) or record["key"] != card.verify_key.id.hex():
+        raise _gone(card.name)
+    return dict(record["serials"])
+
+
+def _gone(site: str) -> RefusedError:
+    return RefusedError("registry.revoked", "this site is not enrolled, or no longer", where=f"site {site}")
+
+
+def _remember(home: Path, card: SiteCard, certificate: x509.Certificate, others: dict[str, float]) -> None:
     (home / "certificates").mkdir(mode=0o700, exist_ok=True)
-    path = home / "certificates" / f"{site}.json"
-    known = read_json(path, "serials")["serials"] if path.is_file() else {}
-    living = {serial: end for serial, end in known.items() if end > now}
-    living[f"{certificate.serial_number:x}"] = certificate.not_valid_after_utc.timestamp()
-    write_durably(path, canonical({"serials": living}))
+    serials = others | {f"{certificate.serial_number:x}": certificate.not_valid_after_utc.timestamp()}
+    record = {"key": card.verify_key.id.hex(), "serials": serials}
+    write_durably(home / "certificates" / f"{card.name}.json", canonical(record))
 
 
 @dataclass(frozen=True)
@@ -180,11 +214,9 @@ def caller(home: Path, pem: bytes, now: float) -> Caller:
         )
     try:
         card = read_site_card(home / "sites" / f"{check_name(site, 'certificate')}.json")
-        serials = read_json(home / "certificates" / f"{site}.json", "serials")["serials"]
     except InputError as error:
-        raise RefusedError(
-            "registry.revoked", "this site is not enrolled, or no longer", where=f"site {site}"
-        ) from error
+        raise _gone(site) from error
+    serials = _serials(home, card)
     serial = f"{certificate.serial_number:x}"
     if serial not in serials:
         raise RefusedError("registry.revoked", "this certificate is not one of the site's", where=f"site {site}")
@@ -198,14 +230,15 @@ def revoke(home: Path, site: str) -> SiteCard:
         InputError: There is no such site.
     """
     path = home / "sites" / f"{check_name(site, 'site name')}.json"
-    if not path.is_file():
-        raise InputError("no such site is admitted", where=str(home / "sites"), got=site)
-    card = read_site_card(path)
-    (home / "revoked").mkdir(mode=0o700, exist_ok=True)
-    # The card first: from here on every call finds nobody.
-    os.rename(path, home / "revoked" / f"{site}-{card.verify_key.id.hex()}.json")
-    (home / "certificates" / f"{site}.json").unlink(missing_ok=True)
-    for invitation in (home / "invitations").glob("*.json"):
-        if read_json(invitation, "invitation")["site"] == site:
-            invitation.unlink(missing_ok=True)
+    with _alone(home):
+        if not path.is_file():
+            raise InputError("no such site is admitted", where=str(home / "sites"), got=site)
+        card = read_site_card(path)
+        (home / "revoked").mkdir(mode=0o700, exist_ok=True)
+        # The card first: from here on every call finds nobody.
+        os.rename(path, home / "revoked" / f"{site}-{card.verify_key.id.hex()}.json")
+        (home / "certificates" / f"{site}.json").unlink(missing_ok=True)
+        for invitation in (home / "invitations").glob("*.json"):
+            if read_json(invitation, "invitation")["site"] == site:
+                invitation.unlink()
     return card

@@ -542,10 +542,13 @@ def admit_site(home: Path, path: Path) -> SiteCard:
             got=card.name,
             mend="remove the old card first, if it is really replaced",
         )
+    others = [
+        other for other in (read_site_card(p) for p in (home / "sites").glob("*.json")) if other.name != card.name
+    ]
     taken = [
         other.name
-        for other in (read_site_card(p) for p in (home / "sites").glob("*.json"))
-        if other.name != card.name and (other.key == card.key or other.node == card.node)
+        for other in others
+        if other.key == card.key or other.sealing == card.sealing or other.node_key == card.node_key
     ]
     if taken:
         raise InputError("this key is admitted under another name", where=str(path), got=taken[0])

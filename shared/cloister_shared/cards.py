@@ -14,7 +14,7 @@ from typing import Any
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
 from cloister_shared.encoding import canonical, read_json, write_durably
 from cloister_shared.errors import InputError, VerificationError
@@ -188,6 +188,11 @@ class SiteCard:
     def sealing_key(self) -> SealingKey:
         """The site's sealing key."""
         return SealingKey.from_hex(self.sealing, f"card of {self.name}")
+
+    @property
+    def node_key(self) -> bytes:
+        """The SuperNode's key, DER: one key has many spellings in PEM."""
+        return load_pem_public_key(self.node.encode()).public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
     def save(self, path: Path, by: SigningKey) -> None:
         """Writes the signed card."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import json
 import os
@@ -13,8 +14,8 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import AsyncExitStack, ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from cloister_server.enrolment import caller, invite, invited, redeem, renew, re
 from cloister_server.federation import Coordinator, admit_site, init, is_admitted, open_coordinator, read_federation
 from cloister_server.rounds import run_rounds
 from cloister_server.store import Round, RoundClient, Run, Store
-from cloister_shared.cards import CoordinatorCard
+from cloister_shared.cards import CoordinatorCard, SiteCard, read_site_card
 from cloister_shared.errors import CloisterError, InputError, RefusedError, StateError, VerificationError
 from cloister_shared.invitation import PREFIX, Invitation
 from cloister_shared.processes import free_port
+from cloister_shared.signing import SigningKey
 from cloister_shared.tls import certify, make_request, make_site_ca, make_tls
 from cloister_shared.v1 import registry_pb2, registry_pb2_grpc
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -148,7 +150,7 @@ def test_a_certificate_is_asked_about_at_every_call(tmp_path: Path, tiny_bert: P
     pem, home = first.public_bytes(Encoding.PEM), coordinator.home
     assert first.subject.rfc4514_string() == "CN=site-1"
     assert caller(home, pem, NOW).card.name == "site-1"
-    second = renew(coordinator, "site-1", make_request("x")[1], NOW)
+    second = renew(coordinator, caller(home, pem, NOW), make_request("x")[1], NOW)
     assert second.serial_number != first.serial_number
     assert caller(home, pem, NOW).card == caller(home, second.public_bytes(Encoding.PEM), NOW).card
     for now in (NOW - 3600, NOW + 2 * 3600 + 60):
@@ -184,11 +186,22 @@ def test_a_certificate_is_asked_about_at_every_call(tmp_path: Path, tiny_bert: P
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Iterator[Coordinator]:
-    """A coordinator whose service runs as its own process."""
+    """A coordinator whose services run as processes of their own."""
     home = tmp_path_factory.mktemp("service")
     coordinator = coordinator_at(home, tiny_bert)
+    started = [start_service(coordinator, which) for which in ("enrolment", "registry")]
+    yield coordinator
+    for process in started:
+        process.terminate()
+        assert process.wait(timeout=20) == 0
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def start_service(coordinator: Coordinator, which: str) -> subprocess.Popen[bytes]:
+    """One of the services as a process, listening."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "cloister_server.service", "--home", str(coordinator.home)],
+        [sys.executable, "-m", "cloister_server.service", "--home", str(coordinator.home), "--serve", which],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=os.environ | {"GRPC_VERBOSITY": "NONE"},
@@ -196,10 +209,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Iterato
     assert process.stdout is not None
     line = process.stdout.readline()
     assert line == b"listening\n", line + process.stdout.read()
-    yield coordinator
-    process.terminate()
-    assert process.wait(timeout=20) == 0
-    process.stdout.close()
+    return process
 
 
 def registry_address(coordinator: Coordinator) -> str:
@@ -392,25 +402,132 @@ def test_idle_connections_and_halves_of_handshakes_keep_nobody_waiting(served: C
         assert client.rounds(site) == []
 
 
-def test_a_quota_counts_by_caller() -> None:
+def test_a_quota_counts_by_caller_and_in_all() -> None:
     from cloister_server.service import Quota
 
     class Aborted(Exception):  # noqa: N818
         pass
 
     class Context:
-        def abort(self, code: Any, words: str) -> None:
+        async def abort(self, code: Any, words: str) -> None:
             raise Aborted(words)
 
-    quota = Quota(2)
-    with quota.held("a", Context()), quota.held("a", Context()), quota.held("b", Context()):
-        with pytest.raises(Aborted, match="more than 2"), quota.held("a", Context()):
+    async def story() -> None:
+        quota, context = Quota(2, 3), Context()
+        async with AsyncExitStack() as stack:
+            for who in ("a", "a", "b"):
+                await stack.enter_async_context(quota.held(who, context))
+            for who in ("a", "b", "c"):
+                with pytest.raises(Aborted, match="more than 2"):
+                    await stack.enter_async_context(quota.held(who, context))
+        assert not +quota._running
+        async with quota.held("a", context), quota.held("a", context), quota.held("c", context):
             pass
-        with quota.held("b", Context()):
-            pass
-    with quota.held("a", Context()), quota.held("a", Context()):
-        pass
-    assert not quota._running
+
+    asyncio.run(story())
+
+
+def test_streams_that_say_nothing_keep_nobody_waiting(served: Coordinator, tmp_path: Path) -> None:
+    """Twenty streams with headers and no message, at either port; at the registry's from a site that is revoked."""
+    site, made = joined(served, tmp_path / "s", "xi"), invite(served, "omicron")
+    evil = joined(served, tmp_path / "m", "mallory")
+    own = client.read_identity(evil.home)
+    revoke(served.home, "mallory")
+    assert served.federation.service is not None
+    doors = (
+        (served.federation.service.enrolment, grpc.ssl_channel_credentials(served.ca), "/cloister.v1.Enrolment/Look"),
+        (
+            served.federation.service.address,
+            grpc.ssl_channel_credentials(served.ca, own.key, own.certificate),
+            "/cloister.v1.Registry/Rounds",
+        ),
+    )
+    hold = threading.Event()
+
+    def silent() -> Iterator[bytes]:
+        hold.wait()
+        yield b""
+
+    with ExitStack() as stack:
+        stack.callback(hold.set)
+        for address, credentials, path in doors:
+            for _ in range(5):
+                options = [("grpc.use_local_subchannel_pool", 1)]
+                channel = stack.enter_context(grpc.secure_channel(address, credentials, options))
+                grpc.channel_ready_future(channel).result(20)
+                for _ in range(4):
+                    channel.stream_unary(path, bytes, bytes).future(silent())
+        assert client.rounds(site) == []
+        assert client.look(made).federation == "fed"
+
+
+def test_a_revoked_site_keeps_nothing_under_a_name_that_is_given_again(served: Coordinator, tmp_path: Path) -> None:
+    """It renews as fast as it can while it is revoked, and its name is invited again."""
+    for trial in range(3):
+        old = joined(served, tmp_path / f"old{trial}", "hospital")
+        got, end = list[bytes](), threading.Event()
+
+        def hammer(old: Site = old, got: list[bytes] = got, end: threading.Event = end) -> None:
+            with client._registry(old) as stub:
+                while not end.is_set():
+                    try:
+                        asked = registry_pb2.RenewRequest(csr=make_request("x")[1])
+                        got.append(stub.Renew(asked, timeout=20).certificate)
+                    except grpc.RpcError:
+                        return
+
+        threads = [threading.Thread(target=hammer) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        while len(got) < 6:
+            time.sleep(0.01)
+        revoke(served.home, "hospital")
+        new = joined(served, tmp_path / f"new{trial}", "hospital")
+        end.set()
+        for thread in threads:
+            thread.join(30)
+        for certificate in got:
+            with pytest.raises(RefusedError):
+                caller(served.home, certificate, time.time())
+        assert client.rounds(new) == []
+        revoke(served.home, "hospital")
+
+
+def test_renewals_at_once_are_all_remembered(served: Coordinator, tmp_path: Path) -> None:
+    site = joined(served, tmp_path / "s", "pi")
+    with ThreadPoolExecutor(3) as pool:
+        certificates = list(pool.map(lambda _: _renewed(site), range(6)))
+    for certificate in certificates:
+        assert caller(served.home, certificate, time.time()).card.name == "pi"
+    assert client.rounds(site) == []
+
+
+def _renewed(site: Site) -> bytes:
+    with client._registry(site) as stub:
+        return bytes(stub.Renew(registry_pb2.RenewRequest(csr=make_request("x")[1]), timeout=20).certificate)
+
+
+def test_anothers_node_or_sealing_key_is_not_taken_twice(tmp_path: Path, tiny_bert: Path) -> None:
+    coordinator = coordinator_at(tmp_path, tiny_bert)
+    good = make_site(tmp_path / "a", "site-1", coordinator.card)
+    admit_site(coordinator.home, good.home / "card.json")
+    victim, own = read_site_card(good.home / "card.json"), make_site(tmp_path / "b", "site-2", coordinator.card)
+    mine, key = read_site_card(own.home / "card.json"), SigningKey.load(own.agent_home / "sign.key")
+    for stolen in ({"node": "\n" + victim.node}, {"node": victim.node}, {"sealing": victim.sealing}):
+        SiteCard(**(asdict(mine) | stolen)).save(tmp_path / "bad.json", key)
+        with pytest.raises(InputError, match="another name"):
+            admit_site(coordinator.home, tmp_path / "bad.json")
+    admit_site(coordinator.home, own.home / "card.json")
+
+
+def test_a_certificate_for_another_key_is_not_kept(tmp_path: Path) -> None:
+    make_site_ca(tmp_path, "x")
+    key, _ = make_request("x")
+    other = certify(tmp_path, make_request("x")[1], "x", datetime.timedelta(hours=1)).public_bytes(Encoding.PEM)
+    for bad in (other, b"", b"no certificate"):
+        with pytest.raises(VerificationError, match="certificate"):
+            client._keep(tmp_path, key, bad)
+    assert not (tmp_path / client.IDENTITY).exists()
 
 
 def test_a_site_that_is_revoked_while_a_round_runs_is_left_out_of_it_and_of_the_next(
