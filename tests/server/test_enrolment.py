@@ -44,8 +44,6 @@ from hypothesis import strategies as st
 from support.server_calm import calm
 from support.server_world import Loopback, make_world, write_federation
 
-NOW = time.time()
-
 
 def coordinator_at(home: Path, base: Path, hours: float = 24.0) -> Coordinator:
     """A coordinator with a service on free ports."""
@@ -95,8 +93,8 @@ def test_an_invitation_is_stored_hashed_bound_and_short(tmp_path: Path, tiny_ber
     assert made.secret not in stored
     assert made.secret.hex().encode() not in stored
     assert made.name.encode() in stored
-    assert invited(coordinator.home, made.name, NOW) == "site-1"
-    for name, now in ((made.name, time.time() + 3601), ("00" * 32, NOW), ("../sites/x", NOW)):
+    assert invited(coordinator.home, made.name, time.time()) == "site-1"
+    for name, now in ((made.name, time.time() + 3601), ("00" * 32, time.time()), ("../sites/x", time.time())):
         with pytest.raises(RefusedError, match="not good"):
             invited(coordinator.home, name, now)
     with pytest.raises(InputError):
@@ -109,21 +107,21 @@ def test_a_token_is_spent_once_and_for_its_name_alone(tmp_path: Path, tiny_bert:
     other = make_site(tmp_path / "b", "site-2", coordinator.card)
     _, request = make_request("site-1")
     with pytest.raises(RefusedError, match="another site"):
-        redeem(coordinator, made.name, (other.home / "card.json").read_bytes(), request, NOW)
+        redeem(coordinator, made.name, (other.home / "card.json").read_bytes(), request, time.time())
     own = make_site(tmp_path / "a", "site-1", coordinator.card)
     card = (own.home / "card.json").read_bytes()
     for bad in (b"", b"no request", request.replace(b"M", b"N", 3)):
         with pytest.raises(VerificationError):
-            redeem(coordinator, made.name, card, bad, NOW)
+            redeem(coordinator, made.name, card, bad, time.time())
     with pytest.raises(CloisterError):
-        redeem(coordinator, made.name, card.replace(b"site-1", b"site-3"), request, NOW)
+        redeem(coordinator, made.name, card.replace(b"site-1", b"site-3"), request, time.time())
     assert not coordinator.sites()
     # Four at once with one token: one wins.
     outcomes = list[Any]()
 
     def race() -> None:
         try:
-            outcomes.append(redeem(coordinator, made.name, card, request, NOW))
+            outcomes.append(redeem(coordinator, made.name, card, request, time.time()))
         except RefusedError as error:
             outcomes.append(error)
 
@@ -135,7 +133,7 @@ def test_a_token_is_spent_once_and_for_its_name_alone(tmp_path: Path, tiny_bert:
     assert sum(not isinstance(o, RefusedError) for o in outcomes) == 1
     assert [c.name for c in coordinator.sites()] == ["site-1"]
     with pytest.raises(RefusedError, match="not good"):
-        redeem(coordinator, made.name, card, request, NOW)
+        redeem(coordinator, made.name, card, request, time.time())
     with pytest.raises(InputError, match="taken"):
         invite(coordinator, "site-1")
     assert not list((coordinator.home / "invitations").glob("*.card"))
@@ -146,27 +144,27 @@ def test_a_certificate_is_asked_about_at_every_call(tmp_path: Path, tiny_bert: P
     own = make_site(tmp_path / "a", "site-1", coordinator.card)
     made = invite(coordinator, "site-1")
     _, request = make_request("anything")
-    first = redeem(coordinator, made.name, (own.home / "card.json").read_bytes(), request, NOW)
+    first = redeem(coordinator, made.name, (own.home / "card.json").read_bytes(), request, time.time())
     pem, home = first.public_bytes(Encoding.PEM), coordinator.home
     assert first.subject.rfc4514_string() == "CN=site-1"
-    assert caller(home, pem, NOW).card.name == "site-1"
-    second = renew(coordinator, caller(home, pem, NOW), make_request("x")[1], NOW)
+    assert caller(home, pem, time.time()).card.name == "site-1"
+    second = renew(coordinator, caller(home, pem, time.time()), make_request("x")[1], time.time())
     assert second.serial_number != first.serial_number
-    assert caller(home, pem, NOW).card == caller(home, second.public_bytes(Encoding.PEM), NOW).card
-    for now in (NOW - 3600, NOW + 2 * 3600 + 60):
+    assert caller(home, pem, time.time()).card == caller(home, second.public_bytes(Encoding.PEM), time.time()).card
+    for now in (time.time() - 3600, time.time() + 2 * 3600 + 60):
         with pytest.raises(RefusedError, match="clocks"):
             caller(home, pem, now)
     # Of our own CA and name, and never given by us.
     stray = certify(home / "tls", request, "site-1", datetime.timedelta(hours=1)).public_bytes(Encoding.PEM)
     with pytest.raises(RefusedError, match="not one of the site's"):
-        caller(home, stray, NOW)
+        caller(home, stray, time.time())
     stranger = certify(home / "tls", request, "site-9", datetime.timedelta(hours=1)).public_bytes(Encoding.PEM)
     with pytest.raises(RefusedError, match="not enrolled"):
-        caller(home, stranger, NOW)
+        caller(home, stranger, time.time())
     open_token = invite(coordinator, "site-2")
     revoke(home, "site-1")
     with pytest.raises(RefusedError, match="no longer"):
-        caller(home, pem, NOW)
+        caller(home, pem, time.time())
     with pytest.raises(InputError, match="no such site"):
         revoke(home, "site-1")
     # The key never comes back, not by hand and not by token; another token's site may.
@@ -174,11 +172,11 @@ def test_a_certificate_is_asked_about_at_every_call(tmp_path: Path, tiny_bert: P
         admit_site(home, own.home / "card.json")
     again = invite(coordinator, "site-1")
     with pytest.raises(InputError, match="revoked"):
-        redeem(coordinator, again.name, (own.home / "card.json").read_bytes(), request, NOW)
-    assert invited(home, open_token.name, NOW) == "site-2"
+        redeem(coordinator, again.name, (own.home / "card.json").read_bytes(), request, time.time())
+    assert invited(home, open_token.name, time.time()) == "site-2"
     fresh = make_site(tmp_path / "c", "site-1", coordinator.card)
     newest = invite(coordinator, "site-1")
-    redeem(coordinator, newest.name, (fresh.home / "card.json").read_bytes(), request, NOW)
+    redeem(coordinator, newest.name, (fresh.home / "card.json").read_bytes(), request, time.time())
     assert is_admitted(home, coordinator.sites()[0])
     revoke(home, "site-1")
     assert not [p for p in (home / "invitations").glob("*.json") if json.loads(p.read_text())["site"] == "site-1"]
