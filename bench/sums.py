@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from cloister_client.sums import Sums
-from cloister_server.secure import unmasked
+from cloister_server.unmask import unmasked
 from cloister_shared.draw import Commitment, Reveal, Transcript
 from cloister_shared.masks import PeerKeys, attempt_name, work_name
 from cloister_shared.plan import PlanCore, SecureSum, TaskSpec, TrainingSpec

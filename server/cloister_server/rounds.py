@@ -11,7 +11,6 @@ stays, so a client that has done it answers with the same noised bytes and is no
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,8 +19,8 @@ from dataclasses import asdict, replace
 import numpy as np
 from cloister_shared.encoding import digest
 from cloister_shared.errors import RefusedError, StateError
-from cloister_shared.plan import Plan, PlanCore, Receipt, SecureSum, closing_bytes
-from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, seal
+from cloister_shared.plan import PlanCore, SecureSum
+from cloister_shared.sealing import OpeningKey
 from cloister_shared.vectors import (
     F32,
     bounded,
@@ -41,9 +40,9 @@ from cloister_server.intake import Intake, take
 from cloister_server.peers import predicted_norm
 from cloister_server.planning import in_round
 from cloister_server.secure import collect, opened_before
+from cloister_server.sending import close, receipts_of, seal_plan
 from cloister_server.store import Commit, Evidence, Judgement, NoisedSum, Opening, Round, RoundClient, Summed
 
-CLOSING_SECONDS = 15.0
 MOST_HOLDS = 3
 
 
@@ -429,72 +428,3 @@ def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
     return context.store.open_round(
         Round(run=context.run.id, number=number, state="open", parent=parent_digest, opened=time.time()), entries
     )
-
-
-def seal_plan(
-    context: Context,
-    member: Member,
-    core: PlanCore,
-    parent: F32,
-    attempt: int,
-    key: OpeningKey,
-    receipts: tuple[Receipt, ...],
-    sharers: Mapping[str, str] | None = None,
-) -> bytes:
-    """One client's plan, signed and sealed to it."""
-    plan = Plan(core, attempt, key.sealing_key, int(time.time()), receipts, sharers or {})
-    return _seal(context, member, Codec.PLAN, plan.to_bytes(parent, context.signing), core.round, attempt, core.digest)
-
-
-def _seal(
-    context: Context, member: Member, codec: Codec, plaintext: bytes, number: int, attempt: int, plan: str
-) -> bytes:
-    header = Header(
-        direction=Direction.TO_CLIENT,
-        codec=codec,
-        run=bytes.fromhex(context.run.id),
-        round=number,
-        attempt=attempt,
-        client=member.card.verify_key.id,
-        server=context.signing.verify_key.id,
-        base=bytes.fromhex(context.run.base),
-        schema=bytes.fromhex(context.schema.digest),
-        plan=bytes.fromhex(plan),
-        parameters=context.schema.size,
-        length=len(plaintext),
-        time=int(time.time()),
-        nonce=os.urandom(16),
-    )
-    return seal(header, plaintext, member.card.sealing_key, context.signing)
-
-
-def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]:
-    """Receipts for the last committed round, by client id; none for round 0."""
-    rows = {r.number: r for r in context.store.rounds(context.run.id)}
-    out: dict[str, tuple[Receipt, ...]] = {}
-    for client in context.store.clients(context.run.id, number):
-        update = client.update if client.verdict == "accepted" else ""
-        out[client.client] = (
-            Receipt(context.run.id, number, client.plan, update, client.verdict, rows[number].adapter or ""),
-        )
-    return out
-
-
-def close(context: Context, link: Exchange) -> None:
-    """Sends the last round's receipts; a client that does not hear them keeps its update a little longer, nothing else."""
-    receipts = receipts_of(context, context.run.rounds)
-    frames = {
-        member.node: _seal(
-            context,
-            member,
-            Codec.CLOSING,
-            closing_bytes(context.run.id, receipts[member.id], context.signing),
-            context.run.rounds,
-            1,
-            "00" * 32,
-        )
-        for member in context.members
-        if member.id in receipts
-    }
-    for _ in link.exchange(frames, "closing", CLOSING_SECONDS, lambda replies: len(replies) == len(frames)):
-        pass

@@ -30,11 +30,11 @@ from cloister_shared.vectors import Schema, to_safetensors
 from cloister_server.accounting import foresee
 from cloister_server.context import Context, Exchange, Member, Tell
 from cloister_server.federation import Coordinator, Federation
+from cloister_server.groups import draw_groups, groups_of, withstands
 from cloister_server.judge import HeldOutJudge, Judge, NoJudge
 from cloister_server.own_text import begin, check_apart, read_own
 from cloister_server.planning import run_events, training_for
 from cloister_server.rounds import run_rounds
-from cloister_server.secure import draw_groups, groups_of, withstands
 from cloister_server.store import Run, Store
 
 

@@ -22,7 +22,7 @@ from cloister_flower.grid import Link
 from cloister_server.federation import open_coordinator, read_federation
 from safetensors.numpy import load_file
 
-from support.federation import Federation, bring_up, make_federation, wait_for
+from support.federation import Federation, bring_up, make_federation, superlink_bytes, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +40,6 @@ def _children(federation: Federation, site: str) -> dict[str, psutil.Process]:
         if "-m" in line:
             found[line[line.index("-m") + 1].rsplit(".", 1)[-1]] = child
     return found
-
-
-def _superlink_bytes(federation: Federation) -> bytes:
-    """Everything that SuperLink's database holds now, write-ahead log included."""
-    source = sqlite3.connect(f"file:{federation.home / 'coordinator' / 'superlink.db'}?mode=ro", uri=True)
-    copy = sqlite3.connect(":memory:")
-    try:
-        source.backup(copy)
-        return copy.serialize()
-    finally:
-        source.close()
-        copy.close()
 
 
 def _step(federation: Federation, site: str, name: str, number: int) -> bool:
@@ -75,7 +63,7 @@ def test_two_rounds_end_to_end(lab: Federation) -> None:
 
     def over() -> bool:
         nonlocal training
-        seen.append(_superlink_bytes(lab))
+        seen.append(superlink_bytes(lab))
         for site, agent in zip(lab.sites, agents, strict=True):
             if lab.status(site).get("state") == "training":
                 training += 1

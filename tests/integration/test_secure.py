@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from support.federation import Federation, bring_up, make_federation, wait_for
+from support.federation import Federation, bring_up, make_federation, superlink_bytes, wait_for
 
 
 @pytest.fixture
@@ -18,17 +17,6 @@ def lab(tiny_bert: Path) -> Iterator[Federation]:
     with make_federation(tiny_bert, sites=4, rounds=2, deadline=20, least=3, secure=True) as federation:
         bring_up(federation)
         yield federation
-
-
-def _superlink(federation: Federation) -> bytes:
-    source = sqlite3.connect(f"file:{federation.home / 'coordinator' / 'superlink.db'}?mode=ro", uri=True)
-    copy = sqlite3.connect(":memory:")
-    try:
-        source.backup(copy)
-        return copy.serialize()
-    finally:
-        source.close()
-        copy.close()
 
 
 def _killed(federation: Federation, site: str) -> None:
@@ -53,7 +41,7 @@ def test_a_site_that_is_killed_costs_itself(lab: Federation, stage: str) -> None
     _killed(lab, "site-4")
 
     def over() -> bool:
-        seen.append(_superlink(lab))
+        seen.append(superlink_bytes(lab))
         for path in (lab.home / "sites").glob("*/agent/kept/*.f32"):
             kept.add(path.read_bytes())
         return run.poll() is not None

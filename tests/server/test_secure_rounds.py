@@ -16,9 +16,10 @@ from cloister_server.aggregation import weighted_mean
 from cloister_server.cli import event_line, show
 from cloister_server.context import Context
 from cloister_server.federation import Defence
+from cloister_server.groups import groups_of
 from cloister_server.rounds import one_round, run_rounds
 from cloister_server.run import drawn
-from cloister_server.secure import groups_of, unmasked
+from cloister_server.unmask import unmasked
 from cloister_shared import console, masks, shamir
 from cloister_shared.encoding import canonical
 from cloister_shared.errors import InputError, RefusedError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -241,3 +242,15 @@ def bring_up(federation: Federation) -> None:
     for name in ("coordinator", *federation.sites):
         wait_for(f"{name} to be ready", partial(_settled, federation, name))
         assert federation.processes[name].poll() is None, federation.text(name)
+
+
+def superlink_bytes(federation: Federation) -> bytes:
+    """Everything that SuperLink's database holds now, write-ahead log included."""
+    source = sqlite3.connect(f"file:{federation.home / 'coordinator' / 'superlink.db'}?mode=ro", uri=True)
+    copy = sqlite3.connect(":memory:")
+    try:
+        source.backup(copy)
+        return copy.serialize()
+    finally:
+        source.close()
+        copy.close()

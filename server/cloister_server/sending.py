@@ -1,0 +1,85 @@
+"""What goes to clients: plans, receipts, closing messages, each signed by the coordinator and sealed to one client; decides nothing."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+
+from cloister_shared.plan import Plan, PlanCore, Receipt, closing_bytes
+from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, seal
+from cloister_shared.vectors import F32
+
+from cloister_server.context import Context, Exchange, Member
+
+CLOSING_SECONDS = 15.0
+
+
+def seal_plan(
+    context: Context,
+    member: Member,
+    core: PlanCore,
+    parent: F32,
+    attempt: int,
+    key: OpeningKey,
+    receipts: tuple[Receipt, ...],
+    sharers: Mapping[str, str] | None = None,
+) -> bytes:
+    """One client's plan, signed and sealed to it."""
+    plan = Plan(core, attempt, key.sealing_key, int(time.time()), receipts, sharers or {})
+    return sealed(context, member, Codec.PLAN, plan.to_bytes(parent, context.signing), core.round, attempt, core.digest)
+
+
+def sealed(
+    context: Context, member: Member, codec: Codec, plaintext: bytes, number: int, attempt: int, plan: str
+) -> bytes:
+    """Anything for one client, signed and sealed to it."""
+    header = Header(
+        direction=Direction.TO_CLIENT,
+        codec=codec,
+        run=bytes.fromhex(context.run.id),
+        round=number,
+        attempt=attempt,
+        client=member.card.verify_key.id,
+        server=context.signing.verify_key.id,
+        base=bytes.fromhex(context.run.base),
+        schema=bytes.fromhex(context.schema.digest),
+        plan=bytes.fromhex(plan),
+        parameters=context.schema.size,
+        length=len(plaintext),
+        time=int(time.time()),
+        nonce=os.urandom(16),
+    )
+    return seal(header, plaintext, member.card.sealing_key, context.signing)
+
+
+def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]:
+    """Receipts for the last committed round, by client id; none for round 0."""
+    rows = {r.number: r for r in context.store.rounds(context.run.id)}
+    out: dict[str, tuple[Receipt, ...]] = {}
+    for client in context.store.clients(context.run.id, number):
+        update = client.update if client.verdict == "accepted" else ""
+        out[client.client] = (
+            Receipt(context.run.id, number, client.plan, update, client.verdict, rows[number].adapter or ""),
+        )
+    return out
+
+
+def close(context: Context, link: Exchange) -> None:
+    """Sends the last round's receipts; a client that does not hear them keeps its update a little longer, nothing else."""
+    receipts = receipts_of(context, context.run.rounds)
+    frames = {
+        member.node: sealed(
+            context,
+            member,
+            Codec.CLOSING,
+            closing_bytes(context.run.id, receipts[member.id], context.signing),
+            context.run.rounds,
+            1,
+            "00" * 32,
+        )
+        for member in context.members
+        if member.id in receipts
+    }
+    for _ in link.exchange(frames, "closing", CLOSING_SECONDS, lambda replies: len(replies) == len(frames)):
+        pass
