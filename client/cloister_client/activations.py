@@ -91,10 +91,10 @@ class Activations:
         self._data, self._used, self._full = None, 0, False
 
     def hold(self, data: Encoded) -> None:
-        """From now on keeps states of ``data``; those of any other tokens are forgotten, equal or not (labels and units may differ)."""
-        if self._data is None or self._data.ids is not data.ids:
+        """From now on keeps states of ``data``; those of any other object are forgotten, equal or not."""
+        if self._data is not data:
             self.forget()
-        self._data = data
+            self._data = data
 
     def states(self, data: Encoded, rows: Sequence[int] | np.ndarray[Any, Any], device: str = "cpu") -> Tensor:
         """States of ``rows``, padded with zeros as ``Encoded.batch`` pads them.

@@ -28,6 +28,7 @@ from cloister_server.defence import Cohort, enter, reputation
 from cloister_server.federation import PIPELINE, Defence
 from cloister_server.peers import norms_of, predicted_norm, to_median
 from cloister_server.robust import combine
+from cloister_shared import noise
 from cloister_shared.errors import InputError
 from cloister_shared.plan import TaskSpec, TrainingSpec
 from cloister_shared.privacy import calibrate, coarse_rate
@@ -121,9 +122,12 @@ class Arena:
         own = _partition(parts[3], setting)
         self.attackers = sorted(rng.permutation(setting.sites)[: setting.attackers].tolist())
         lured = [r for site in self.attackers for r in own[site][: setting.batch]]
+        turned = {label: self.labels[-1 - i] for i, label in enumerate(self.labels)}
         places = {"public": parts[0], "held": parts[1], "test": parts[2]}
-        places |= {"lured": _triggered(lured), "test triggered": _triggered(parts[2])}
+        places |= {"lured": [replace(r, label=self.labels[0]) for r in _triggered(lured)]}
+        places |= {"test triggered": _triggered(parts[2])}
         places |= {f"site {i}": part for i, part in enumerate(own)}
+        places |= {f"turned {i}": [replace(r, label=turned[r.label]) for r in own[i]] for i in self.attackers}
         self.rows = dict[str, range]()
         texts, labels = list[str](), list[int]()
         for name, part in places.items():
@@ -167,19 +171,17 @@ class Arena:
 
     def _train(self, site: int, parent: F32, text: str) -> F32:
         """A site's update; an attacker on other text trains longer, and without noise."""
-        rows, spec = list(self.rows[f"site {site}"]), self.trainings[site]
-        labels = list(self.data.labels)
-        if text == "flipped":
-            for row in rows:
-                labels[row] = len(self.labels) - 1 - labels[row]
-        if text == "trigger":
-            rows += list(self.rows["lured"])
-            for row in self.rows["lured"]:
-                labels[row] = 0
+        rows, spec = list(self.rows[f"turned {site}" if text == "flipped" else f"site {site}"]), self.trainings[site]
+        rows += self.rows["lured"] if text == "trigger" else ()
         if text != "own":
             spec = replace(spec, noise_multiplier=1e-6, clipping_norm=1e3, steps=_PATIENCE * spec.steps)
-        data = replace(self.data, labels=tuple(labels), units=tuple((row,) for row in rows))
-        return self.trainer.run(spec, parent, data, lambda step, steps, loss: None)
+        # As ``Trainer.run``, on a site's rows of one ``Encoded``: so that what the frozen layers make of a row is computed once.
+        load_vector(self.trainer.model, parent)
+        optimiser = self.trainer.optimiser(spec)
+        for _ in range(spec.steps):
+            sampled = noise.poisson_sample(len(rows), spec.sample_rate)
+            self.trainer.step(optimiser, self.data, [(rows[i],) for i in sampled])
+        return np.asarray(read_vector(self.trainer.model) - parent, dtype=np.float32)
 
     def _updates(self, parent: F32, text: str, sites: Sequence[int], first: bool) -> F32:
         # The first round's are kept: every cell starts from the same adapter.

@@ -71,7 +71,8 @@ MISSING = object()
     [
         *((f, MISSING) for f in asdict(COORDINATOR)),
         *((f, None) for f in asdict(COORDINATOR)),
-        *((f, "") for f in asdict(COORDINATOR) if f != "rank"),
+        *((f, "") for f in asdict(COORDINATOR) if f not in ("rank", "registry")),
+        ("registry", "host"),
         ("extra", 1),
         ("federation", "Demo"),
         ("federation", "../x"),

@@ -19,6 +19,7 @@ from cloister_shared.plan import (
     Plan,
     PlanCore,
     Receipt,
+    SecureSum,
     TaskSpec,
     TrainingSpec,
     closing_bytes,
@@ -148,7 +149,9 @@ def test_signature_covers_every_field(path: str) -> None:
     value: Any = original
     for name in path.split("."):
         value = value[int(name)] if isinstance(value, list) else value[name]
-    other = value + 1 if isinstance(value, int | float) else ("b" if value[0] != "b" else "c") + value[1:]
+    other = (
+        value + 1 if isinstance(value, int | float) else ("b" if (value or "b")[0] != "b" else "c") + (value or "")[1:]
+    )
     tampered = _changed(path, other)
     (size,) = struct.unpack(">I", tampered[:4])
     genuine = canonical(original)
@@ -156,6 +159,69 @@ def test_signature_covers_every_field(path: str) -> None:
     Plan.from_bytes(struct.pack(">I", len(genuine)) + genuine + signature, COORDINATOR.verify_key, "w")
     with pytest.raises(VerificationError, match="signature"):
         _read(tampered[: 4 + size] + signature + PARENT.tobytes())
+
+
+MEMBERS = ("a" * 32, "b" * 32, "c" * 32)
+SUMMED = replace(CORE, cohort=MEMBERS, weight=1.0, noised=(), secure=SecureSum(MEMBERS, 0.01, 2.5))
+
+
+def test_a_plan_of_a_secure_sum_round_trips() -> None:
+    works = {"a" * 32: SUMMED.digest, "c" * 32: "d" * 64}
+    plan = replace(PLAN, core=SUMMED, sharers=works)
+    assert Plan.from_bytes(plan.to_bytes(PARENT, COORDINATOR), COORDINATOR.verify_key, "w")[0] == plan
+    for bad in ({"d" * 32: "d" * 64}, {"a" * 32: "d" * 63}, {"a": "d" * 64}):
+        data = replace(plan, sharers=bad).to_bytes(PARENT, COORDINATOR)
+        with pytest.raises(VerificationError):
+            Plan.from_bytes(data, COORDINATOR.verify_key, "w")
+    with pytest.raises(VerificationError, match="not of the group"):
+        Plan.from_bytes(replace(PLAN, sharers=works).to_bytes(PARENT, COORDINATOR), COORDINATOR.verify_key, "w")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weight": 2.0},
+        {"reports": ("loss",)},
+        {"noised": (NoisedNumber("units", 6.0, 1.0),)},
+        {"rule": "exact"},
+        {"cohort": MEMBERS[:2]},
+        {"client": "d" * 32, "cohort": (*MEMBERS, "d" * 32)},
+    ],
+)
+def test_what_a_secure_sum_cannot_be_asked_with_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(VerificationError, match=r"under masks|of the cohort"):
+        replace(SUMMED, **changes)
+    for members in (MEMBERS[:2], MEMBERS[::-1], ("a" * 32, *MEMBERS), tuple(f"{i:032x}" for i in range(101))):
+        with pytest.raises(VerificationError, match="group"):
+            SecureSum(members, 0.01, 2.5)
+
+
+@pytest.mark.parametrize("path", sorted(_leaves(json.loads(SUMMED.to_bytes()))))
+def test_all_but_what_a_site_is_must_be_asked_alike(path: str) -> None:
+    """Masks of two whose plans differ in anything else do not cancel."""
+    record = json.loads(SUMMED.to_bytes())
+    *folders, last = path.split(".")
+    at: Any = record
+    for name in folders:
+        at = at[int(name)] if isinstance(at, list) else at[name]
+    value = at[int(last)] if isinstance(at, list) else at[last]
+    spelled = "field" if last == "unit" else ("f" if str(value)[0] != "f" else "e") + str(value)[1:]
+    other = (
+        not value
+        if isinstance(value, bool)
+        else value / 2
+        if isinstance(value, float)
+        else value + 1
+        if isinstance(value, int)
+        else spelled
+    )
+    at[int(last) if isinstance(at, list) else last] = other
+    try:
+        changed = PlanCore.from_dict(record)
+    except VerificationError:
+        return
+    own = {"client", "training.sample_rate", "training.expected_batch", "training.noise_multiplier", "training.unit"}
+    assert (changed.common == SUMMED.common) == (path in own)
 
 
 def test_signature_of_another_key_or_purpose_is_refused() -> None:

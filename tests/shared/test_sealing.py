@@ -331,7 +331,7 @@ def test_header_form_is_unique(header: Header, at: int, flip: int) -> None:
         (2, b"\x00\x02"),
         (4, b"\x00"),
         (4, b"\x03"),
-        (5, b"\x06"),
+        (5, b"\x08"),
         (5, b"\x00"),
         (30, b"\x00\x01"),
         (176, b"\x00\x20\x00\x00"),
