@@ -201,7 +201,7 @@ def enrol(
         raise InputError(
             "there is a site here already",
             where=str(home),
-            mend="choose another --home; a ledger is never started twice",
+            mend="for other text choose another --home; for this text do not: what it has spent is in the ledger here, and nowhere else",
         )
     home.mkdir(parents=True, exist_ok=True)
     site_toml = f"""name = {quote(name)}

@@ -62,7 +62,9 @@ def init(
         [
             f"federation {card.federation}: made in {folder}",
             f"hand to each site: {folder / 'card.json'} (fingerprint {card.fingerprint})",
-            "next: cloister coordinator admit SITE-CARD.json, for each site; cloister coordinator up",
+            "next: cloister coordinator admit SITE-CARD.json, for each site; cloister coordinator up"
+            if settings.service is None
+            else "next: cloister coordinator up; cloister coordinator invite SITE, for each",
         ],
     )
 

@@ -532,7 +532,12 @@ def admit_site(home: Path, path: Path) -> SiteCard:
     card = read_site_card(path)
     revoked = [p for p in (home / "revoked").glob("*.json") if read_site_card(p).key == card.key]
     if revoked:
-        raise InputError("this key was revoked", where=str(path), got=card.name, mend="enrol anew, with fresh keys")
+        raise InputError(
+            "this key was revoked",
+            where=str(path),
+            got=card.name,
+            mend="a new site with fresh keys may join by a new token; it must not bring text whose budget another ledger keeps",
+        )
     target = home / "sites" / f"{card.name}.json"
     if target.exists() and read_site_card(target).key != card.key:
         raise InputError(
