@@ -7,6 +7,7 @@ A ``Group`` starts children with their output in files, watches them, and stops 
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import stat
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -58,8 +60,28 @@ def check_port(host: str, port: int, what: str) -> None:
             ) from error
 
 
+def _ports() -> range:
+    """Ports from 20000 to where those of outgoing connections begin."""
+    try:
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        first = 32768
+    return range(20000, max(first, 20100))
+
+
+_PORTS = _ports()
+
+
 def free_port() -> int:
-    """A TCP port of the loopback that was free a moment ago."""
+    """A TCP port of the loopback that was free a moment ago.
+
+    On Linux none of those that the system gives to outgoing connections: one of them could take it before its server listens.
+    """
+    for _ in range(100):
+        port = secrets.choice(_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
