@@ -21,6 +21,7 @@ import secrets
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class _Attempt:
     sharers: Mapping[str, str] = field(default_factory=dict)
     work: str = ""
 
-    @property
+    @cached_property
     def info(self) -> bytes:
         """The attempt's name, in every derived key."""
         return attempt_name(self.run, self.transcript.digest, self.number, self.attempt)

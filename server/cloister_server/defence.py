@@ -18,7 +18,7 @@ from cloister_shared.plan import Rule
 from cloister_shared.vectors import F32, Schema, bounded
 
 from cloister_server.aggregation import Aggregate, aggregate, exact_products
-from cloister_server.federation import PIPELINE, STRONGEST, Defence
+from cloister_server.federation import PIPELINE, STRONGEST, Defence, of_rows
 from cloister_server.judge import RECALL, Judge
 from cloister_server.peers import Finding, harm_test, majority_flagged, norm_test, norms_of, to_median
 from cloister_server.robust import combine, least
@@ -147,7 +147,7 @@ def enter(
 
     if majority_flagged(flagged):
         return kept(f"{sum(flagged)} of {count} updates are odd: more than half", defence.rule)
-    attempts = [STRONGEST if defence.rule == PIPELINE else defence.rule]
+    attempts = [of_rows(defence.rule)]
     attempts += [STRONGEST] if defence.gated else []
     why = ""
     for number, name in enumerate(attempts):

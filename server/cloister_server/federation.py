@@ -74,6 +74,11 @@ PIPELINE = "pipeline"
 STRONGEST = "nnm+geometric-median"
 
 
+def of_rows(named: str) -> str:
+    """The rule of ``robust`` that a defence's rule ends with."""
+    return STRONGEST if named == PIPELINE else named
+
+
 @dataclass(frozen=True)
 class Defence:
     """What is done about hostile updates, beyond what each must be by itself.
@@ -246,7 +251,7 @@ def _defence(
     if not (margin is None and by_label is None) and not held_out:
         raise InputError("a margin is measured on held-out text", where=f"{table.where} margin", mend="add [held_out]")
     attackers = table.integer("attackers", 0, 100_000, 0)
-    fewest = least(STRONGEST if named == PIPELINE else named, attackers)
+    fewest = least(of_rows(named), attackers)
     # Under secure aggregation a rule is given groups, whose number is known when they are drawn.
     if min_clients is not None and fewest > min_clients:
         # Told before anybody trains: such a round could only be held, and its work would be charged.

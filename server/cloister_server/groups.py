@@ -22,7 +22,7 @@ from cloister_shared.errors import InputError, RefusedError, VerificationError
 from cloister_shared.sealing import OpeningKey
 
 from cloister_server.context import Context, Exchange
-from cloister_server.federation import PIPELINE, STRONGEST, Federation
+from cloister_server.federation import Federation, of_rows
 from cloister_server.intake import Reply
 from cloister_server.robust import least
 from cloister_server.talk import Talk
@@ -105,7 +105,7 @@ def groups_of(federation: Federation, sites: int) -> int:
             got=f"{sites} sites, rule {defence.rule}",
             mend="leave out one of the two",
         )
-    fewest = least(STRONGEST if defence.rule == PIPELINE else defence.rule, defence.attackers)
+    fewest = least(of_rows(defence.rule), defence.attackers)
     if defence.attackers > withstands(groups) or fewest > groups:
         raise InputError(
             "more attackers are assumed than groups can stand: one attacker spoils one group",

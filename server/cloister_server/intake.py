@@ -86,6 +86,23 @@ def said_no(said: dict[str, Any]) -> Reply:
     return Reply(REFUSED if free else FAILED, _printable(reason))
 
 
+def answering(
+    card: SiteCard, server: bytes, run: str, number: int, attempt: int, base: str, schema: str, plan: str
+) -> dict[str, object]:
+    """What the header of an answer must say: by this client, to this coordinator, and of this attempt at this work."""
+    return {
+        "direction": Direction.TO_COORDINATOR,
+        "run": bytes.fromhex(run),
+        "round": number,
+        "attempt": attempt,
+        "client": card.verify_key.id,
+        "server": server,
+        "base": bytes.fromhex(base),
+        "schema": bytes.fromhex(schema),
+        "plan": bytes.fromhex(plan),
+    }
+
+
 def read_reply(
     frame: bytes,
     card: SiteCard,
@@ -114,17 +131,7 @@ def read_reply(
             key=key,
             max_bytes=4 * schema.size + 65536,
             where=where,
-            expect={
-                "direction": Direction.TO_COORDINATOR,
-                "run": bytes.fromhex(core.run),
-                "round": core.round,
-                "attempt": attempt,
-                "client": card.verify_key.id,
-                "server": server,
-                "base": bytes.fromhex(core.base),
-                "schema": bytes.fromhex(core.schema),
-                "plan": bytes.fromhex(core.digest),
-            },
+            expect=answering(card, server, core.run, core.round, attempt, core.base, core.schema, core.digest),
         )
         if header.codec == Codec.REFUSAL:
             return said_no(parse_record(plaintext, where))

@@ -380,8 +380,9 @@ def seen(context: Context, number: int, cores: dict[str, PlanCore], intake: Inta
 
 def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[RoundClient]]:
     """Writes down what will be asked, before it is asked; a round that was open keeps its work."""
-    drawn = () if context.draw is None else tuple(context.draw.commitments)
-    cohort = tuple(sorted({m.id for m in context.members} | set(drawn)))
+    # Once: every signature of the draw is checked for it.
+    group_of = {} if context.draw is None else {site: group for group in context.draw.groups() for site in group}
+    cohort = tuple(sorted({m.id for m in context.members} | set(group_of)))
     trainings = {m.id: in_round(context.federation, m.training, number) for m in context.members}
     # One fixed point for all: of whoever may move farthest.
     ranges = tuple(map(max, zip(*map(reaches, trainings.values()), strict=True)))
@@ -407,7 +408,7 @@ def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
             update_norm=None if level is None else level.clipping_norm,
             reports=context.federation.reports,
             noised=context.federation.noised,
-            secure=None if context.draw is None else SecureSum(context.draw.group_of(member.id), *ranges),
+            secure=None if context.draw is None else SecureSum(group_of[member.id], *ranges),
         )
         spec = core.training
         entries.append(

@@ -4,8 +4,8 @@
     attempt:  keys -> sealed shares -> plans, masked updates -> shares of the living's seeds and the dead's mask keys -> group means
 
 A site that stays away costs itself; a group with fewer than three survivors, or fewer than its threshold, is dropped, and its plans stay
-charged. What is
-seen here: who takes part, and one sum a group. Robust rules act on the groups' means (``defence``); no update can be checked by itself.
+charged. What is seen here: who takes part, and one sum a group. Robust rules act on the groups' means (``defence``); no update can be
+checked by itself.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ from typing import Any
 from cloister_flower.frames import frame_of
 from cloister_shared.encoding import canonical, parse_record
 from cloister_shared.errors import CloisterError, VerificationError
-from cloister_shared.sealing import Codec, Direction, OpeningKey, open_envelope
+from cloister_shared.sealing import Codec, OpeningKey, open_envelope
 
 from cloister_server.context import Context, Exchange, Member
-from cloister_server.intake import Reply, said_no
+from cloister_server.intake import Reply, answering, said_no
 from cloister_server.sending import sealed
 
 # A message of the protocol is answered at once: nothing is trained for it.
@@ -80,17 +80,16 @@ class Talk:
             key=self._key,
             max_bytes=4 * context.schema.size + (1 << 20),
             where=where,
-            expect={
-                "direction": Direction.TO_COORDINATOR,
-                "run": bytes.fromhex(context.run.id),
-                "round": self._number,
-                "attempt": self.attempt,
-                "client": member.card.verify_key.id,
-                "server": context.signing.verify_key.id,
-                "base": bytes.fromhex(context.run.base),
-                "schema": bytes.fromhex(context.schema.digest),
-                "plan": bytes.fromhex(plan),
-            },
+            expect=answering(
+                member.card,
+                context.signing.verify_key.id,
+                context.run.id,
+                self._number,
+                self.attempt,
+                context.run.base,
+                context.schema.digest,
+                plan,
+            ),
         )
         if header.codec not in (codec, Codec.REFUSAL):
             raise VerificationError(

@@ -20,12 +20,13 @@ import torch
 from cloister_client.train import Trainer, choose_device
 from cloister_model.base import find_base
 from cloister_model.build import build, load_vector, read_vector, schema_of
-from cloister_model.scores import seen, with_centre
+from cloister_model.scores import of_logits
 from cloister_model.text import Record
-from cloister_model.tokens import encode
-from cloister_model.warm_start import warm_head
+from cloister_model.tokens import Encoded, encode
 from cloister_server.defence import Cohort, enter, reputation
-from cloister_server.federation import PIPELINE, Defence
+from cloister_server.federation import PIPELINE, STRONGEST, Defence
+from cloister_server.groups import withstands
+from cloister_server.own_text import begin
 from cloister_server.peers import norms_of, predicted_norm, to_median
 from cloister_server.robust import combine
 from cloister_shared import noise
@@ -108,11 +109,10 @@ class Arena:
     Args:
         records: All records; taken apart here.
         setting: The world.
-        tell: Called with lines of progress.
     """
 
-    def __init__(self, records: Sequence[Record], setting: Setting, tell: Callable[[str], None]) -> None:
-        self.setting, self._tell = setting, tell
+    def __init__(self, records: Sequence[Record], setting: Setting) -> None:
+        self.setting = setting
         rng = np.random.default_rng(setting.seed)
         shuffled = [records[i] for i in rng.permutation(len(records))]
         held, test = min(_HELD, len(records) // 12), min(_TEST, len(records) // 6)
@@ -147,18 +147,16 @@ class Arena:
         torch.manual_seed(setting.seed)
         model = build(base, task, "cloister attack")
         self.data = encode(base, texts, labels, task.max_tokens)
-        task = with_centre(
-            model, task, encode(base, [texts[i] for i in self.rows["held"]], [0] * held, task.max_tokens)
-        )
-        model = build(base, task, "cloister attack")
-        public = encode(base, [texts[i] for i in self.rows["public"]], [0] * len(parts[0]), task.max_tokens)
-        if model.head is not None:
-            head = warm_head(seen(model, public), [labels[i] for i in self.rows["public"]], len(self.labels))
-            model.head.weight.data.copy_(torch.from_numpy(head))
+        task = begin(model, task, base, self._part("held"), self._part("public"))
         self.schema, self.start = schema_of(model), read_vector(model)
         self.trainer = Trainer(model, task, choose_device("auto"))
         self.trainings = [self._training(len(part)) for part in own]
+        self.predicted = np.array([predicted_norm(training, self.schema) for training in self.trainings])
         self._first = dict[str, dict[int, F32]]()
+
+    def _part(self, name: str) -> Encoded:
+        rows = self.rows[name]
+        return Encoded(self.data.ids[rows.start : rows.stop], self.data.labels[rows.start : rows.stop], self.data.pad)
 
     def _training(self, records: int) -> TrainingSpec:
         setting = self.setting
@@ -213,10 +211,8 @@ class Arena:
     def judge(self, vector: F32) -> tuple[dict[str, float], float]:
         """As ``cloister_server.judge``, on the coordinator's held-out text."""
         rows = self.rows["held"]
-        logits, truth = self.logits(vector, rows), np.array([self.data.labels[row] for row in rows])
-        peak = logits.max(1)
-        logs = peak + np.log(np.exp(logits - peak[:, None]).sum(1)) - logits[np.arange(len(truth)), truth]
-        return {"loss": float(logs.mean()), "accuracy": float((logits.argmax(1) == truth).mean())}, 0.0
+        got = of_logits(self.logits(vector, rows), [self.data.labels[row] for row in rows], self.labels)
+        return {"loss": got.loss, "accuracy": got.accuracy or 0.0}, 0.0
 
     def accuracy(self, vector: F32) -> tuple[float, float]:
         """On test records, and the share of triggered ones of other classes that go to the attackers'."""
@@ -243,13 +239,12 @@ class Arena:
                 rows[bad] = chosen.make(Seen(rows[~bad], own, rng))
             if rule == GROUPED:
                 means = np.stack([rows[group].mean(0) for group in groups]).astype(np.float32)
-                stood = min(setting.attackers, (len(groups) - 1) // 2)
-                made = combine("nnm+geometric-median", means, stood, to_median(norms_of(means)))
+                stood = min(setting.attackers, withstands(len(groups)))
+                made = combine(STRONGEST, means, stood, to_median(norms_of(means)))
                 parent = bounded(np.asarray(parent + made.vector, dtype=np.float32), self.schema)
                 continue
             out = [reputation(past)[1] for past in codes]
-            predicted = np.array([predicted_norm(training, self.schema) for training in self.trainings])
-            cohort = Cohort(rows, np.ones(setting.sites), predicted, np.array(out, dtype=bool))
+            cohort = Cohort(rows, np.ones(setting.sites), self.predicted, np.array(out, dtype=bool))
             defence = Defence(rule=rule, attackers=setting.attackers if rule != "mean" else 0, margin=None)
             before, _ = self.judge(parent) if rule == PIPELINE else ({}, 0.0)
             got = enter(defence, "average", parent, cohort, self.schema, self, before)

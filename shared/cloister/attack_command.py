@@ -82,7 +82,7 @@ def attack(
     kept = [json.loads(line) for line in out.read_text().splitlines()] if out is not None and out.exists() else []
     mine = [r for r in kept if all(r[name] == value for name, value in vars(setting).items())]
     known = {(r["attack"], r["rule"]): r for r in mine}
-    arena = Arena(rows, setting, print)
+    arena = Arena(rows, setting)
     chosen = rules or list(QUICK_RULES if quick else (*RULES, GROUPED))
     for got in cells(arena, only or list(ATTACKS), chosen, lambda a, r: (a, r) in known):
         known[got["attack"], got["rule"]] = got

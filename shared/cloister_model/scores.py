@@ -6,7 +6,7 @@ out un-noised.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -75,15 +75,19 @@ def score(model: Adapted, task: TaskSpec, data: Encoded, *, batch: int = 64, dev
         each = [losses(model, task, *data.batch(order[at : at + batch], device)) for at in range(0, len(order), batch)]
         loss = float(torch.cat(each).double().mean())
         return Scores(loss, None, None, float(np.exp(loss)))
-    logits = predict(model, data, batch=batch, device=device).astype(np.float64)
-    truth = np.asarray(data.labels)
-    peak = logits.max(1, keepdims=True)
-    log_sum = peak[:, 0] + np.log(np.exp(logits - peak).sum(1))
-    loss = float((log_sum - logits[np.arange(len(truth)), truth]).mean())
-    guess = logits.argmax(1)
-    there = [(i, label) for i, label in enumerate(task.labels) if (truth == i).any()]
+    return of_logits(predict(model, data, batch=batch, device=device), data.labels, task.labels)
+
+
+def of_logits(logits: np.ndarray, classes: Sequence[int], labels: Sequence[str]) -> Scores:
+    """A classifier's scores from its logits, ``(n, labels)``, and the records' classes, ``(n,)``; n >= 1."""
+    wide, truth = logits.astype(np.float64), np.asarray(classes)
+    peak = wide.max(1, keepdims=True)
+    log_sum = peak[:, 0] + np.log(np.exp(wide - peak).sum(1))
+    loss = float((log_sum - wide[np.arange(len(truth)), truth]).mean())
+    guess = wide.argmax(1)
+    there = [(i, label) for i, label in enumerate(labels) if (truth == i).any()]
     recalls = {label: float((guess[truth == i] == i).mean()) for i, label in there}
-    return Scores(loss, float((guess == truth).mean()), macro_f1(truth, guess, len(task.labels)), None, recalls)
+    return Scores(loss, float((guess == truth).mean()), macro_f1(truth, guess, len(labels)), None, recalls)
 
 
 @torch.no_grad()

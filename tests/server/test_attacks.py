@@ -91,7 +91,7 @@ def test_the_honest_frame_is_accepted(forge: Forge) -> None:
 def test_the_pipeline_keeps_what_a_mean_loses() -> None:
     """A small world of the command's own: scaled updates ruin a mean, and do not enter the pipeline."""
     rows = [Record(r["text"], r["label"]) for silo in range(8) for r in make_silo(silo, 90, 7)]
-    arena = Arena(rows, Setting(8, 2, 0.8, None, 1, 2, 24, 7), lambda line: None)
+    arena = Arena(rows, Setting(8, 2, 0.8, None, 1, 2, 24, 7))
     clean = arena.run("none", "mean")
     ruined, kept = arena.run("scaling", "mean"), arena.run("scaling", "pipeline")
     assert ruined.accuracy < clean.accuracy - 0.2
