@@ -6,7 +6,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -23,11 +22,11 @@ from cloister_client import audit_command
 from cloister_client.data import add as add_text
 from cloister_client.data import open_ledger
 from cloister_client.data import remove as remove_text
-from cloister_client.policy import Policy, add_peer
-from cloister_client.site import act_as_agent, read_site
+from cloister_client.policy import Policy, add_peer, read_policy
+from cloister_client.site import AGAIN, act_as_agent, begin_again, held_up, is_up, read_site, take_over
 from cloister_client.site import enrol as make_site
 from cloister_client.status import Status, read_status
-from cloister_client.supervise import Running, check_users
+from cloister_client.supervise import Running, check_users, link_line
 
 site_app = typer.Typer(no_args_is_help=True, help="What an organisation that owns text runs.")
 
@@ -78,9 +77,7 @@ def enrol(
     if coordinator is None:
         from cloister_client.registry import look
 
-        if name == "-" and sys.stdin.isatty():
-            print("paste the token, then Enter:", file=sys.stderr, flush=True)
-        invitation = Invitation.from_token(sys.stdin.readline() if name == "-" else name)
+        invitation = Invitation.from_token(_token(name))
         name, card = invitation.site, look(invitation)
     else:
         card = read_coordinator_card(coordinator)
@@ -148,6 +145,43 @@ def enrol(
 
 
 @site_app.command()
+def rejoin(
+    token: Annotated[str, typer.Argument(help="A token for this site's name; - reads one from standard input.")],
+    json: Json = False,
+    home: Home = None,
+) -> None:
+    """Join again after a revocation: fresh keys, the old ledger. What was spent on this site's text stays spent."""
+    console.choose(json, home)
+    from cloister_client.registry import IDENTITY, look
+    from cloister_client.registry import enrol as join
+
+    invitation = Invitation.from_token(_token(token))
+    site = read_site(console.site_home(invitation.site))
+    with held_up(site.home):
+        if not (site.home / AGAIN / IDENTITY).is_file():
+            card = look(invitation)
+            again = begin_again(site.home, card, read_policy(site.home / "policy.toml"))
+            join(invitation, card, again, site.name)
+        # Else an earlier call broke off with its certificate in hand: it is finished, and this token is not spent.
+        own = take_over(site.home)
+    key = own.verify_key.id.hex()
+    console.emit(
+        {"site": site.name, "key": key, "coordinator": site.coordinator().fingerprint},
+        [
+            f"site {site.name}: joined again with fresh keys (fingerprint {key}); ledger, registered text and policy are as they were",
+            "sites under secure aggregation accept it as a peer anew: cloister site peer, with its new card",
+            f"next: cloister site up {site.name}",
+        ],
+    )
+
+
+def _token(given: str) -> str:
+    if given == "-" and sys.stdin.isatty():
+        print("paste the token, then Enter:", file=sys.stderr, flush=True)
+    return sys.stdin.readline() if given == "-" else given
+
+
+@site_app.command()
 def registered(
     site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
     run: Annotated[str, typer.Option("--run", help="A run's whole id; all by default.")] = "",
@@ -179,6 +213,10 @@ def peer(
     """Accept another site as a peer: in sums under masks only accepted peers count as company."""
     console.choose(json, home)
     own, other = read_site(console.site_home(site)), read_site_card(card)
+    if other.key == read_site_card(own.home / "card.json").key:
+        raise InputError(
+            "this is the site's own card", where=str(card), expected="another site's", mend="ask theirs for it"
+        )
     peers = add_peer(own.home / "policy.toml", other.key)
     key = other.verify_key.id.hex()
     console.emit(
@@ -280,8 +318,12 @@ def up(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    with Group() as group:
-        running = Running(site, group)
+    with held_up(site.home), Group() as group:
+
+        def ended(line: str) -> None:
+            console.emit({"event": "ended", "what": line}, f"site {site.name}: {line}")
+
+        running = Running(site, group, ended)
         console.emit({"event": "starting", "site": site.name}, f"site {site.name}: starting the agent")
         running.start_agent()
         status = running.wait_agent()
@@ -346,18 +388,17 @@ def status(
     folders = [console.site_home(name)] if name else console.site_homes()
     if not folders:
         raise InputError("no site here", where=str(console.OUTPUT.home), mend="cloister site enrol, or --home")
-    found = []
     for folder in folders:
         site = read_site(folder)
         try:
-            found.append(read_status(site.agent_home / "status.json"))
+            one = read_status(site.agent_home / "status.json")
         except StateError:
-            found.append(Status(site.name, state="never started"))
-    for one in found:
-        age = time.time() - one.updated if one.updated else None
+            one = Status(site.name, state="never started")
+        running, link = is_up(folder), link_line(folder)
         lines = [
-            f"site {one.site}: {one.state}",
-            *([] if age is None else _ready_lines(one)[1:]),
+            f"site {one.site}: {one.state if running or not one.updated else f'not running (cloister site up); was {one.state}'}",
+            *(_ready_lines(one)[1:] if one.updated else []),
+            *([f"  link     {link}"] if link and running else []),
             *([progress_line(one)] if one.round else []),
         ]
-        console.emit(asdict(one), lines)
+        console.emit(asdict(one) | {"running": running, "link": link if running else ""}, lines)

@@ -42,6 +42,12 @@ _MESSAGE_BYTES = 4 * 1024 * 1024
 RENEW_AT = 2 / 3
 _PLAIN = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 _RETRY_SECONDS = 30.0
+# gRPC's own words name its parts, not what is wrong.
+_SAID = {
+    grpc.StatusCode.UNAVAILABLE: "no connection",
+    grpc.StatusCode.DEADLINE_EXCEEDED: f"nothing within {CALL_SECONDS:g} s",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "too many calls at once",
+}
 _END_OF_KEY = b"-----END PRIVATE KEY-----\n"
 
 
@@ -68,7 +74,12 @@ def pinned_ca(address: str, fingerprint: str) -> bytes:
         ):
             chain = _chain(wrapped)
     except OSError as error:
-        raise StateError("the coordinator does not answer", where=address, got=str(error)[:200]) from error
+        raise StateError(
+            "the coordinator does not answer",
+            where=address,
+            got=str(error)[:200],
+            mend="is `cloister coordinator up` running there, and may this host reach it? The token is not spent",
+        ) from error
     for der in chain:
         if hmac.compare_digest(hashlib.sha256(der).hexdigest(), fingerprint):
             return x509.load_der_x509_certificate(der).public_bytes(Encoding.PEM)
@@ -89,7 +100,7 @@ def _chain(wrapped: ssl.SSLSocket) -> list[bytes]:
 
 
 @contextmanager
-def _said() -> Iterator[None]:
+def _said(address: str) -> Iterator[None]:
     """The service's refusals as our errors."""
     try:
         yield
@@ -97,7 +108,12 @@ def _said() -> Iterator[None]:
         code, words = error.code(), str(error.details())[:500]
         if code in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.NOT_FOUND):
             raise RefusedError("registry", words, where="the coordinator's registry") from error
-        raise StateError("the coordinator's service does not answer", got=f"{code.name}: {words}"[:300]) from error
+        raise StateError(
+            "the coordinator's service does not answer",
+            where=address,
+            got=_SAID.get(code, f"{code.name}: {words}"[:300]),
+            mend="is `cloister coordinator up` running there, and may this host reach it? Try again",
+        ) from error
 
 
 @contextmanager
@@ -117,7 +133,7 @@ def look(invitation: Invitation) -> CoordinatorCard:
         CloisterError: Nobody answers, the token is refused, or the card or its CA is another's.
     """
     ca = pinned_ca(invitation.address, invitation.ca)
-    with _channel(invitation.address, grpc.ssl_channel_credentials(ca)) as channel, _said():
+    with _channel(invitation.address, grpc.ssl_channel_credentials(ca)) as channel, _said(invitation.address):
         answer = registry_pb2_grpc.EnrolmentStub(channel).Look(
             registry_pb2.LookRequest(secret=invitation.secret), timeout=CALL_SECONDS
         )
@@ -146,7 +162,10 @@ def enrol(invitation: Invitation, card: CoordinatorCard, home: Path, name: str) 
         CloisterError: Nobody answers, or the coordinator refuses.
     """
     key, request = make_request(name)
-    with _channel(invitation.address, grpc.ssl_channel_credentials(card.ca.encode())) as channel, _said():
+    with (
+        _channel(invitation.address, grpc.ssl_channel_credentials(card.ca.encode())) as channel,
+        _said(invitation.address),
+    ):
         answer = registry_pb2_grpc.EnrolmentStub(channel).Enrol(
             registry_pb2.EnrolRequest(secret=invitation.secret, card=(home / "card.json").read_bytes(), csr=request),
             timeout=CALL_SECONDS,
@@ -208,7 +227,7 @@ def read_identity(home: Path) -> Identity:
 def _registry(site: Site) -> Iterator[Any]:
     card, own = site.coordinator(), read_identity(site.home)
     credentials = grpc.ssl_channel_credentials(card.ca.encode(), own.key, own.certificate)
-    with _channel(card.registry, credentials) as channel, _said():
+    with _channel(card.registry, credentials) as channel, _said(card.registry):
         yield registry_pb2_grpc.RegistryStub(channel)
 
 

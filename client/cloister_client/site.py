@@ -10,13 +10,17 @@ The socket lies in a short runtime folder of mode 0750, since a Unix socket's pa
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import secrets
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cloister_shared.cards import CoordinatorCard, SiteCard, check_name, read_coordinator_card
+from cloister_shared.cards import CoordinatorCard, SiteCard, check_name, read_coordinator_card, read_site_card
 from cloister_shared.encoding import write_durably
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.sealing import OpeningKey
@@ -27,6 +31,8 @@ from cloister_shared.tls import make_node_key, make_tls
 from cloister_client.policy import Policy
 
 SOCKET = "agent.sock"
+UP_LOCK = "up.lock"
+AGAIN = "again"
 MAX_SOCKET_PATH = 104
 
 
@@ -134,6 +140,33 @@ def make_runtime(site: Site) -> Path:
     return path
 
 
+@contextmanager
+def held_up(home: Path) -> Iterator[None]:
+    """Holds the site's folder while its processes run, or while its keys change.
+
+    Raises:
+        StateError: Somebody else does.
+    """
+    with (home / UP_LOCK).open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StateError("this site is up already", where=str(home), mend="stop that `cloister site up`") from error
+        yield
+
+
+def is_up(home: Path) -> bool:
+    """Whether somebody holds the site's folder."""
+    try:
+        with (home / UP_LOCK).open() as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
 def act_as_agent(site: Site) -> None:
     """Becomes the agent's user where this is root and the site has one: its folder is its own, and root must not walk there.
 
@@ -219,27 +252,68 @@ agent_user = -1
 link_user = -1
 group = -1
 """
-    agent, link = home / "agent", home / "link"
-    for folder, mode in (
-        (agent, 0o700),
-        (agent / "kept", 0o700),
-        (home / "counter", 0o700),
-        (link, 0o700),
-        (link / "tls", 0o700),
-    ):
-        folder.mkdir(mode=mode, exist_ok=True)
-    signing, opening = SigningKey.generate(), OpeningKey.generate()
-    signing.save(agent / "sign.key")
-    opening.save(agent / "seal.key")
-    write_durably(agent / "unit.key", secrets.token_bytes(32))
-    node = make_node_key(link / "node.key")
-    make_tls(link / "tls", f"{name} runtime", ("127.0.0.1", "localhost"))
-    write_durably(link / "superexec.secret", secrets.token_bytes(32))
-    write_durably(link / "ca.crt", card.ca.encode(), mode=0o644)
-    card.save(home / "coordinator.json")
+    for folder in (home / "agent" / "kept", home / "counter", home / "link" / "tls"):
+        folder.parent.mkdir(mode=0o700, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    write_durably(home / "agent" / "unit.key", secrets.token_bytes(32))
+    make_tls(home / "link" / "tls", f"{name} runtime", ("127.0.0.1", "localhost"))
+    write_durably(home / "link" / "superexec.secret", secrets.token_bytes(32))
     write_durably(home / "policy.toml", policy.to_toml().encode(), mode=0o644)
-    keys = (signing.verify_key.raw.hex(), opening.sealing_key.raw.hex(), node.decode())
-    own = SiteCard(name, *keys, records, unit, float(policy.epsilon_cap), float(policy.delta))
-    own.save(home / "card.json", signing)
+    own = _make_keys(
+        home, card, SiteCard(name, "", "", "", records, unit, float(policy.epsilon_cap), float(policy.delta))
+    )
     write_durably(home / "site.toml", site_toml.encode(), mode=0o644)
     return own
+
+
+def _make_keys(home: Path, card: CoordinatorCard, own: SiteCard) -> SiteCard:
+    """Fresh keys, the coordinator's card and the site's own, which says what ``own`` says."""
+    signing, opening = SigningKey.generate(), OpeningKey.generate()
+    signing.save(home / "agent" / "sign.key")
+    opening.save(home / "agent" / "seal.key")
+    node = make_node_key(home / "link" / "node.key")
+    write_durably(home / "link" / "ca.crt", card.ca.encode(), mode=0o644)
+    card.save(home / "coordinator.json")
+    named = replace(own, key=signing.verify_key.raw.hex(), sealing=opening.sealing_key.raw.hex(), node=node.decode())
+    named.save(home / "card.json", signing)
+    return named
+
+
+def begin_again(home: Path, card: CoordinatorCard, policy: Policy) -> Path:
+    """Fresh keys and cards in a folder of their own, for a site that joins again; nothing of the site is touched.
+
+    Returns:
+        The folder, for ``take_over`` once its certificate is there.
+    """
+    again = home / AGAIN
+    if again.exists():
+        shutil.rmtree(again)
+    for folder in (again, again / "agent", again / "link"):
+        folder.mkdir(mode=0o700)
+    own = read_site_card(home / "card.json")
+    _make_keys(again, card, replace(own, epsilon_cap=float(policy.epsilon_cap), delta=float(policy.delta)))
+    return again
+
+
+def take_over(home: Path) -> SiteCard:
+    """Puts the keys of ``begin_again`` in the old ones' place; the ledger, its counter, the text and the policy stay.
+
+    What breaks off is finished by calling it again: the certificate is the last to go.
+    """
+    again = home / AGAIN
+    for name in (
+        "agent/sign.key",
+        "agent/seal.key",
+        "link/node.key",
+        "link/ca.crt",
+        "coordinator.json",
+        "card.json",
+        "identity.pem",
+    ):
+        if (again / name).exists():
+            folder = (home / name).parent
+            if os.getuid() == 0:
+                os.chown(again / name, folder.stat().st_uid, folder.stat().st_gid)
+            os.replace(again / name, home / name)
+    shutil.rmtree(again)
+    return read_site_card(home / "card.json")

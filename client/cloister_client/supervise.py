@@ -1,15 +1,21 @@
 """Starting and keeping up one site's three processes: agent, relay, SuperNode.
 
 The agent comes first and alone, so that what is wrong with policy, base model or text is said at once. What ends is started
-again, except an agent that ended by itself: it said why, and its owner must see it.
+again, later each time where it ended soon, except an agent that ended by itself: it said why, and its owner must see it. Where the
+link stands is in ``link.json`` for ``site status``.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 
+from cloister_shared.encoding import write_durably
 from cloister_shared.errors import CloisterError, InputError, StateError
 from cloister_shared.processes import Child, Group, check_port
 
@@ -17,7 +23,10 @@ from cloister_client.site import Site, make_runtime
 from cloister_client.status import Status, read_status
 
 START_SECONDS = 180.0
-RESTART_SECONDS = 5.0
+RESTART_SECONDS, MOST_RESTART_SECONDS = 5.0, 300.0
+# Whoever lived so long ended for a reason of its own.
+SOUND_SECONDS = 60.0
+LINK = "link.json"
 
 
 class _AgentEndedError(CloisterError):
@@ -29,17 +38,34 @@ class _AgentEndedError(CloisterError):
 
 
 @dataclass
+class _Ends:
+    """How often a process ended soon after it began, and when it is started again."""
+
+    count: int = 0
+    began: float = field(default_factory=time.monotonic)
+    again: float | None = None
+
+    def next_wait(self) -> float:
+        """Seconds to wait: doubled each time, with jitter."""
+        self.count = 1 if time.monotonic() - self.began > SOUND_SECONDS else self.count + 1
+        most = min(MOST_RESTART_SECONDS, RESTART_SECONDS * 2.0 ** min(self.count - 1, 20))
+        return most * random.uniform(0.75, 1.0)  # jitter protects nobody
+
+
+@dataclass
 class Running:
     """A site's processes.
 
     Attributes:
         site: The site.
         group: Its processes.
+        tell: Called with a line when a process ended and when it will be started again.
     """
 
     site: Site
     group: Group
-    _restart_at: float = 0.0
+    tell: Callable[[str], None] = lambda line: None
+    _ends: dict[str, _Ends] = field(default_factory=dict)
 
     def start_agent(self) -> None:
         """Starts the agent.
@@ -52,6 +78,7 @@ class Running:
         hand_over(self.site)
         (self.site.agent_home / "agent.log").unlink(missing_ok=True)
         (self.site.agent_home / "status.json").unlink(missing_ok=True)
+        (self.site.home / LINK).unlink(missing_ok=True)
         self._start_agent()
 
     def _start_agent(self) -> None:
@@ -108,13 +135,34 @@ class Running:
         for child in list(self.group.children):
             code = child.process.poll()
             if code is None:
+                ends = self._ends.get(child.name)
+                if ends is not None and time.monotonic() - ends.began > SOUND_SECONDS:
+                    del self._ends[child.name]
+                    (self.site.home / LINK).unlink(missing_ok=True)
                 continue
             if child.name == "agent" and code >= 0:
                 raise _AgentEndedError(child.error_line(), code)
-            if time.monotonic() >= self._restart_at:
-                self._restart_at = time.monotonic() + RESTART_SECONDS
+            ends = self._ends.setdefault(child.name, _Ends())
+            if ends.again is None:
+                wait = ends.next_wait()
+                ends.again = time.monotonic() + wait
+                line = f"{child.name} ended ({code}): {child.error_line()[:200] or 'no word'}; again in {wait:.0f} s"
+                self.tell(line)
+                record = {"at": time.time(), "ends": ends.count, "line": line}
+                write_durably(self.site.home / LINK, json.dumps(record).encode())
+            if time.monotonic() >= ends.again:
+                ends.again, ends.began = None, time.monotonic()
                 self.group.children.remove(child)
                 self._start_agent() if child.name == "agent" else self._start(child.name)
+
+
+def link_line(home: Path) -> str:
+    """What ended last and is not sound yet, or nothing."""
+    try:
+        found = json.loads((home / LINK).read_text())
+        return f"{time.strftime('%F %T', time.localtime(found['at']))}: {found['line']} (time {found['ends']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def hand_over(site: Site) -> None:

@@ -4,8 +4,9 @@ Here: structure, finiteness, and a bound per parameter that follows from the pla
 is ``rate * m / sqrt(v)`` with bias corrections, and by Cauchy and Schwarz, with ``c = b1^2 / b2``, no gradients make it larger than
 ``rate * (1 - b1) sqrt((1 - c^t) / ((1 - b2)(1 - c))) * sqrt(1 - b2^t) / (1 - b1^t)``: an honest update stays within the sum over its steps,
 1.006 rates a step at 6 steps, 7.27 at most. The head's SGD moves by ``rate`` times sums of clipped gradients and noise over the plan's
-denominator: ``sgd_reach`` allows four times the declared units and twelve standard deviations. Clients are compared elsewhere
-(``defence``).
+denominator: ``sgd_reach`` allows four times the declared units and twelve standard deviations. A head as a whole has a tighter bound
+than its numbers together, since clipped gradients are bounded as vectors: ``head_norm_reach``. LoRA has none under Adam, which moves
+every number alike; its tensors and products are compared with the cohort's (``peers``), as clients are.
 
 Every bound comes from the plan and an update is judged alone: so this may stay on under client-level noise, where a check that compares
 clients would let one of them move more of the sum than its own clip.
@@ -36,6 +37,18 @@ def sgd_reach(training: TrainingSpec) -> float:
     batch, steps = training.expected_batch, training.steps
     most = 4 * batch + 12 * (4 * batch) ** 0.5 + 12
     return float(training.clipping_norm / batch * (steps * most + 12 * training.noise_multiplier * steps**0.5))
+
+
+def head_norm_reach(training: TrainingSpec, size: int) -> float:
+    """How long a round of SGD makes a head's whole move, L2, in learning rates; ``sgd_reach`` with the noise of ``size`` numbers.
+
+    The noise of all steps is a Gaussian vector of root ``size`` standard deviations, within twelve more; doubled, since weights are
+    clamped after each step and noise that was cut off does not cancel later.
+    """
+    batch, steps = training.expected_batch, training.steps
+    most = 4 * batch + 12 * (4 * batch) ** 0.5 + 12
+    noise = 2 * training.noise_multiplier * steps**0.5 * (size**0.5 + 12)
+    return float(training.clipping_norm / batch * (steps * most + noise))
 
 
 def reaches(training: TrainingSpec) -> tuple[float, float]:
@@ -80,4 +93,14 @@ def admit_update(update: F32, schema: Schema, training: TrainingSpec) -> Verdict
             limit_there,
             f"{name_there} moved by {worst:.3g}, {training.steps} steps can move it by {limit_there:.3g}",
         )
+    parts = [part.reshape(-1) for name, part in schema.split(update).items() if name.startswith("head.")]
+    if parts:
+        whole = np.concatenate(parts).astype(np.float64)
+        moved, most = (
+            float(np.linalg.norm(whole)),
+            head_norm_reach(training, len(whole)) * training.head_rate + _ROUNDING,
+        )
+        if moved > most:
+            what = f"the head moved by {moved:.3g} as a whole, {training.steps} steps can move it by {most:.3g}"
+            return Verdict("out-of-bounds", moved, most, what)
     return Verdict("accepted", worst, limit_there, f"largest move {worst:.3g} of {limit_there:.3g} possible")

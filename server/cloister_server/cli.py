@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from dataclasses import asdict
 from json import loads
 from pathlib import Path
 from typing import Annotated, Any
@@ -181,8 +182,11 @@ def up(json: Json = False, home: Home = None) -> None:
                 end = time.monotonic() + 60
                 if not ready:
                     ready = True
-                    listens = f"SuperLink of {coordinator.card.federation} listens on {coordinator.card.address}"
-                    console.emit({"event": "ready", "address": coordinator.card.address}, listens)
+                    listens = [f"SuperLink of {coordinator.card.federation} listens on {coordinator.card.address}"]
+                    if service:
+                        listens += [f"registry on {service.address}, enrolment by token on {service.enrolment}"]
+                    named = asdict(service) if service else {}
+                    console.emit({"event": "ready", "address": coordinator.card.address} | named, listens)
                 for card in gone:
                     del known[card.key]
                     console.emit({"event": "unregistered", "site": card.name}, f"site {card.name}: may connect no more")
@@ -211,7 +215,15 @@ def event_line(kind: str, e: dict[str, Any]) -> str | None:
     if kind == "run":
         return f"run {e['run'][:8]}: {e['rounds']} rounds, {e['parameters']} trained parameters{', resumed' if e['resumed'] else ''}"
     if kind == "waiting":
-        return f"{e['online']} of {e['sites']} sites online"
+        away = f"; away: {', '.join(e['away'][:8])}{' …' if len(e['away']) > 8 else ''}" if e["away"] else ""
+        return f"{e['online']} of {e['sites']} sites online{away}"
+    if kind == "settings":
+        kept = f"the run keeps what it began with: {', '.join(e['kept'])}" if e["kept"] else ""
+        taken = f"from here on as they say now: {', '.join(e['taken'])}" if e["taken"] else ""
+        return f"settings changed since the run began; {'; '.join(filter(None, (kept, taken)))}"
+    if kind == "delta":
+        said = ", ".join(f"{site} {delta:g}" for site, delta in e["sites"].items())
+        return f"delta here is {e['delta']:g}; at enrolment sites said another, and refuse unless their owners changed it: {said}"
     if kind == "member":
         how = f"noise multiplier {e['noise_multiplier']:g}, sample rate {e['sample_rate']:.4g}"
         return f"  {e['site']}: {how}, whole run epsilon {e['epsilon']:.3f} at delta {e['delta']:g}"

@@ -1,6 +1,7 @@
 """What becomes of admitted updates: compared, cut, combined, and the candidate held against its parent.
 
-    norms -> harm on held-out text -> more than half odd: hold -> cut to the median norm -> rule -> gate -> stricter rule -> keep the parent
+    norms, by part too -> harm on held-out text
+    -> more than half odd: hold -> cut to the median norm -> rule -> gate -> stricter rule -> keep the parent
 
 The rule ``pipeline`` is all of it, with nearest-neighbour mixing and the geometric median; another rule is that rule alone, then the
 gate. A round that is held keeps its parent: what is left over is never averaged. Sites' own DP makes all of this post-processing.
@@ -20,7 +21,16 @@ from cloister_shared.vectors import F32, Schema, bounded
 from cloister_server.aggregation import Aggregate, aggregate, exact_products
 from cloister_server.federation import PIPELINE, STRONGEST, Defence, of_rows
 from cloister_server.judge import RECALL, Judge
-from cloister_server.peers import Finding, harm_test, majority_flagged, norm_test, norms_of, to_median
+from cloister_server.peers import (
+    Finding,
+    harm_test,
+    majority_flagged,
+    norm_test,
+    norms_of,
+    part_norms,
+    parts_test,
+    to_median,
+)
 from cloister_server.robust import combine, least
 
 F64 = npt.NDArray[np.float64]
@@ -96,7 +106,7 @@ def explained(found: Sequence[Finding], standing: tuple[float, bool], held: str)
             )
         elif test.flagged:
             times, limit = (x / test.median for x in (test.observed, test.threshold))
-            said.append(f"norm {times:.2g} times the peers' median, limit {limit:.2g}")
+            said.append(f"{test.test} {times:.2g} times the peers' median, limit {limit:.2g}")
     if said:
         said.append("unusual data or an attack")
     elif held:
@@ -127,8 +137,10 @@ def enter(
     findings, seconds = [list[Finding]() for _ in range(count)], 0.0
     norms = norms_of(cohort.updates)
     if defence.rule == PIPELINE:
-        for tests, found in zip(findings, norm_test(norms, cohort.predicted), strict=True):
-            tests.append(found)
+        whole = norm_test(norms, cohort.predicted)
+        by_part = parts_test(part_norms(parent, cohort.updates, schema), cohort.predicted)
+        for tests, *both in zip(findings, whole, by_part, strict=True):
+            tests.extend(both)
         if "loss" in before:
             losses = []
             for update in cohort.updates:
@@ -165,10 +177,10 @@ def enter(
         seconds += took
         why = lost(before, metrics, defence.margin, defence.label_margin)
         if not why:
-            whole = None if shares is None else np.zeros(count)
-            if whole is not None:
-                whole[entered] = shares
-            return Entered(made, told, entered, whole, name, "", metrics, seconds)
+            every = None if shares is None else np.zeros(count)
+            if every is not None:
+                every[entered] = shares
+            return Entered(made, told, entered, every, name, "", metrics, seconds)
     return kept(why, attempts[-1])
 
 

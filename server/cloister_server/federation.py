@@ -236,8 +236,8 @@ def _defence(
         PIPELINE if table.written else "mean",
         choices=(PIPELINE, *RULES_OF_ROWS, *(MIXED + r for r in RULES_OF_ROWS)),
     )
-    margin = table.number("margin", 0, 1000) if "margin" in table.written else None
-    by_label = table.number("label_margin", 0, 1) if "label_margin" in table.written else None
+    margin = table.number("margin", 0, 1000) if table.has("margin") else None
+    by_label = table.number("label_margin", 0, 1) if table.has("label_margin") else None
     if client_level and table.written:
         raise InputError(
             "client-level noise is made for a mean of cut updates, and for nothing that compares them",
@@ -262,7 +262,7 @@ def _defence(
             got=f"min_clients = {min_clients}",
             mend="raise [round] min_clients, or lower attackers",
         )
-    by_sites = table.number("sites_margin", 0, 1000) if "sites_margin" in table.written else None
+    by_sites = table.number("sites_margin", 0, 1000) if table.has("sites_margin") else None
     if by_sites is not None and not told:
         raise InputError(
             "the sites' gate goes by what sites tell of the parent",
@@ -295,13 +295,20 @@ def _service(table: Table) -> Service | None:
     )
     for name in ("address", "enrolment"):
         split_address(getattr(service, name), f"{table.where} {name}")
+    if service.address == service.enrolment:
+        raise InputError(
+            "the two services need addresses of their own",
+            where=f"{table.where} enrolment",
+            got=service.enrolment,
+            mend="another port",
+        )
     return service
 
 
 def _noised(table: Table) -> tuple[NoisedNumber, ...]:
     nats = table.number("loss_bound", 1e-3, 1e3, 4.0)
     bound = {"loss": nats, "parent_loss": nats, "units": 1.0}
-    return tuple(NoisedNumber(n, table.number(n, 0.1, 1000), bound[n]) for n in NOISED if n in table.written)
+    return tuple(NoisedNumber(n, table.number(n, 0.1, 1000), bound[n]) for n in NOISED if table.has(n))
 
 
 def _own_text(table: Table, settings: Path, task: TaskSpec) -> Source | None:
@@ -347,10 +354,8 @@ def read_federation(path: Path) -> Federation:
         head_rate=training.number("head_rate", 0, 10, HEAD_RATE),
         schedule=training.text("schedule", "constant", choices=SCHEDULES),
         head_rounds=0 if spec.kind == "causal-lm" else training.integer("head_rounds", 0, 100_000, 0),
-        epsilon=privacy.number("epsilon", 1e-3, 1000) if "epsilon" in privacy.written else None,
-        noise_multiplier=privacy.number("noise_multiplier", 0.1, 1000)
-        if "noise_multiplier" in privacy.written
-        else None,
+        epsilon=privacy.number("epsilon", 1e-3, 1000) if privacy.has("epsilon") else None,
+        noise_multiplier=privacy.number("noise_multiplier", 0.1, 1000) if privacy.has("noise_multiplier") else None,
         delta=privacy.number("delta", 1e-10, 0.5, 1e-5),
         client_level=_client_level(client_level, rule),
         defence=_defence(
@@ -541,7 +546,7 @@ def admit_site(home: Path, path: Path) -> SiteCard:
             "this key was revoked",
             where=str(path),
             got=card.name,
-            mend="a new site with fresh keys may join by a new token; it must not bring text whose budget another ledger keeps",
+            mend="cloister coordinator invite SITE, and there cloister site rejoin TOKEN: fresh keys, the old ledger",
         )
     target = home / "sites" / f"{card.name}.json"
     if target.exists() and read_site_card(target).key != card.key:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+import tomllib
 from dataclasses import asdict, replace
 from hashlib import sha256
 from typing import Any
@@ -37,6 +38,19 @@ from cloister_server.planning import run_events, training_for
 from cloister_server.rounds import run_rounds
 from cloister_server.store import Run, Store
 
+# What a resumed run takes from the registry, whatever its settings say by now.
+KEPT = (
+    "privacy.delta",
+    "privacy.epsilon",
+    "privacy.noise_multiplier",
+    "secure_aggregation.group",
+    "training.batch",
+    "training.clipping_norm",
+    "training.rounds",
+    "training.steps",
+    "training.unit_records",
+)
+
 
 def earlier_training(store: Store, run: str, card: SiteCard) -> TrainingSpec | None:
     """How this site was asked to train in this run before, or None."""
@@ -62,7 +76,7 @@ def wait_online(
         here = {name: node for name, node in nodes.items() if node in online}
         if len(here) != shown:
             shown = len(here)
-            tell("waiting", online=shown, sites=len(nodes))
+            tell("waiting", online=shown, sites=len(nodes), away=sorted(set(nodes) - set(here)))
         if len(here) == len(nodes):
             return here
         if time.monotonic() > end:
@@ -94,6 +108,8 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
             got=str(len(cards)),
             mend="cloister coordinator admit CARD",
         )
+    if odd := {card.name: card.delta for card in cards if card.delta != federation.delta}:
+        tell("delta", delta=federation.delta, sites=odd)
     base = find_base(federation.base, f"{federation.path} base")
     base.check(coordinator.card.base, f"{federation.path} base")
     model = build(base, federation.task, str(federation.path))
@@ -127,8 +143,11 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
             store.start_run(
                 run, to_safetensors(read_vector(model), schema, {"run": run.id, "round": "0", "base": base.digest})
             )
-        elif run.flower_run is not None:
-            control.stop_if_running(int(run.flower_run))
+        else:
+            if changed := changed_settings(json.loads(run.config)["settings"], federation.path.read_text()):
+                tell("settings", kept=[k for k in changed if k in KEPT], taken=[k for k in changed if k not in KEPT])
+            if run.flower_run is not None:
+                control.stop_if_running(int(run.flower_run))
         task = TaskSpec.from_dict(json.loads(run.task))
         set_centre(model, task, f"run {run.id[:8]}")
         tell("run", run=run.id, rounds=run.rounds, parameters=schema.size, resumed=resume)
@@ -219,6 +238,19 @@ def run_config(federation: Federation, model: Adapted, base: str) -> dict[str, A
         "public": None if federation.public is None else sha256(federation.public.path.read_bytes()).hexdigest(),
         "frozen": None if frozen is None else {"tensors": frozen.as_list(), "digest": frozen_digest(base, frozen)},
     }
+
+
+def changed_settings(before: str, now: str) -> list[str]:
+    """Settings that differ between two texts of FEDERATION.toml, as ``table.key``, sorted."""
+    flat = [
+        {
+            f"{table}.{key}" if isinstance(values, dict) else table: value
+            for table, values in found.items()
+            for key, value in (values.items() if isinstance(values, dict) else [("", values)])
+        }
+        for found in (tomllib.loads(before), tomllib.loads(now))
+    ]
+    return sorted(key for key in flat[0] | flat[1] if flat[0].get(key) != flat[1].get(key))
 
 
 def find_unfinished(store: Store, schema: str, federation: Federation, base: str) -> Run:

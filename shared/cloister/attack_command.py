@@ -12,6 +12,7 @@ import typer
 from cloister_shared import console
 from cloister_shared.errors import InputError
 
+WORLD = {"sites": 20, "attackers": 4, "rounds": 2, "steps": 2, "batch": 48}
 QUICK = {"sites": 10, "attackers": 2, "rounds": 2, "steps": 2, "batch": 32}
 QUICK_RULES = ("mean", "nnm+geometric-median", "pipeline", "groups of 4")
 
@@ -29,13 +30,13 @@ def attack(
     text: Annotated[str, typer.Option(help="The text's field.")] = "text",
     label: Annotated[str, typer.Option(help="The label's field.")] = "label",
     records: Annotated[int, typer.Option(min=200, help="At most so many records of it.")] = 8000,
-    sites: Annotated[int, typer.Option(min=3, max=200, help="Clients, attackers among them.")] = 20,
-    attackers: Annotated[int, typer.Option(min=1, help="How many of them attack.")] = 4,
+    sites: Annotated[int, typer.Option(min=3, max=200, help="Clients, attackers among them.")] = WORLD["sites"],
+    attackers: Annotated[int, typer.Option(min=1, help="How many of them attack.")] = WORLD["attackers"],
     alpha: Annotated[float, typer.Option(help="Dirichlet's, of labels over sites: less is more uneven.")] = 0.5,
     epsilon: Annotated[float, typer.Option(help="Epsilon of the run at every site; 0 for no privacy.")] = 0.0,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 2,
-    steps: Annotated[int, typer.Option(min=1, help="Steps a round.")] = 2,
-    batch: Annotated[int, typer.Option(min=1, help="Expected records a step.")] = 48,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = WORLD["rounds"],
+    steps: Annotated[int, typer.Option(min=1, help="Steps a round.")] = WORLD["steps"],
+    batch: Annotated[int, typer.Option(min=1, help="Expected records a step.")] = WORLD["batch"],
     only: Annotated[list[str] | None, typer.Option(help="Attacks; all where left out.")] = None,
     rules: Annotated[list[str] | None, typer.Option(help="Rules; all where left out.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of partition and attacks; never of noise or samples.")] = 7,
@@ -63,10 +64,14 @@ def attack(
     from cloister.malformed import try_all
     from cloister.synthetic import make_silo
 
+    world = {"sites": sites, "attackers": attackers, "rounds": rounds, "steps": steps, "batch": batch}
+    if quick and (said := [name for name, now in world.items() if now != WORLD[name]]):
+        raise InputError("--quick is a world of its own", where=f"--{said[0]}", mend="leave out --quick, or the other")
+    if data is not None and not data.is_file():
+        raise InputError("no such file", where="--data", got=str(data))
     _among("--only", only, list(ATTACKS))
     _among("--rules", rules, [*RULES, GROUPED])
     accepted = _malformed(try_all())
-    world = {"sites": sites, "attackers": attackers, "rounds": rounds, "steps": steps, "batch": batch}
     setting = Setting(**(QUICK if quick else world), alpha=alpha, epsilon=epsilon or None, seed=seed)
     if data is None:
         made = [r for silo in range(setting.sites) for r in make_silo(silo, 200, seed)]

@@ -75,7 +75,7 @@ def site_home(name: str | None) -> Path:
             where=str(OUTPUT.home),
             expected="one site, or its name",
             got=names,
-            mend="name it, or choose --home",
+            mend="name the site, or choose --home",
         )
     return found[0]
 

@@ -33,6 +33,11 @@ class Table:
         """The keys that the file has."""
         return frozenset(self._values)
 
+    def has(self, key: str) -> bool:
+        """Whether the file has ``key``, which it may."""
+        self._seen.add(key)
+        return key in self._values
+
     def _get(self, key: str, kind: str, accept: Callable[[Any], bool], default: Any) -> Any:
         self._seen.add(key)
         if key not in self._values:

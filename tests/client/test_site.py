@@ -7,9 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cloister_client.site import MAX_SOCKET_PATH, Site, enrol, make_runtime, read_site
+from cloister_client import supervise
+from cloister_client.policy import read_policy
+from cloister_client.site import (
+    AGAIN,
+    MAX_SOCKET_PATH,
+    Site,
+    begin_again,
+    enrol,
+    held_up,
+    is_up,
+    make_runtime,
+    read_site,
+    take_over,
+)
 from cloister_shared.cards import CoordinatorCard, read_site_card
 from cloister_shared.errors import InputError, StateError
+from cloister_shared.processes import Group
 from cloister_shared.sealing import OpeningKey
 from cloister_shared.signing import SigningKey
 
@@ -152,3 +166,81 @@ def test_a_runtime_folder_that_cannot_be_made_is_told(site: Site, monkeypatch: p
     monkeypatch.setenv("CLOISTER_RUNTIME", "/nowhere")
     with pytest.raises(StateError, match="cannot make the socket's folder"):
         make_runtime(site)
+
+
+def test_one_holds_a_site_at_a_time(site: Site) -> None:
+    assert not is_up(site.home)
+    with held_up(site.home):
+        assert is_up(site.home)
+        with pytest.raises(StateError, match="up already"), held_up(site.home):
+            pass
+    assert not is_up(site.home)
+
+
+def test_joining_again_changes_keys_and_cards_and_nothing_else(site: Site) -> None:
+    before = {p.relative_to(site.home): p.read_bytes() for p in site.home.rglob("*") if p.is_file()}
+    card = replace(CARD, ca="other pem", key=SigningKey.generate().verify_key.raw.hex())
+    again = begin_again(site.home, card, read_policy(site.home / "policy.toml"))
+    now = {p.relative_to(site.home): p.read_bytes() for p in site.home.rglob("*") if p.is_file()}
+    assert {p: d for p, d in now.items() if AGAIN not in p.parts} == before
+    (again / "identity.pem").write_bytes(b"pem")
+    own = take_over(site.home)
+    after = {p.relative_to(site.home): p.read_bytes() for p in site.home.rglob("*") if p.is_file()}
+    changed = {str(p) for p in before if after[p] != before[p]}
+    keys = {"agent/sign.key", "agent/seal.key", "link/node.key", "link/ca.crt", "coordinator.json", "card.json"}
+    assert changed == keys
+    assert {str(p) for p in set(after) - set(before)} == {"identity.pem"}
+    assert own.verify_key == SigningKey.load(site.agent_home / "sign.key").verify_key
+    assert (own.records, own.unit) == (7, "record")
+    assert site.coordinator() == card
+
+
+@pytest.mark.parametrize("moved", range(7))
+def test_a_joining_again_that_broke_off_is_finished(site: Site, moved: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = begin_again(site.home, CARD, read_policy(site.home / "policy.toml"))
+    (again / "identity.pem").write_bytes(b"pem")
+    card, real, calls = (again / "card.json").read_bytes(), os.replace, list[Path]()
+
+    def breaks(source: Path, target: Path) -> None:
+        if len(calls) == moved:
+            raise OSError("out of power")
+        calls.append(source)
+        real(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", breaks)
+        with pytest.raises(OSError, match="out of power"):
+            take_over(site.home)
+    assert (again / "identity.pem").exists()
+    own = take_over(site.home)
+    assert (site.home / "card.json").read_bytes() == card
+    assert own.verify_key == SigningKey.load(site.agent_home / "sign.key").verify_key
+    assert not again.exists()
+
+
+def test_what_ends_soon_is_started_later_each_time_and_the_owner_is_told(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervise, "RESTART_SECONDS", 0.05)
+    monkeypatch.setattr(supervise.Running, "_start", lambda running, name: _ends(running.group, name, site))
+    told: list[str] = []
+    with Group() as group:
+        running = supervise.Running(site, group, told.append)
+        _ends(group, "supernode", site)
+        while len(told) < 4:
+            running.check()
+    waits = [running._ends["supernode"].count, len(told)]
+    assert waits == [4, 4]
+    assert "not the revoked again" in told[0]
+    assert "(time 4)" in supervise.link_line(site.home)
+    ends = supervise._Ends()
+    assert [ends.next_wait() <= supervise.RESTART_SECONDS * 2**i for i in range(5)] == [True] * 5
+    assert supervise.MOST_RESTART_SECONDS * 0.75 <= [ends.next_wait() for _ in range(30)][-1] <= 300
+    ends.began -= supervise.SOUND_SECONDS + 1
+    assert ends.next_wait() <= supervise.RESTART_SECONDS
+
+
+def _ends(group: Group, name: str, site: Site) -> None:
+    child = group.start(name, "this", [], site.home / "ended.log")
+    child.process.wait()
+    child.log.write_text("not the revoked again\n")

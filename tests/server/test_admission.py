@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cloister_server.admission import adam_reach, admit_update, sgd_reach
+from cloister_server.admission import adam_reach, admit_update, head_norm_reach, sgd_reach
 from cloister_shared.errors import VerificationError
 from cloister_shared.plan import TrainingSpec
 from cloister_shared.vectors import F32, Schema
@@ -171,3 +171,29 @@ def test_noise_alone_is_never_refused() -> None:
         optimiser.step()
     schema = Schema((("encoder.x", (2000,)),))
     assert admit_update(parameter.detach().numpy(), schema, spec(200)).code == "accepted"
+
+
+def test_a_head_that_moves_in_every_number_is_refused_as_a_whole() -> None:
+    schema = Schema((("head.weight", (10, 50)), ("head.bias", (10,))))
+    plan = spec()
+    each = 0.9 * sgd_reach(plan) * plan.head_rate
+    verdict = admit_update(np.full(schema.size, each, dtype=np.float32), schema, plan)
+    assert verdict.code == "out-of-bounds"
+    assert verdict.observed == pytest.approx(each * schema.size**0.5, rel=1e-5)
+    assert verdict.limit == pytest.approx(head_norm_reach(plan, schema.size) * plan.head_rate, rel=1e-3)
+    alone = np.zeros(schema.size, dtype=np.float32)
+    alone[3] = each
+    assert admit_update(alone, schema, plan).code == "accepted"
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5000), st.integers(1, 20))
+@calm(30)
+def test_the_heads_norm_stays_within_its_bound_with_every_gradient_one_way(seed: int, size: int, steps: int) -> None:
+    plan = replace(spec(steps), noise_multiplier=3.0)
+    rng = np.random.default_rng(seed)
+    batch, clip = plan.expected_batch, plan.clipping_norm
+    way = rng.normal(size=size)
+    sampled = rng.poisson(4 * batch, steps).sum()
+    signal = clip * sampled * way / np.linalg.norm(way)
+    moved = (signal + rng.normal(0, plan.noise_multiplier * clip * steps**0.5, size)) / batch
+    assert np.linalg.norm(moved) <= head_norm_reach(plan, size)

@@ -63,8 +63,8 @@ def entered(defence: Defence, own: Cohort, judge: Any = None, rule: Rule = "aver
 def test_the_pipeline_leaves_out_what_is_odd_and_says_why() -> None:
     got = entered(PIPELINE, cohort(hostile={3: 5 * GOAL, 8: -0.4 * GOAL}))
     assert list(np.flatnonzero(~got.entered)) == [3, 8]
-    assert [f.code for f in got.findings[3]] == ["norm-high", "harm"]
-    assert [f.code for f in got.findings[8]] == ["ok", "harm"]
+    assert [f.code for f in got.findings[3]] == ["norm-high", "norm-high", "harm"]
+    assert [f.code for f in got.findings[8]] == ["ok", "ok", "harm"]
     assert not got.held
     assert got.rule == "nnm+geometric-median"
     assert got.shares is not None
@@ -90,7 +90,7 @@ def test_more_than_half_odd_is_held_and_nothing_is_averaged() -> None:
     rows: dict[int, F32] = {row: (1.6 * GOAL).astype(np.float32) for row in range(4)}
     rows[8] = (-0.4 * GOAL).astype(np.float32)
     got = entered(PIPELINE, cohort(9, rows, noise=0.001))
-    assert [[f.code for f in tests if f.flagged] for tests in got.findings] == [["norm-high"]] * 4 + [[]] * 4 + [
+    assert [[f.code for f in tests if f.flagged] for tests in got.findings] == [["norm-high"] * 2] * 4 + [[]] * 4 + [
         ["harm"]
     ]
     assert got.held == "5 of 9 updates are odd: more than half"
@@ -219,7 +219,7 @@ def test_a_round_refuses_an_odd_update_and_the_registry_says_why(nine: World) ->
     assert sum(shares.values()) == pytest.approx(1)
     tests = nine.store.evidence(nine.run.id)
     assert {t.client for t in tests if t.code != "ok"} == {nine.id_of(evil)}
-    assert len(tests) == 9
+    assert len(tests) == 18
 
 
 def test_three_held_rounds_pause_the_run(nine: World) -> None:
@@ -290,7 +290,7 @@ def test_a_round_that_the_sites_own_text_speaks_against_is_taken_back(tmp_path: 
     assert all("noised_parent_loss" in c.report for c in world.store.clients(world.run.id, 1))
     kept = adapter_of(world, 1)
     # Round 2 is poisoned: two sites answer with as large a move of the head as their plans allow.
-    reach = 0.9 * reaches(quiet[0].training)[1]
+    reach = 0.75 * reaches(quiet[0].training)[1]
 
     def poison(link: Loopback, node: int, frame: bytes, message: Any) -> Any:
         parts = {name: np.zeros(shape, dtype=np.float32) for name, shape in world.schema.tensors}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cloister_server.federation import AUTO, Coordinator, admit_site, init, open_coordinator, read_federation
 from cloister_server.planning import training_for
+from cloister_server.run import changed_settings
 from cloister_shared.cards import CoordinatorCard, SiteCard, read_coordinator_card
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.plan import RULES
@@ -366,3 +367,25 @@ def test_a_card_that_no_plan_can_carry_is_refused(tmp_path: Path, home: Path) ->
 def test_a_card_without_a_node_key_is_refused(tmp_path: Path, home: Path) -> None:
     with pytest.raises(InputError):
         admit_site(home, a_card(tmp_path / "cards", node="not a PEM"))
+
+
+def test_two_services_on_one_address_are_refused(tmp_path: Path) -> None:
+    text = '[registry]\naddress = "127.0.0.1:5"\nenrolment = "127.0.0.1:5"\n'
+    path = write_federation(tmp_path / "FEDERATION.toml", tmp_path / "base")
+    path.write_text(path.read_text() + text)
+    with pytest.raises(InputError, match="addresses of their own"):
+        read_federation(path)
+
+
+def test_an_unknown_key_is_told_with_all_that_are_known(tmp_path: Path) -> None:
+    path = write_federation(tmp_path / "FEDERATION.toml", tmp_path / "base")
+    path.write_text(path.read_text() + '[defence]\nrule = "mean"\nmarginn = 1\n')
+    with pytest.raises(InputError, match=r"attackers, label_margin, margin, rule, sites_margin"):
+        read_federation(path)
+
+
+def test_what_changed_between_two_settings_is_named() -> None:
+    before = 'name = "x"\n[training]\nrounds = 3\nsteps = 1\n[round]\nmin_clients = 2\n'
+    now = 'name = "x"\n[training]\nrounds = 4\nsteps = 1\n[round]\nmin_clients = 2\ndeadline_seconds = 9\n'
+    assert changed_settings(before, now) == ["round.deadline_seconds", "training.rounds"]
+    assert changed_settings(now, now) == []

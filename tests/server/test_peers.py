@@ -5,7 +5,18 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
-from cloister_server.peers import FEWEST, harm_test, majority_flagged, norm_test, norms_of, predicted_norm, to_median
+from cloister_server.peers import (
+    FEWEST,
+    harm_test,
+    majority_flagged,
+    moved_product,
+    norm_test,
+    norms_of,
+    part_norms,
+    parts_test,
+    predicted_norm,
+    to_median,
+)
 from cloister_shared.errors import VerificationError
 from cloister_shared.vectors import Schema
 from hypothesis import given
@@ -110,3 +121,62 @@ def test_cut_to_the_median_norm() -> None:
     assert (norms == [1, 2, 3, 50, 0]).all()
     assert (norms * to_median(norms) == [1, 2, 2, 2, 0]).all()
     assert (to_median(np.zeros(3)) <= 1).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(1, 9), st.integers(1, 9), st.floats(1e-3, 1e3))
+@calm(100)
+def test_what_a_product_moves_by_is_that_of_the_products_themselves(
+    seed: int, rank: int, rows: int, columns: int, size: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    a, da = rng.normal(size=(2, rank, columns)).astype(np.float32)
+    b, db = (size * rng.normal(size=(2, rows, rank))).astype(np.float32)
+    direct = np.linalg.norm((b + db).astype(float) @ (a + da).astype(float) - b.astype(float) @ a.astype(float))
+    assert moved_product((a, b), (da, db)) == pytest.approx(direct, rel=1e-4, abs=1e-6 * size)
+
+
+def cohort_of(count: int, seed: int = 0) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(0, 1e-3, (count, SCHEMA.size)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("part", "seen"), [("x.lora_A.weight", "x.lora_A.weight"), ("head.bias", "head.bias"), ("x.lora_B.weight", "x.")]
+)
+def test_what_is_long_in_one_tensor_alone_is_flagged_there(part: str, seen: str) -> None:
+    rows, parent = cohort_of(12), np.zeros(SCHEMA.size, dtype=np.float32)
+    SCHEMA.split(rows[4])[part][:] *= 12
+    predicted = np.ones(12)
+    assert not any(f.flagged for f in norm_test(norms_of(rows), predicted)) or part != "head.bias"
+    found = parts_test(part_norms(parent, rows, SCHEMA), predicted)
+    assert [i for i, f in enumerate(found) if f.flagged] == [4]
+    assert seen in found[4].test
+    assert found[4].observed > found[4].threshold > found[4].median
+    assert not any(f.flagged for f in parts_test(part_norms(parent, rows[:7], SCHEMA), predicted[:7]))
+
+
+def test_a_long_a_beside_a_short_b_does_not_hide() -> None:
+    rng = np.random.default_rng(3)
+    parent = rng.normal(0, 0.01, SCHEMA.size).astype(np.float32)
+    rows = cohort_of(12)
+    views = SCHEMA.split(rows[2])
+    views["x.lora_A.weight"][:] *= 20
+    views["x.lora_B.weight"][:] /= 20
+    assert parts_test(part_norms(parent, rows, SCHEMA), np.ones(12))[2].flagged
+
+
+def test_parts_that_did_not_move_and_a_frozen_a_are_no_parts() -> None:
+    rows = np.zeros((9, SCHEMA.size), dtype=np.float32)
+    assert not any(f.flagged for f in parts_test(part_norms(rows[0], rows, SCHEMA), np.ones(9)))
+    frozen = Schema((("x.lora_B.weight", (30, 4)),))
+    assert set(part_norms(rows[0][:120], rows[:, :120], frozen)) == {"x.lora_B.weight"}
+    with pytest.raises(VerificationError, match="not finite"):
+        parts_test({"x": np.array([np.nan] * 9)}, np.ones(9))
+
+
+@pytest.mark.parametrize(("parts", "limit"), [(10, 0.02), (60, 0.06)])
+def test_how_often_honest_rows_of_few_unlike_sites_are_flagged(parts: int, limit: float) -> None:
+    rng, flagged = np.random.default_rng(0), 0
+    for _ in range(200):
+        norms = {f"part {i}": np.exp(rng.normal(0, 0.3, FEWEST)) for i in range(parts)}
+        flagged += sum(f.flagged for f in parts_test(norms, np.ones(FEWEST)))
+    assert flagged / (200 * FEWEST) < limit
