@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from cloister_client.sums import Sums
-from cloister_server.unmask import unmasked
+from cloister_server.unmask import Given, unmasked
 from cloister_shared.draw import Commitment, Reveal, Transcript
 from cloister_shared.masks import PeerKeys, attempt_name, work_name
 from cloister_shared.plan import PlanCore, SecureSum, TaskSpec, TrainingSpec
@@ -66,22 +66,26 @@ def measure() -> dict[str, float]:
         for i in members:
             cores[i] = PlanCore(
                 "bench", run, 1, 1, i, members, 1.0, "average", "ab" * 32, SCHEMA.digest, "cd" * 32, TASK, TRAINING,
-                secure=SecureSum(members, 0.01, 1.0),
+                secure=SecureSum(members, 0.01, 1.0, (0.1,) * CLIENTS),
             )  # fmt: skip
         works = {i: core.digest for i, core in cores.items()}
         for i in alive:
+            told_it = {j: (s["shares"][i], s["of_masks"][i], s["of_seeds"][i]) for j, s in shares.items() if j != i}
             with clock[i]:
+                sites[i].expect(cores[i], 1, works, told_it)
                 masked[i] = sites[i].mask(cores[i], 1, works, vector, SCHEMA), 0
-        given = {}
+        given, agreed = {}, {}
         for i in alive:
-            sealed = {j: shares[j]["shares"][i] for j in members if j != i}
             with clock[i]:
-                given[i] = sites[i].open(run, 1, 1, list(alive), list(dead), sealed)
-        seeds = {i: shares[i]["seed"] for i in members}
+                agreed[i] = sites[i].agree(run, 1, 1, alive, dead)["signature"]
+        for i in alive:
+            with clock[i]:
+                given[i] = sites[i].open(run, 1, 1, agreed)
+        before = {i: Given(s["seed"], s["of_masks"], s["of_seeds"]) for i, s in shares.items()}
         with seconds:
             name, work = attempt_name(run, groups, 1, 1), work_name(cores[members[0]].common, works)
-            total = unmasked(name, work, members, alive, dead, keys, seeds, masked, given)
-        mean = SecureSum(members, 0.01, 1.0).fixed(SCHEMA).mean(total, len(alive))
+            total, _ = unmasked(name, work, members, alive, dead, keys, before, masked, given)
+        mean = SecureSum(members, 0.01, 1.0, (0.1,) * CLIENTS).fixed(SCHEMA).mean(total, len(alive))
     if float(np.abs(mean - vector).max()) > 1e-8:
         raise SystemExit("the sum is not the sum")
     of_living = [clock[i].seconds for i in alive]

@@ -42,6 +42,7 @@ _MESSAGE_BYTES = 4 * 1024 * 1024
 RENEW_AT = 2 / 3
 _PLAIN = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 _RETRY_SECONDS = 30.0
+_TRIES = 3
 # gRPC's own words name its parts, not what is wrong.
 _SAID = {
     grpc.StatusCode.UNAVAILABLE: "no connection",
@@ -162,14 +163,19 @@ def enrol(invitation: Invitation, card: CoordinatorCard, home: Path, name: str) 
         CloisterError: Nobody answers, or the coordinator refuses.
     """
     key, request = make_request(name)
-    with (
-        _channel(invitation.address, grpc.ssl_channel_credentials(card.ca.encode())) as channel,
-        _said(invitation.address),
-    ):
-        answer = registry_pb2_grpc.EnrolmentStub(channel).Enrol(
-            registry_pb2.EnrolRequest(secret=invitation.secret, card=(home / "card.json").read_bytes(), csr=request),
-            timeout=CALL_SECONDS,
-        )
+    said = registry_pb2.EnrolRequest(secret=invitation.secret, card=(home / "card.json").read_bytes(), csr=request)
+    for left in range(_TRIES - 1, -1, -1):
+        try:
+            with (
+                _channel(invitation.address, grpc.ssl_channel_credentials(card.ca.encode())) as channel,
+                _said(invitation.address),
+            ):
+                answer = registry_pb2_grpc.EnrolmentStub(channel).Enrol(said, timeout=CALL_SECONDS)
+            break
+        except StateError:
+            # Whether the token was spent is not known: the same card and request are taken again with it.
+            if not left:
+                raise
     _keep(home, key, answer.certificate)
 
 

@@ -46,7 +46,22 @@ CODECS = {
 
 
 # What a site says in a secure sum's protocol, by name (``sums``).
-PROTOCOL = {"key", "commitment", "signature", "nonce", "cipher", "mask", "shares", "seed", "alive", "dead"}
+PROTOCOL = {
+    "key",
+    "commitment",
+    "signature",
+    "nonce",
+    "cipher",
+    "mask",
+    "shares",
+    "of_masks",
+    "of_seeds",
+    "seed",
+    "alive",
+    "dead",
+}
+# The one number in it: what the site declared to everybody.
+DECLARED = "records"
 
 
 @dataclass(frozen=True)
@@ -137,9 +152,9 @@ def protocol(said: Mapping[str, Any]) -> tuple[Codec, bytes]:
     Raises:
         RefusedError: There is something else in it.
     """
-    parts = [value if isinstance(value, dict) else {"": value} for value in said.values()]
+    parts = [value if isinstance(value, dict) else {"": value} for name, value in said.items() if name != DECLARED]
     hexes = all(isinstance(v, str) and set(v) <= set("0123456789abcdef") for part in parts for v in part.values())
-    if not (set(said) <= PROTOCOL and hexes):
+    if not (set(said) - {DECLARED} <= PROTOCOL and hexes and type(said.get(DECLARED, 0)) is int):
         raise RefusedError(
             "release.undeclared", "a secure sum asks for no such thing", got=", ".join(sorted(said))[:200]
         )

@@ -132,7 +132,7 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
         check(desk.policy, core, time.gmtime().tm_hour)
         if abs(time.time() - plan.issued) > PLAN_SECONDS:
             raise RefusedError("policy.plan_age", "the plan is stale", expected=f"issued within {PLAN_SECONDS} s")
-        desk.sums.expect(core, plan.attempt, plan.sharers)
+        desk.sums.expect(core, plan.attempt, plan.sharers, plan.shares)
         kept = kept_update(desk, core)
         update, others = (kept, ()) if kept else work(desk, core, rest)
         mask = None if core.secure is None else partial(_masked, desk, plan)

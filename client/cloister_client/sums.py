@@ -1,21 +1,23 @@
 """The client's side of a sum that nobody can open: its keys, shares and masks, and what it refuses.
 
     run:      commit -> reveal                                     (``cloister_shared.draw``: groups that nobody chose)
-    attempt:  keys -> shares -> masked update -> open: for the living a share of their own mask's seed, for the dead of their mask key
+    attempt:  keys -> shares -> masked update -> agree: one signature on who lives, who died and what all were asked
+              -> open: for the living a share of their own mask's seed, for the dead of their mask key
 
-It never gives both secrets of one site: it answers one opening an attempt, for lists that do not overlap, with a threshold above two
-thirds of the group, so that the coordinator would need more than a third of the group on its side. Masks cancel only among members
-that were asked for the same work (``PlanCore.common``) in the same groups. A work that was opened once is opened again for the same
-living only, for good: two sums that differ by one client would be that client's update. An attempt's secrets are in memory alone and gone
-after it; the run's nonce and what was opened are on disk. Peers that the policy does not name count for nothing. Draws are few a day, and
-each is in ``draws.log``: whoever may draw at will draws until a site sits among its own. No text is read here; what is masked passed
-``release``.
+It opens only what more than two thirds of its group signed alike (Bonawitz et al. 2017, section 4, the consistency check): no two openers
+are told of other dead, other sharers or other work, and two unlike sums of one work would need honest members that sign twice. It signs
+once an attempt; and for a work, for good, with the same living only: two sums that differ by one client would be that client's update. So
+it never gives both secrets of one site, unless the coordinator has more than a third of the group on its side. Masks cancel only among
+members that were asked for the same work (``PlanCore.common``) in the same groups: the same noise over the same batch, and each member
+sees that every other's sample rate fills it, by the size that the other signed in the draw. Shares are opened before anything is trained:
+who gave worthless ones is named while it costs nothing. An attempt's secrets are in memory alone and gone after it; the run's nonce and
+what was agreed to are on disk. Peers that the policy does not name count for nothing. Draws are few a day, and each is in ``draws.log``:
+whoever may draw at will draws until a site sits among its own. No text is read here; what is masked passed ``release``.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import secrets
 import time
@@ -31,11 +33,12 @@ from cloister_shared.draw import Transcript, read_commitments, threshold_of
 from cloister_shared.encoding import canonical, digest, write_durably
 from cloister_shared.errors import RefusedError, VerificationError
 from cloister_shared.masks import U32, PeerKeys, attempt_name, work_name
-from cloister_shared.plan import PlanCore
+from cloister_shared.plan import LEAST_SHARE, MOST_SHARE, PlanCore, SecureSum
 from cloister_shared.signing import SigningKey, VerifyKey
 from cloister_shared.vectors import F32, Schema
 
 _DAY = 86_400.0
+_ROUNDING = 1e-9
 
 
 @dataclass
@@ -52,13 +55,20 @@ class _Attempt:
     seed: bytes = field(default_factory=lambda: os.urandom(32), repr=False)
     keys: dict[str, PeerKeys] = field(default_factory=dict)
     own_share: bytes = field(default=b"", repr=False)
+    held: dict[str, tuple[bytes, bytes]] = field(default_factory=dict, repr=False)
     sharers: Mapping[str, str] = field(default_factory=dict)
     work: str = ""
+    common: str = ""
+    agreed: tuple[tuple[str, ...], tuple[str, ...]] | None = None
 
     @cached_property
     def info(self) -> bytes:
         """The attempt's name, in every derived key."""
         return attempt_name(self.run, self.transcript.digest, self.number, self.attempt)
+
+    def statement(self, alive: tuple[str, ...], dead: tuple[str, ...]) -> bytes:
+        """What members sign before they open."""
+        return masks.agreement(self.info, work_name(self.common, self.sharers), alive, dead)
 
 
 class Sums:
@@ -109,8 +119,10 @@ class Sums:
                 return asdict(self.keys(run, number, attempt, record["transcript"]))
             if stage == "shares":
                 return self.shares(run, number, attempt, record["keys"])
+            if stage == "agree":
+                return self.agree(run, number, attempt, tuple(record["alive"]), tuple(record["dead"]))
             if stage == "open":
-                return self.open(run, number, attempt, record["alive"], record["dead"], record["shares"])
+                return self.open(run, number, attempt, record["agreed"])
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise VerificationError("a message of a secure sum is malformed", where=str(stage)[:20]) from error
         raise VerificationError("a message of a secure sum has no known stage", got=repr(stage)[:40])
@@ -122,7 +134,7 @@ class Sums:
             self._count_draw(run, time.time())
             kept = {"nonce": secrets.token_hex(draw.NONCE_BYTES), "list": "", "transcript": "", "last": [0, 0]}
             self._write(run, kept)
-        return draw.commit(run, bytes.fromhex(kept["nonce"]), self._signing)
+        return draw.commit(run, bytes.fromhex(kept["nonce"]), self._units, self._signing)
 
     def _count_draw(self, run: str, now: float) -> None:
         path = self._folder / "draws.log"
@@ -141,7 +153,8 @@ class Sums:
         if type(size) is not int or not draw.LEAST_GROUP <= size <= draw.MOST_GROUP:
             raise _refused("secure.draw", "groups of an odd size", f"{draw.LEAST_GROUP} to {draw.MOST_GROUP}")
         kept, commitments = self._read(run), read_commitments(shown)
-        if not kept or commitments.get(self._own) != draw.commit(run, bytes.fromhex(kept["nonce"]), self._signing):
+        own = draw.commit(run, bytes.fromhex(kept["nonce"]), self._units, self._signing) if kept else None
+        if own is None or commitments.get(self._own) != own:
             raise _refused("secure.draw", "this site's commitment is not in the list")
         draw.check_commitments(run, commitments)
         name = draw.list_digest(run, size, commitments)
@@ -176,7 +189,7 @@ class Sums:
         return now.keys[self._own]
 
     def shares(self, run: str, number: int, attempt: int, shown: Mapping[str, Any]) -> dict[str, Any]:
-        """A sealed share of this attempt's secrets for each peer whose keys came, and a digest of the seed."""
+        """A sealed share of this attempt's secrets for each peer whose keys came, and digests of the seed and of each share."""
         now = self._at(run, number, attempt)
         if len(now.keys) != 1:
             raise _refused("secure.again", "shares of this attempt were made before")
@@ -189,19 +202,24 @@ class Sums:
         self._among(now, found, "gave keys")
         holders, least = len(now.members), threshold_of(len(now.members))
         of_mask, of_seed = shamir.split(now.mask, holders, least), shamir.split(now.seed, holders, least)
-        sealed = {}
+        sealed, of_masks, of_seeds = dict[str, str](), dict[str, str](), dict[str, str]()
         for place, name in enumerate(now.members):
+            if name not in found:
+                continue
+            of_seeds[name] = masks.share_digest(now.info, self._own, name, "seed", of_seed[place])
             if name == self._own:
                 now.own_share = of_seed[place]
-            elif name in found:
-                info = _between(now, self._own, name)
-                theirs = bytes.fromhex(found[name].cipher)
-                sealed[name] = masks.hide(now.cipher, theirs, info, of_mask[place] + of_seed[place]).hex()
+                continue
+            of_masks[name] = masks.share_digest(now.info, self._own, name, "mask", of_mask[place])
+            theirs, info = bytes.fromhex(found[name].cipher), _between(now, self._own, name)
+            sealed[name] = masks.hide(now.cipher, theirs, info, of_mask[place] + of_seed[place]).hex()
         now.keys = found
-        return {"shares": sealed, "seed": sha256(now.seed).hexdigest()}
+        return {"shares": sealed, "of_masks": of_masks, "of_seeds": of_seeds, "seed": sha256(now.seed).hexdigest()}
 
-    def expect(self, core: PlanCore, attempt: int, sharers: Mapping[str, str]) -> None:
-        """Sees, before anything is trained or charged, that a plan's update may be masked in this attempt.
+    def expect(
+        self, core: PlanCore, attempt: int, sharers: Mapping[str, str], shares: Mapping[str, tuple[str, str, str]]
+    ) -> None:
+        """Sees, before anything is trained or charged, that a plan's update may be masked in this attempt, and opens its shares.
 
         Raises:
             RefusedError: It may not.
@@ -211,39 +229,64 @@ class Sums:
         now = self._at(core.run, core.round, attempt)
         if core.secure.members != now.members:
             raise _refused("secure.group", "the plan names another group than was drawn")
-        # The one part of a plan that members may differ in must follow from their sizes: else it could silence all but one.
-        wanted, asked = core.training.sample_rate * self._units, core.training.expected_batch
-        if not math.isclose(wanted, asked, rel_tol=1e-9):
-            raise _refused(
-                "secure.batch", "the mean is over another batch than this site's", f"{wanted:g}", f"{asked:g}"
-            )
+        self._all_filled(now, core.secure, core.training.expected_batch)
         if sharers.get(self._own) != core.digest or not set(sharers) <= set(now.keys) or not now.own_share:
             raise _refused("secure.group", "the plan's sharers are not those whose keys came")
         if now.sharers:
             raise _refused("secure.again", "this attempt's update was masked before")
         self._among(now, sharers, "share")
+        held = {name: self._opened(now, name, *parts) for name, parts in shares.items()}
+        worthless = sorted(name for name, share in held.items() if share is None)
+        if worthless or set(held) != set(sharers) - {self._own}:
+            raise _refused("secure.shares", "shares do not open", "one of each sharer", ", ".join(worthless) or "fewer")
+        now.held = {name: share for name, share in held.items() if share is not None}
+
+    @staticmethod
+    def _all_filled(now: _Attempt, secure: SecureSum, batch: float) -> None:
+        # All divide by one batch and add one noise; whose rate does not fill that batch would be noise alone, and the rest the sum.
+        for name, rate in zip(secure.members, secure.rates, strict=True):
+            share = rate * now.transcript.commitments[name].records / batch
+            if not LEAST_SHARE * (1 - _ROUNDING) <= share <= MOST_SHARE * (1 + _ROUNDING):
+                limits = f"{LEAST_SHARE:g} to {MOST_SHARE:.3g} of the batch that all divide by"
+                raise _refused("secure.batch", f"member {name[:16]} would bring another batch", limits, f"{share:.3g}")
+
+    def _opened(self, now: _Attempt, giver: str, sealed: str, of_mask: str, of_seed: str) -> tuple[bytes, bytes] | None:
+        """The two shares that one gave, or None where they are worthless."""
+        try:
+            theirs, data = bytes.fromhex(now.keys[giver].cipher), bytes.fromhex(sealed)
+            both = masks.reveal(now.cipher, theirs, _between(now, giver, self._own), data, f"share of {giver[:16]}")
+        except (VerificationError, ValueError, KeyError):
+            return None
+        mask, seed = both[: shamir.SHARE_BYTES], both[shamir.SHARE_BYTES :]
+        good = (
+            len(seed) == shamir.SHARE_BYTES
+            and masks.share_digest(now.info, giver, self._own, "mask", mask) == of_mask
+            and masks.share_digest(now.info, giver, self._own, "seed", seed) == of_seed
+        )
+        return (mask, seed) if good else None
 
     def mask(self, core: PlanCore, attempt: int, sharers: Mapping[str, str], vector: F32, schema: Schema) -> U32:
-        """The update under masks, ``(d,) uint32``; once an attempt.
+        """The update under masks, ``(d,) uint32``; once an attempt, after ``expect``.
 
         Raises:
-            RefusedError: As ``expect``.
+            RefusedError: It was masked before, or something else was expected.
         """
-        self.expect(core, attempt, sharers)
         now = self._at(core.run, core.round, attempt)
         if core.secure is None:
             raise VerificationError("a plan without a secure sum has nothing to mask", where="secure sum")
+        if now.sharers or set(now.held) != set(sharers) - {self._own} or sharers.get(self._own) != core.digest:
+            raise _refused("secure.again", "this attempt's update was masked before, or never expected")
         whole = core.secure.fixed(schema).encode(vector)
-        now.sharers, now.work = sharers, core.digest
+        now.sharers, now.work, now.common = dict(sharers), core.digest, core.common
         whole += masks.self_mask(now.seed, now.info, len(whole))
         others = {name: bytes.fromhex(now.keys[name].mask) for name in sharers if name != self._own}
         whole += masks.pair_masks(now.mask, self._own, others, now.info + work_name(core.common, sharers), len(whole))
         return whole
 
-    def open(
-        self, run: str, number: int, attempt: int, alive: list[str], dead: list[str], shares: Mapping[str, str]
+    def agree(
+        self, run: str, number: int, attempt: int, alive: tuple[str, ...], dead: tuple[str, ...]
     ) -> dict[str, Any]:
-        """Shares for taking the masks off a sum: of the living's seeds, of the dead's mask keys; the attempt ends with it."""
+        """A signature on who lives and who died, once an attempt; for a work the living are the same for good."""
         now = self._at(run, number, attempt)
         if not now.work:
             raise _refused("secure.again", "nothing of this site is in that sum")
@@ -252,29 +295,51 @@ class Sums:
         if {*alive, *dead} != set(now.sharers) or self._own not in alive:
             raise _refused("secure.overlap", "the living and the dead are not those who shared")
         self._among(now, alive, "alive")
+        if now.agreed not in (None, (alive, dead)):
+            raise _refused("secure.second_opening", "this attempt's living and dead were agreed on already")
         self._same_as_before(now, alive)
+        now.agreed = (alive, dead)
+        return {"signature": self._signing.sign(masks.AGREED, now.statement(alive, dead)).hex()}
+
+    def open(self, run: str, number: int, attempt: int, agreed: Mapping[str, str]) -> dict[str, Any]:
+        """Shares for taking the masks off a sum: of the living's seeds, of the dead's mask keys; the attempt ends with it.
+
+        Args:
+            run: The run.
+            number: The round.
+            attempt: The attempt.
+            agreed: Signatures of the living on what this site signed, hex, by id.
+        """
+        now = self._at(run, number, attempt)
+        if now.agreed is None:
+            raise _refused("secure.agreed", "this site did not agree on who lives and who died")
+        alive, dead = now.agreed
+        statement, least, good = now.statement(alive, dead), threshold_of(len(now.members)), 0
+        for name in alive:
+            if name in agreed:
+                signer = VerifyKey.from_hex(now.transcript.commitments[name].key, "secure sum")
+                signer.verify(masks.AGREED, statement, bytes.fromhex(agreed[name]), f"agreement of {name[:16]}")
+                good += 1
+        if good < least:
+            raise _refused("secure.agreed", "too few members agreed", f">= {least} of {len(now.members)}", str(good))
         out: dict[str, dict[str, str]] = {"alive": {self._own: now.own_share.hex()}, "dead": {}}
         for name in sorted({*alive, *dead} - {self._own}):
-            theirs, sealed = bytes.fromhex(now.keys[name].cipher), bytes.fromhex(shares[name])
-            try:
-                opened = masks.reveal(
-                    now.cipher, theirs, _between(now, name, self._own), sealed, f"share of {name[:16]}"
-                )
-            except VerificationError:
-                continue  # what it gave us is worth nothing; others may have better ones
+            mask, seed = now.held[name]
             if name in alive:
-                out["alive"][name] = opened[shamir.SHARE_BYTES :].hex()
+                out["alive"][name] = seed.hex()
             else:
-                out["dead"][name] = opened[: shamir.SHARE_BYTES].hex()
+                out["dead"][name] = mask.hex()
         self._now = None
         return out
 
-    def _same_as_before(self, now: _Attempt, alive: list[str]) -> None:
+    def _same_as_before(self, now: _Attempt, alive: Collection[str]) -> None:
         """One set of the living for a work, for good: the difference of two sums would be one client's update."""
         path = self._folder / f"{now.work}.opened"
         wanted = canonical({"alive": {name: now.sharers[name] for name in alive}})
         if path.is_file() and path.read_bytes() != wanted:
-            raise _refused("secure.second_opening", "this round's sum was opened before, of other sites or other work")
+            raise _refused(
+                "secure.second_opening", "this round's sum was agreed on before, of other sites or other work"
+            )
         write_durably(path, wanted)
 
     def _at(self, run: str, number: int, attempt: int) -> _Attempt:

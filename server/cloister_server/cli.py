@@ -245,7 +245,7 @@ def event_line(kind: str, e: dict[str, Any]) -> str | None:
         groups = f"{e['groups']} group{'s' if e['groups'] > 1 else ''}"
         return f"secure aggregation: {groups} of {sizes} sites, drawn by all; one sum a group is seen; {stands}"
     if kind == "group":
-        return f"  {e['name']} dropped: {e['what']}"
+        return f"  {e['name']}: {e['what']}"
     if kind == "round":
         attempt = f", attempt {e['attempt']}" if e["attempt"] > 1 else ""
         return f"round {e['number']}/{e['rounds']}: sent to {e['cohort']} sites{attempt}"

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cloister_shared.cards import SiteCard, check_name, read_site_card
-from cloister_shared.encoding import canonical, read_json, write_durably
+from cloister_shared.encoding import canonical, digest, read_json, write_durably
 from cloister_shared.errors import InputError, RefusedError
 from cloister_shared.invitation import Invitation
 from cloister_shared.tls import certify
@@ -71,12 +71,27 @@ def invited(home: Path, name: str, now: float) -> str:
     Raises:
         RefusedError: There is none, it was used, or it is too old; which of them a stranger is not told apart.
     """
-    path = home / "invitations" / f"{name}.json"
     try:
-        record = read_json(path, "invitation")
+        record = read_json(home / "invitations" / f"{name}.json", "invitation")
     except InputError as error:
         raise _unknown() from error
     if now > float(record["expires"]):
+        raise _unknown()
+    return str(record["site"])
+
+
+def _spent_on(home: Path, name: str, card: bytes, request: bytes, now: float) -> str:
+    """The site that a spent invitation admitted by this card and request, while it is still admitted and the token not too old.
+
+    Raises:
+        RefusedError: As ``invited``.
+    """
+    try:
+        record = read_json(home / "invitations" / f"{name}.spent", "invitation")
+        own = (home / "sites" / f"{check_name(str(record['site']), 'invitation')}.json").read_bytes()
+    except (InputError, OSError) as error:
+        raise _unknown() from error
+    if now > float(record["expires"]) or own != card or record.get("request") != digest(request):
         raise _unknown()
     return str(record["site"])
 
@@ -100,6 +115,9 @@ def _alone(home: Path) -> Iterator[None]:
 def redeem(coordinator: Coordinator, secret_name: str, card: bytes, request: bytes, now: float) -> x509.Certificate:
     """Admits a site and certifies its key, for one open invitation, which is spent by it.
 
+    The very same card and request may come again with their token until it is too old: an answer that was lost, or a service that died
+    after it spent the token, costs nobody its keys. Another request does not: it would be another's key under this site's name.
+
     Args:
         coordinator: The coordinator.
         secret_name: SHA-256 of the token's secret, hex.
@@ -111,6 +129,12 @@ def redeem(coordinator: Coordinator, secret_name: str, card: bytes, request: byt
         CloisterError: The invitation, the card or the request is not good; nothing is spent.
     """
     home = coordinator.home
+    if (home / "invitations" / f"{secret_name}.spent").is_file():
+        with _alone(home):
+            site = _spent_on(home, secret_name, card, request, now)
+            certificate = certify(home / "tls", request, site, _life(coordinator))
+            _remember(home, read_site_card(home / "sites" / f"{site}.json"), certificate, {})
+        return certificate
     invited(home, secret_name, now)  # before the lock: strangers wait for nobody
     with _alone(home):
         site = invited(home, secret_name, now)
@@ -124,8 +148,10 @@ def redeem(coordinator: Coordinator, secret_name: str, card: bytes, request: byt
             admit_site(home, incoming)
         finally:
             incoming.unlink(missing_ok=True)
-        os.rename(home / "invitations" / f"{secret_name}.json", home / "invitations" / f"{secret_name}.spent")
         _remember(home, found, certificate, {})
+        spent = read_json(home / "invitations" / f"{secret_name}.json", "invitation") | {"request": digest(request)}
+        write_durably(home / "invitations" / f"{secret_name}.json", canonical(spent))
+        os.rename(home / "invitations" / f"{secret_name}.json", home / "invitations" / f"{secret_name}.spent")
     return certificate
 
 

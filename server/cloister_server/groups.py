@@ -50,6 +50,12 @@ def draw_groups(context: Context, link: Exchange, size: int) -> Transcript:
             try:
                 one = read_commitments({i: said})
                 check_commitments(run, one)
+                if one[i].records != members[i].card.records:
+                    raise VerificationError(
+                        "a commitment states another size than the card",
+                        expected=str(members[i].card.records),
+                        got=str(one[i].records),
+                    )
                 commitments |= one
             except VerificationError as error:  # costs its sender: the groups are drawn without it
                 talk.refused[i] = Reply.unreadable(error)

@@ -6,27 +6,49 @@ the authority, this is a forecast. The same ``epsilon`` decides here and there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from cloister_shared.cards import SiteCard
 from cloister_shared.errors import InputError
-from cloister_shared.plan import TrainingSpec
+from cloister_shared.plan import LEAST_SHARE, TrainingSpec
 from cloister_shared.privacy import DpSgd, calibrate, coarse_rate, epsilon
 
 from cloister_server.federation import Federation
 
 
-def training_for(federation: Federation, card: SiteCard) -> TrainingSpec:
-    """How one site trains: its sample rate from its declared size, its noise from the target for the whole run."""
-    rate = coarse_rate(min(1.0, federation.batch / card.records))
+def summed_rate(batch: float, records: int) -> float:
+    """The sample rate of a site of so many units that fills ``batch``, or as much of it as the site has."""
+    return coarse_rate(min(1.0, batch / records))
+
+
+def training_for(federation: Federation, card: SiteCard, company: Sequence[SiteCard] = ()) -> TrainingSpec:
+    """How one site trains: its sample rate from its declared size, its noise from the target for the whole run.
+
+    Under secure aggregation all members divide by one batch and add one noise, so that nobody's update stands out in a sum: the batch is
+    at most four times what the smallest has (``LEAST_SHARE``), and the noise that of who needs most.
+
+    Args:
+        federation: The settings.
+        card: The site's card.
+        company: Cards of all sites; only secure aggregation looks at them.
+    """
+    batch, all_rates = float(federation.batch), [0.0]
+    if federation.secure_group is None:
+        rate = summed_rate(batch, card.records)
+        all_rates, batch = [rate], rate * card.records
+    else:
+        sizes = [one.records for one in company] or [card.records]
+        batch = min(batch, min(sizes) / LEAST_SHARE)
+        rate = summed_rate(batch, card.records)
+        all_rates = sorted({summed_rate(batch, size) for size in sizes})
     sigma = federation.noise_multiplier
     if sigma is None:
-        sigma = _calibrate(federation, rate, federation.steps, federation.rounds)
+        sigma = max(_calibrate(federation, one, federation.steps, federation.rounds) for one in all_rates)
     return TrainingSpec(
         steps=federation.steps,
         sample_rate=rate,
-        expected_batch=rate * card.records,
+        expected_batch=batch,
         noise_multiplier=sigma,
         clipping_norm=federation.clipping_norm,
         adapter_rate=federation.adapter_rate,
@@ -134,9 +156,11 @@ def run_events(federation: Federation, spec: TrainingSpec, rounds: int) -> list[
     return [training, *_numbers(federation, rounds)]
 
 
-def forecast(federation: Federation, card: SiteCard, history: Iterable[DpSgd]) -> Forecast:
-    """One site's forecast; ``history`` is what was charged before."""
-    spec, before = training_for(federation, card), tuple(history)
+def forecast(
+    federation: Federation, card: SiteCard, history: Iterable[DpSgd], company: Sequence[SiteCard] = ()
+) -> Forecast:
+    """One site's forecast; ``history`` is what was charged before, ``company`` the cards of all."""
+    spec, before = training_for(federation, card, company), tuple(history)
     delta, rounds = federation.delta, federation.rounds
     after = epsilon([*before, *run_events(federation, spec, rounds)], delta)
     able = rounds if after <= card.epsilon_cap else 0
@@ -159,9 +183,9 @@ def forecast(federation: Federation, card: SiteCard, history: Iterable[DpSgd]) -
     )
 
 
-def knobs(federation: Federation, card: SiteCard) -> tuple[Knob, ...]:
+def knobs(federation: Federation, card: SiteCard, company: Sequence[SiteCard] = ()) -> tuple[Knob, ...]:
     """What each knob costs at one site, everything else as it is."""
-    spec, rounds = training_for(federation, card), federation.rounds
+    spec, rounds = training_for(federation, card, company), federation.rounds
     changes = [
         ("as planned", spec, rounds),
         ("twice the rounds", spec, 2 * rounds),

@@ -38,7 +38,7 @@ from cloister_server.defence import Cohort, Entered, enter, explained, lost_at_s
 from cloister_server.federation import PIPELINE, is_admitted
 from cloister_server.intake import Intake, take
 from cloister_server.peers import predicted_norm
-from cloister_server.planning import in_round
+from cloister_server.planning import in_round, summed_rate
 from cloister_server.secure import collect, opened_before
 from cloister_server.sending import close, receipts_of, seal_plan
 from cloister_server.store import Commit, Evidence, Judgement, NoisedSum, Opening, Round, RoundClient, Summed
@@ -230,9 +230,9 @@ def gather_sums(
         raise StateError("a run under secure aggregation has no draw", where=f"run {context.run.id[:8]}")
     receipts = receipts_of(context, row.number - 1)
 
-    def plan_for(member: Member, sharers: Mapping[str, str]) -> bytes:
+    def plan_for(member: Member, sharers: Mapping[str, str], shares: Mapping[str, tuple[str, str, str]]) -> bytes:
         told = receipts.get(member.id, ())
-        return seal_plan(context, member, cores[member.id], parent, row.attempt, key, told, sharers)
+        return seal_plan(context, member, cores[member.id], parent, row.attempt, key, told, sharers, shares)
 
     store, run = context.store, context.run.id
     known = {s.group: s for s in store.openings(run, row.number)}
@@ -378,6 +378,17 @@ def seen(context: Context, number: int, cores: dict[str, PlanCore], intake: Inta
     ]
 
 
+def _rates(context: Context, group: tuple[str, ...]) -> tuple[float, ...]:
+    """The sample rates of a group's members, whether they are online or not: by the size that each signed in the draw."""
+    if context.draw is None:
+        raise StateError("a run without secure aggregation has no groups", where=f"run {context.run.id[:8]}")
+    online = {m.id: m.training for m in context.members}
+    batch = next(iter(online.values())).expected_batch
+    return tuple(
+        online[i].sample_rate if i in online else summed_rate(batch, context.draw.commitments[i].records) for i in group
+    )
+
+
 def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[RoundClient]]:
     """Writes down what will be asked, before it is asked; a round that was open keeps its work."""
     # Once: every signature of the draw is checked for it.
@@ -385,7 +396,7 @@ def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
     cohort = tuple(sorted({m.id for m in context.members} | set(group_of)))
     trainings = {m.id: in_round(context.federation, m.training, number) for m in context.members}
     # One fixed point for all: of whoever may move farthest.
-    ranges = tuple(map(max, zip(*map(reaches, trainings.values()), strict=True)))
+    lora, head = map(max, zip(*map(reaches, trainings.values()), strict=True))
     equal = context.federation.client_level is not None or context.draw is not None
     parent_digest, level = digest(vector_to_bytes(parent)), context.federation.client_level
     entries = []
@@ -408,7 +419,9 @@ def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
             update_norm=None if level is None else level.clipping_norm,
             reports=context.federation.reports,
             noised=context.federation.noised,
-            secure=None if context.draw is None else SecureSum(group_of[member.id], *ranges),
+            secure=None
+            if context.draw is None
+            else SecureSum(group_of[member.id], lora, head, _rates(context, group_of[member.id])),
         )
         spec = core.training
         entries.append(

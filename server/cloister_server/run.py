@@ -155,7 +155,7 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
         members = []
         for card in cards:
             if card.name in online:
-                training = earlier_training(store, run.id, card) or training_for(federation, card)
+                training = earlier_training(store, run.id, card) or training_for(federation, card, cards)
                 cost = epsilon(run_events(federation, training, run.rounds), training.delta)
                 tell(
                     "member",
@@ -198,9 +198,9 @@ def drawn(context: Context, link: Exchange, size: int) -> Context:
         CloisterError: They cannot be drawn, or the defence does not fit them.
     """
     store, run = context.store, context.run
-    groups_of(context.federation, len(context.members))
     known = store.transcript(run.id)
     if known is None:
+        groups_of(context.federation, len(context.members))
         draw = draw_groups(context, link, size)
         groups_of(context.federation, len(draw.commitments))
         store.register_draw(run.id, json.dumps(draw.as_dict()))

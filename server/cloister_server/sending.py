@@ -24,9 +24,10 @@ def seal_plan(
     key: OpeningKey,
     receipts: tuple[Receipt, ...],
     sharers: Mapping[str, str] | None = None,
+    shares: Mapping[str, tuple[str, str, str]] | None = None,
 ) -> bytes:
     """One client's plan, signed and sealed to it."""
-    plan = Plan(core, attempt, key.sealing_key, int(time.time()), receipts, sharers or {})
+    plan = Plan(core, attempt, key.sealing_key, int(time.time()), receipts, sharers or {}, shares or {})
     return sealed(context, member, Codec.PLAN, plan.to_bytes(parent, context.signing), core.round, attempt, core.digest)
 
 

@@ -19,6 +19,8 @@ from cloister_server.sending import sealed
 
 # A message of the protocol is answered at once: nothing is trained for it.
 STAGE_SECONDS = 60.0
+# Shares of a hundred members and what is said of them, with room.
+_MOST_BYTES = 128 * 1024
 
 
 class Talk:
@@ -78,7 +80,7 @@ class Talk:
             frame,
             by=member.card.verify_key,
             key=self._key,
-            max_bytes=4 * context.schema.size + (1 << 20),
+            max_bytes=_MOST_BYTES + (4 * context.schema.size if codec == Codec.MASKED_U32 else 0),
             where=where,
             expect=answering(
                 member.card,

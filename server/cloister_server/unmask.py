@@ -1,14 +1,12 @@
 """Taking the masks off a group's sum: pure functions over what its members gave.
 
-A wrong share gives a wrong secret, which the seed's digest or the public key tells; other shares are tried then.
+A wrong share is known by the digest that its giver stated before: it is left out, and who gave it named.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -17,7 +15,20 @@ from cloister_shared.draw import threshold_of
 from cloister_shared.errors import VerificationError
 from cloister_shared.masks import U32, PeerKeys
 
-_TRIES = 2000
+
+@dataclass(frozen=True)
+class Given:
+    """What a site gave before its update, for taking masks off.
+
+    Attributes:
+        seed: SHA-256 of its seed, hex.
+        of_masks: What it said of each holder's share of its mask key (``masks.share_digest``), hex, by holder.
+        of_seeds: The same of its seed.
+    """
+
+    seed: str
+    of_masks: Mapping[str, str]
+    of_seeds: Mapping[str, str]
 
 
 def unmasked(
@@ -27,11 +38,11 @@ def unmasked(
     alive: Sequence[str],
     dead: Sequence[str],
     keys: Mapping[str, PeerKeys],
-    seeds: Mapping[str, str],
+    before: Mapping[str, Given],
     masked: Mapping[str, tuple[U32, int]],
     given: Mapping[str, Any],
-) -> U32:
-    """The sum of the living's vectors modulo 2^32.
+) -> tuple[U32, set[str]]:
+    """The sum of the living's vectors modulo 2^32, and who gave wrong shares.
 
     Args:
         info: The attempt's name.
@@ -40,32 +51,23 @@ def unmasked(
         alive: Whose updates came.
         dead: Who shared and sent none.
         keys: Every sharer's public keys of the attempt.
-        seeds: SHA-256 of the living's seeds, hex, as they said with their shares.
+        before: What every sharer said with its shares.
         masked: The living's masked vectors.
         given: What the living gave at the opening.
 
     Raises:
         VerificationError: Too few good shares.
     """
-    total = masks.added([masked[i][0] for i in alive])
+    total, lied = masks.added([masked[i][0] for i in alive]), set[str]()
     for i in alive:
-        seed = _recovered(group, given, "alive", i, _digests_to(seeds[i]))
+        good = _digests_to(before[i].seed)
+        seed = _recovered(info, group, given, "alive", i, before[i].of_seeds, good, lied)
         total -= masks.self_mask(seed, info, len(total))
     for i in dead:
-        own = _recovered(group, given, "dead", i, _opens(keys[i].mask))
+        own = _recovered(info, group, given, "dead", i, before[i].of_masks, _opens(keys[i].mask), lied)
         others = {j: bytes.fromhex(keys[j].mask) for j in alive}
         total += masks.pair_masks(own, i, others, info + work, len(total))
-    return total
-
-
-def _subsets(places: list[int], least: int) -> Iterator[tuple[int, ...]]:
-    """Subsets to try: all where they are few, else some at random, of which one in three has not a given place in it."""
-    if math.comb(len(places), least) <= _TRIES:
-        yield from itertools.combinations(places, least)
-        return
-    rng = random.Random(0)  # which shares are tried first protects nobody
-    for _ in range(_TRIES):
-        yield tuple(sorted(rng.sample(places, least)))
+    return total, lied
 
 
 def _digests_to(wanted: str) -> Callable[[bytes], bool]:
@@ -77,28 +79,31 @@ def _opens(public: str) -> Callable[[bytes], bool]:
 
 
 def _recovered(
-    group: Sequence[str], given: Mapping[str, Any], kind: str, site: str, good: Callable[[bytes], bool]
+    info: bytes,
+    group: Sequence[str],
+    given: Mapping[str, Any],
+    kind: str,
+    site: str,
+    said: Mapping[str, str],
+    good: Callable[[bytes], bool],
+    lied: set[str],
 ) -> bytes:
-    """A secret out of the shares that were given; where one is wrong, other shares are tried."""
-    found = dict[int, bytes]()
-    for holder, said in given.items():
+    """A secret out of the shares that are what its giver said they are; whoever gave another is put into ``lied``."""
+    found, of = dict[int, bytes](), "seed" if kind == "alive" else "mask"
+    for holder, answer in given.items():
         try:
-            share = bytes.fromhex(said[kind][site])
+            share = bytes.fromhex(answer[kind][site])
         except (KeyError, TypeError, ValueError):
-            continue
-        if len(share) == shamir.SHARE_BYTES:
+            share = b""
+        if masks.share_digest(info, site, holder, of, share) == said.get(holder):
             found[group.index(holder) + 1] = share
-    least = threshold_of(len(group))
-    for places in _subsets(sorted(found), least):
-        try:
-            secret = shamir.join({place: found[place] for place in places})
-        except VerificationError:
-            continue
-        if good(secret):
-            return secret
-    raise VerificationError(
-        "a mask cannot be taken off",
-        where=f"site {site[:16]}, {kind}",
-        expected=f"{least} good shares of {len(group)}",
-        got=f"{len(found)} shares",
-    )
+        else:
+            lied.add(holder)
+    least, where = threshold_of(len(group)), f"site {site[:16]}, {kind}"
+    if len(found) < least:
+        expected, got = f"{least} good shares of {len(group)}", f"{len(found)} of {len(given)} that were given"
+        raise VerificationError("a mask cannot be taken off", where=where, expected=expected, got=got)
+    secret = shamir.join(dict(sorted(found.items())[:least]))
+    if not good(secret):
+        raise VerificationError("the site's shares are of no secret of its own", where=where)
+    return secret

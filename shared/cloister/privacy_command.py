@@ -168,9 +168,9 @@ def _plan_file(path: Path) -> None:
         histories = {card.name: charged_events(store, card.verify_key.id.hex()) for card in cards}
     finally:
         store.close()
-    found = [forecast(settings, card, histories[card.name]) for card in cards]
+    found = [forecast(settings, card, histories[card.name], cards) for card in cards]
     middle = sorted(cards, key=lambda c: c.records)[len(cards) // 2]
-    turned = knobs(settings, middle)
+    turned = knobs(settings, middle, cards)
     unable = [f.site for f in found if f.rounds < settings.rounds]
     deltas = [card.name for card in cards if card.delta != settings.delta]
     record = {

@@ -1,7 +1,8 @@
 """Drawing the groups of a run by commit and reveal, so that nobody chooses whom a site is summed with.
 
-    every site: H(nonce), signed -> all commitments shown to all -> every site: nonce, signed over all commitments and the size -> groups
+    every site: H(nonce), size, signed -> all commitments shown to all -> every site: nonce, signed over all of them -> groups
 
+A commitment states the site's declared number of units as well: members see from it that nobody among them was asked for nothing.
 The seed is a hash of all nonces; sites in the order of H(seed, id) are cut into groups of the size that all signed: one draw has one
 partition. A coordinator that colludes with a site learns the groups before that site reveals, and can break the draw off: a site reveals
 for one list of commitments per run, and takes part in so many draws a day (``cloister_client.sums``). Everything is checked from
@@ -10,6 +11,7 @@ signatures by whoever has the transcript.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -22,6 +24,8 @@ from cloister_shared.signing import SigningKey, VerifyKey
 _COMMIT, _REVEAL = "draw-commitment", "draw-nonce"
 NONCE_BYTES = 32
 LEAST_GROUP, MOST_GROUP = 3, 100
+_HEX = re.compile("[0-9a-f]{64}")
+_SIGNATURE = re.compile("[0-9a-f]{128}")
 
 
 def threshold_of(members: int) -> int:
@@ -36,11 +40,13 @@ class Commitment:
     Attributes:
         key: Its Ed25519 key, hex.
         commitment: SHA-256 over run, key and nonce, hex.
-        signature: Its signature, hex.
+        records: Its declared number of privacy units, 1 to 1e9.
+        signature: Its signature over all of it, hex.
     """
 
     key: str
     commitment: str
+    records: int
     signature: str
 
     @property
@@ -66,11 +72,15 @@ def _commitment_of(run: str, key: str, nonce: bytes) -> str:
     return sha256(b"cloister draw\0" + bytes.fromhex(run) + bytes.fromhex(key) + nonce).hexdigest()
 
 
-def commit(run: str, nonce: bytes, by: SigningKey) -> Commitment:
-    """A site's commitment to its nonce in a run."""
+def _committed(run: str, commitment: str, records: int) -> bytes:
+    return canonical({"run": run, "commitment": commitment, "records": records})
+
+
+def commit(run: str, nonce: bytes, records: int, by: SigningKey) -> Commitment:
+    """A site's commitment to its nonce in a run, and its declared number of units."""
     key = by.verify_key.raw.hex()
     made = _commitment_of(run, key, nonce)
-    return Commitment(key, made, by.sign(_COMMIT, canonical({"run": run, "commitment": made})).hex())
+    return Commitment(key, made, records, by.sign(_COMMIT, _committed(run, made, records)).hex())
 
 
 def list_digest(run: str, size: int, commitments: Mapping[str, Commitment]) -> str:
@@ -106,7 +116,7 @@ def check_commitments(run: str, commitments: Mapping[str, Commitment]) -> None:
     for name, one in commitments.items():
         if one.id != name:
             raise VerificationError("a commitment stands under another key", where="draw", expected=name, got=one.id)
-        signed = canonical({"run": run, "commitment": one.commitment})
+        signed = _committed(run, one.commitment, one.records)
         VerifyKey.from_hex(one.key, "draw").verify(_COMMIT, signed, _bytes(one.signature), f"commitment of {name[:16]}")
 
 
@@ -213,9 +223,19 @@ def read_commitments(value: Any) -> dict[str, Commitment]:
         out = {str(name): Commitment(**fields) for name, fields in value.items()}
     except (TypeError, AttributeError) as error:
         raise VerificationError("commitments are malformed", where="draw", got=str(error)[:200]) from error
-    if not all(isinstance(text, str) for one in out.values() for text in vars(one).values()):
-        raise VerificationError("commitments are malformed", where="draw", expected="text")
+    for one in out.values():
+        # One spelling alone, of one length: they are compared as they are written, and shown to all.
+        if not (_is(_HEX, one.key) and _is(_HEX, one.commitment) and _is(_SIGNATURE, one.signature)) or not (
+            type(one.records) is int and 1 <= one.records <= 10**9
+        ):
+            raise VerificationError(
+                "commitments are malformed", where="draw", expected="hex digits and a number of units"
+            )
     return out
+
+
+def _is(form: re.Pattern[str], text: object) -> bool:
+    return isinstance(text, str) and form.fullmatch(text) is not None
 
 
 def read_reveal(value: Any) -> Reveal:
@@ -228,8 +248,8 @@ def read_reveal(value: Any) -> Reveal:
         made = Reveal(**value)
     except TypeError as error:
         raise VerificationError("a nonce is malformed", where="draw", got=str(error)[:200]) from error
-    if not all(isinstance(text, str) for text in vars(made).values()):
-        raise VerificationError("a nonce is malformed", where="draw", expected="text")
+    if not (_is(_HEX, made.nonce) and _is(_SIGNATURE, made.signature)):
+        raise VerificationError("a nonce is malformed", where="draw", expected="hex digits")
     return made
 
 

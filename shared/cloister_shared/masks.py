@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from cloister_shared.vectors import F32, Schema
 
 U32 = npt.NDArray[np.uint32]
 _NONCE = 12
-_PURPOSE = "secure-keys"
+_PURPOSE, AGREED = "secure-keys", "secure-agreed"
 _HEX = re.compile("[0-9a-f]{64}(?:[0-9a-f]{64})?")
 
 
@@ -225,6 +226,33 @@ def reveal(mine: bytes, theirs: bytes, info: bytes, data: bytes, where: str) -> 
         return AESGCM(key).decrypt(data[:_NONCE], data[_NONCE:], info)
     except (InvalidTag, ValueError) as error:
         raise VerificationError("a share does not open", where=where) from error
+
+
+def agreement(info: bytes, work: bytes, alive: Iterable[str], dead: Iterable[str]) -> bytes:
+    """What members sign before they open: the attempt, what all were asked and in what work each shared, who lives and who died.
+
+    Args:
+        info: The attempt's name.
+        work: From ``work_name``.
+        alive: Whose updates came.
+        dead: Who shared and sent none.
+    """
+    return info + work + canonical({"alive": sorted(alive), "dead": sorted(dead)})
+
+
+def share_digest(info: bytes, giver: str, holder: str, kind: str, share: bytes) -> str:
+    """What a giver says of a share before anybody gives it back, hex: who gives back another is known by it.
+
+    A share is uniform in 2^256 numbers, so that its hash says nothing of it that could be found out.
+
+    Args:
+        info: The attempt's name.
+        giver: Whose secret it is of.
+        holder: Who holds it.
+        kind: ``mask`` or ``seed``.
+        share: 33 bytes.
+    """
+    return sha256(b"cloister share\0" + canonical([info.decode(), giver, holder, kind]) + share).hexdigest()
 
 
 def added(vectors: Sequence[U32]) -> U32:

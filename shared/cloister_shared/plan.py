@@ -43,7 +43,9 @@ MAX_WORDS, MAX_HIDDEN, MAX_CENTRE = 1 << 16, 1 << 14, 1000.0
 # A block's spread: a smaller one would stretch the rounding of a block until records of a batch touch each other.
 LEAST_SPREAD, MAX_SPREAD = 0.01, 1000.0
 # What a site's declared size and unit set in its training, and nobody else's.
-_OF_SITE = {"sample_rate", "expected_batch", "noise_multiplier", "unit", "unit_records"}
+_OF_SITE = {"sample_rate", "unit", "unit_records"}
+# In a sum under masks: how much less, and how much more than the batch that all divide by, a member's own may be expected to be.
+LEAST_SHARE, MOST_SHARE = 0.25, 2**0.25
 # Largest LoRA scale alpha / rank; see ``vectors.bounded``.
 MAX_SCALE = 4.0
 
@@ -205,7 +207,8 @@ class TrainingSpec:
     Attributes:
         steps: DP-SGD steps.
         sample_rate: Probability that a privacy unit is in a batch.
-        expected_batch: Denominator of the mean gradient: ``sample_rate`` times the declared number of units.
+        expected_batch: Denominator of the mean gradient: ``sample_rate`` times the declared number of units; in a sum under masks the
+            same for all members, as the noise multiplier is.
         noise_multiplier: Standard deviation of the noise over the clipping norm.
         clipping_norm: L2 bound on the summed gradient of one unit's records, 1e-3 to 1e6.
         adapter_rate: Learning rate of LoRA's parameters.
@@ -282,11 +285,13 @@ class SecureSum:
         members: Key ids of the group, hex, sorted, the client among them; 3 to 100, and no others for the whole run.
         adapter_range: Largest move of a LoRA number that the sum's fixed point holds; > 0.
         head_range: The head's.
+        rates: The members' sample rates, in their order: all that they are asked unlike.
     """
 
     members: tuple[str, ...]
     adapter_range: float
     head_range: float
+    rates: tuple[float, ...]
 
     def __post_init__(self) -> None:
         for member in self.members:
@@ -296,6 +301,9 @@ class SecureSum:
             f"a group is not sorted, distinct and of {LEAST_GROUP} to {MOST_GROUP}",
             self.members,
         )
+        _must(len(self.rates) == len(self.members), "a group has other rates than members", self.rates)
+        for rate in self.rates:
+            _number(rate, 1e-9, 1.0, "a member's rate")
         _number(self.adapter_range, 1e-9, 1e9, "adapter_range")
         _number(self.head_range, 1e-9, 1e9, "head_range")
 
@@ -389,9 +397,17 @@ class PlanCore:
                 self.secure.members,
             )
             _must(
-                self.rule in LINEAR_RULES and not (self.reports or self.noised) and self.weight == 1.0,
-                "a sum under masks is of updates alone, all of weight 1, and of a linear rule",
+                self.rule in LINEAR_RULES
+                and not (self.reports or self.noised)
+                and self.weight == 1.0
+                and self.update_norm is None,
+                "a sum under masks is of updates alone, all of weight 1, uncut, and of a linear rule",
                 self.rule,
+            )
+            _must(
+                self.secure.rates[self.secure.members.index(self.client)] == self.training.sample_rate,
+                "the group is told another sample rate than the client",
+                self.training.sample_rate,
             )
         for name in ("base", "schema", "parent"):
             _hex(getattr(self, name), 32, name)
@@ -415,7 +431,8 @@ class PlanCore:
         """SHA-256 of all that the members of one sum must have been asked alike, hex.
 
         That is everything but who the client is and how its size and unit make it sample: a sum of one real update and of others that
-        were asked for something that comes to nothing would be that update.
+        were asked for something that comes to nothing, or is all noise, would be that update. How often each samples is in ``secure``,
+        for all to see.
         """
         training = {k: v for k, v in asdict(self.training).items() if k not in _OF_SITE}
         return digest(canonical(asdict(self) | {"client": "", "training": training}))
@@ -436,7 +453,7 @@ class PlanCore:
             record["training"] = TrainingSpec(**_read(record["training"], TrainingSpec))
             record["noised"] = tuple(NoisedNumber(**_read(number, NoisedNumber)) for number in record["noised"])
             if record["secure"] is not None:
-                record["secure"] = SecureSum(**_read(record["secure"], SecureSum, "members"))
+                record["secure"] = SecureSum(**_read(record["secure"], SecureSum, "members", "rates"))
             return cls(**record)
         except (TypeError, KeyError, ValueError) as error:
             raise VerificationError("plan is malformed", got=str(error)[:200]) from error
@@ -498,6 +515,8 @@ class Plan:
         receipts: What became of this client's earlier updates.
         sharers: Under masks: the members of its group that take part in this attempt, by key id, and the digest of each one's
             work; else none.
+        shares: Under masks: by each other sharer, its sealed share for this client and what it said of the two in it
+            (``masks.share_digest`` of ``mask`` and of ``seed``), hex.
     """
 
     core: PlanCore
@@ -506,6 +525,7 @@ class Plan:
     issued: int
     receipts: tuple[Receipt, ...] = ()
     sharers: Mapping[str, str] = field(default_factory=dict)
+    shares: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
 
     def to_bytes(self, parent: F32, by: SigningKey) -> bytes:
         """The signed plaintext of the envelope."""
@@ -517,6 +537,7 @@ class Plan:
                 "issued": self.issued,
                 "receipts": [asdict(receipt) for receipt in self.receipts],
                 "sharers": dict(self.sharers),
+                "shares": {name: list(parts) for name, parts in self.shares.items()},
             }
         )
         return struct.pack(">I", len(record)) + record + by.sign(PURPOSE, record) + vector_to_bytes(parent)
@@ -539,9 +560,12 @@ class Plan:
         record_bytes, rest = data[4 : 4 + size], data[4 + size :]
         by.verify(PURPOSE, record_bytes, rest[:SIGNATURE_BYTES], where)
         record = parse_record(record_bytes, where)
-        names = {"core", "attempt", "round_key", "issued", "receipts", "sharers"}
+        names = {"core", "attempt", "round_key", "issued", "receipts", "sharers", "shares"}
         _must(
-            set(record) == names and isinstance(record["receipts"], list) and isinstance(record["sharers"], dict),
+            set(record) == names
+            and isinstance(record["receipts"], list)
+            and isinstance(record["sharers"], dict)
+            and isinstance(record["shares"], dict),
             "other fields than a plan's",
             sorted(record),
         )
@@ -553,6 +577,7 @@ class Plan:
                 record["issued"],
                 tuple(Receipt.from_dict(r) for r in record["receipts"]),
                 record["sharers"],
+                {name: _three(parts) for name, parts in record["shares"].items()},
             )
         except (KeyError, TypeError) as error:
             raise VerificationError("plan is malformed", where=where, got=str(error)) from error
@@ -563,7 +588,18 @@ class Plan:
             _hex(work, 32, "a sharer's work")
         members = () if plan.core.secure is None else plan.core.secure.members
         _must(set(plan.sharers) <= set(members), "who takes part is not of the group", plan.sharers)
+        _must(
+            set(plan.shares) == set(plan.sharers) - {plan.core.client},
+            "shares are not those of the sharers",
+            plan.shares,
+        )
         return plan, rest[SIGNATURE_BYTES:]
+
+
+def _three(parts: Any) -> tuple[str, str, str]:
+    good = isinstance(parts, list) and len(parts) == 3 and all(isinstance(p, str) and len(p) < 1000 for p in parts)
+    _must(good, "a share is not three texts", parts)
+    return parts[0], parts[1], parts[2]
 
 
 def read_parent(core: PlanCore, data: bytes, schema: Schema, where: str) -> F32:

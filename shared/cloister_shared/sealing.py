@@ -195,15 +195,18 @@ class SealingKey:
 
     @classmethod
     def from_hex(cls, text: str, where: str) -> SealingKey:
-        """Reads hex digits.
+        """Reads hex digits, lower case: a key has one spelling.
 
         Raises:
             VerificationError: Not such a key.
         """
         try:
-            return cls(bytes.fromhex(text))
-        except ValueError as error:
+            key = cls(bytes.fromhex(text))
+        except (ValueError, TypeError) as error:
             raise VerificationError("not a sealing key", where=where, expected="hex digits") from error
+        if key.raw.hex() != text:
+            raise VerificationError("not a sealing key", where=where, expected="hex digits, lower case")
+        return key
 
     def check(self) -> None:
         """Checks that something can be sealed to this key.

@@ -6,6 +6,7 @@ Private keys are files of mode 0600; they never appear in a repr, a log or an ar
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cloister_shared.errors import StateError, VerificationError
 
 SIGNATURE_BYTES = 64
 PUBLIC_BYTES = 32
+_HEX = re.compile("[0-9a-f]{64}")
 
 
 def _framed(purpose: str, data: bytes) -> bytes:
@@ -39,15 +41,14 @@ class VerifyKey:
 
     @classmethod
     def from_hex(cls, text: str, where: str) -> VerifyKey:
-        """Reads 64 hex digits.
+        """Reads 64 hex digits, lower case: a key has one spelling, since keys are compared as they are written.
 
         Raises:
             VerificationError: Not such a key.
         """
-        try:
-            return cls(bytes.fromhex(text))
-        except ValueError as error:
-            raise VerificationError("not an Ed25519 public key", where=where, expected="64 hex digits") from error
+        if not isinstance(text, str) or not _HEX.fullmatch(text):
+            raise VerificationError("not an Ed25519 public key", where=where, expected="64 hex digits, lower case")
+        return cls(bytes.fromhex(text))
 
     @property
     def id(self) -> bytes:
@@ -100,6 +101,10 @@ class SigningKey:
     def sign(self, purpose: str, data: bytes) -> bytes:
         """Signs ``data`` for ``purpose``: 64 bytes."""
         return self._private.sign(_framed(purpose, data))
+
+    def sign_raw(self, data: bytes) -> bytes:
+        """Signs bytes of a public format that has a purpose of its own in them (``notes``): 64 bytes."""
+        return self._private.sign(data)
 
 
 def read_secret(path: Path, size: int | None = None) -> bytes:

@@ -92,7 +92,12 @@ def test_a_secure_sums_update_never_leaves_bare_and_its_protocol_says_hex_alone(
     with pytest.raises(RefusedError, match="under masks"):
         release(ledger, POLICY, asked, NoisedUpdate(UPDATE), (), bytes.swapcase)
     members = tuple(sorted([asked.client, "aa" * 16, "bb" * 16]))
-    summed = replace(asked, cohort=members, weight=1.0, secure=SecureSum(members, 1e-3, 1.0))
+    summed = replace(
+        asked,
+        cohort=members,
+        weight=1.0,
+        secure=SecureSum(members, 1e-3, 1.0, (asked.training.sample_rate,) * len(members)),
+    )
     held = ledger.reserve(summed, 1000)
     ledger.spend(held.entry, digest(UPDATE))
     with pytest.raises(RefusedError, match="under masks"):

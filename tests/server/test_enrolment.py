@@ -37,6 +37,7 @@ from cloister_shared.processes import free_port
 from cloister_shared.signing import SigningKey
 from cloister_shared.tls import certify, make_request, make_site_ca, make_tls
 from cloister_shared.v1 import registry_pb2, registry_pb2_grpc
+from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given
 from hypothesis import strategies as st
@@ -116,24 +117,33 @@ def test_a_token_is_spent_once_and_for_its_name_alone(tmp_path: Path, tiny_bert:
     with pytest.raises(CloisterError):
         redeem(coordinator, made.name, card.replace(b"site-1", b"site-3"), request, time.time())
     assert not coordinator.sites()
-    # Four at once with one token: one wins.
-    outcomes = list[Any]()
+    # Four at once with one token, each for a key of its own: one wins.
+    outcomes, requests = list[Any](), [request, *(make_request("site-1")[1] for _ in range(3))]
 
-    def race() -> None:
+    def race(csr: bytes) -> None:
         try:
-            outcomes.append(redeem(coordinator, made.name, card, request, time.time()))
+            redeem(coordinator, made.name, card, csr, time.time())
+            outcomes.append(csr)
         except RefusedError as error:
             outcomes.append(error)
 
-    threads = [threading.Thread(target=race) for _ in range(4)]
+    threads = [threading.Thread(target=race, args=(csr,)) for csr in requests]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sum(not isinstance(o, RefusedError) for o in outcomes) == 1
+    (won,) = [o for o in outcomes if not isinstance(o, RefusedError)]
     assert [c.name for c in coordinator.sites()] == ["site-1"]
-    with pytest.raises(RefusedError, match="not good"):
-        redeem(coordinator, made.name, card, request, time.time())
+    # The answer may be lost: the very same card and request get theirs again, and nothing else does, nor too late.
+    again = redeem(coordinator, made.name, card, won, time.time())
+    assert again.public_key() == x509.load_pem_x509_csr(won).public_key()
+    for csr, own_card, later in (
+        (make_request("site-1")[1], card, 0.0),
+        (won, card + b" ", 0.0),
+        (won, card, 4000.0),
+    ):
+        with pytest.raises(RefusedError, match="not good"):
+            redeem(coordinator, made.name, own_card, csr, time.time() + later)
     with pytest.raises(InputError, match="taken"):
         invite(coordinator, "site-1")
     assert not list((coordinator.home / "invitations").glob("*.card"))
@@ -554,3 +564,39 @@ def test_without_a_service_nobody_is_invited(tmp_path: Path, tiny_bert: Path) ->
     with pytest.raises(InputError, match="no service to enrol at"):
         invite(coordinator, "site-1")
     assert enrolment.TOKEN_SECONDS == 3600
+
+
+@pytest.mark.parametrize("dies", ["_remember", "rename"])
+def test_a_service_that_dies_while_it_spends_a_token_costs_nobody_its_keys(
+    tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, dies: str
+) -> None:
+    coordinator = coordinator_at(tmp_path, tiny_bert)
+    made = invite(coordinator, "site-1")
+    own, (_, request) = make_site(tmp_path / "a", "site-1", coordinator.card), make_request("site-1")
+    card = (own.home / "card.json").read_bytes()
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        patch.setattr(*((enrolment, "_remember") if dies == "_remember" else (os, "rename")), die)
+        redeem(coordinator, made.name, card, request, time.time())
+    certificate = redeem(coordinator, made.name, card, request, time.time())
+    assert caller(coordinator.home, certificate.public_bytes(Encoding.PEM), time.time()).card.name == "site-1"
+    # Revoked, it is admitted by that token no more.
+    revoke(coordinator.home, "site-1")
+    with pytest.raises(CloisterError):
+        redeem(coordinator, made.name, card, request, time.time())
+
+
+def test_a_key_has_one_spelling(tmp_path: Path, tiny_bert: Path) -> None:
+    """A revoked key in capitals was admitted again, and one key under two names stopped every round."""
+    coordinator = coordinator_at(tmp_path, tiny_bert)
+    own = make_site(tmp_path / "a", "site-1", coordinator.card)
+    signing = SigningKey.load(own.agent_home / "sign.key")
+    card = read_site_card(own.home / "card.json")
+    for field in ("key", "sealing"):
+        for text in (getattr(card, field).upper(), getattr(card, field) + " ", " " + getattr(card, field)):
+            replace(card, **{field: text}).save(tmp_path / "card.json", signing)
+            with pytest.raises(CloisterError):
+                admit_site(coordinator.home, tmp_path / "card.json")

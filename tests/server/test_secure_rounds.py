@@ -86,8 +86,7 @@ def away(*stages: str) -> Behaviour:
 def means_match(world: World, number: int, nodes: list[int]) -> None:
     """The new adapter is its parent plus the plain mean of these sites' updates, to one step of the fixed point."""
     plain = np.mean([update(world, node, number).astype(np.float64) for node in nodes], axis=0)
-    core = json.loads(world.store.clients(world.run.id, number)[0].core)
-    fixed = SecureSum(**{**core["secure"], "members": tuple(core["secure"]["members"])}).fixed(world.schema)
+    fixed = _secure_of(world).fixed(world.schema)
     moved = adapter(world, number).astype(np.float64) - adapter(world, number - 1)
     step = 2 * fixed.ranges() / fixed.levels
     assert (np.abs(moved - plain) <= step + 1e-6).all()
@@ -114,13 +113,14 @@ def test_a_run_is_the_run_without_masks(world: World) -> None:
     assert events["committed"]["stages_seconds"] > 0
 
 
-@pytest.mark.parametrize("stage", ["keys", "shares", "plan", "open"])
+@pytest.mark.parametrize("stage", ["keys", "shares", "plan", "agree", "open"])
 def test_a_site_that_dies_at_any_stage_is_recovered_from(world: World, stage: str) -> None:
     context = context_of(world)
-    world.link.behaviours = {400: away(stage, *({"plan", "open"} if stage != "open" else ()))}
+    later = {"agree": ("open",), "open": ()}.get(stage, ("plan", "agree", "open"))
+    world.link.behaviours = {400: away(stage, *later)}
     one_round(context, world.link, 1)
     # Who sent an update and died before the opening is in the sum all the same.
-    nodes = [100, 200, 300, 400] if stage == "open" else [100, 200, 300]
+    nodes = [100, 200, 300, 400] if stage in ("agree", "open") else [100, 200, 300]
     verdicts = world.verdicts(1)
     assert [n for n in ("site-1", "site-2", "site-3", "site-4") if verdicts[n] == "accepted"] == [
         f"site-{n // 100}" for n in nodes
@@ -131,10 +131,12 @@ def test_a_site_that_dies_at_any_stage_is_recovered_from(world: World, stage: st
     assert charged["site-4"] == (0 if stage in ("keys", "shares") else 1)
 
 
-@pytest.mark.parametrize("stage", ["keys", "shares", "plan", "open"])
+@pytest.mark.parametrize("stage", ["keys", "shares", "plan", "agree", "open"])
 def test_a_group_of_two_survivors_is_dropped_and_the_round_can_go_on(world: World, stage: str) -> None:
     context = context_of(world)
-    world.link.behaviours = dict.fromkeys((300, 400), away(stage, "plan", "open"))
+    world.link.behaviours = dict.fromkeys(
+        (300, 400), away(stage, *(("open",) if stage == "agree" else ("plan", "agree", "open")))
+    )
     with pytest.raises(RefusedError, match="too few updates"):
         one_round(context, world.link, 1)
     assert world.store.rounds(world.run.id)[1].state == "aborted"
@@ -166,12 +168,12 @@ def test_what_the_aggregator_holds_gives_no_single_update(world: World, monkeypa
         return reply(link.honest(node, frame), message)
 
     monkeypatch.setattr(secure, "unmasked", watched)
-    world.link.behaviours = {100: leaking, 200: leaking, 300: leaking, 400: away("plan", "open")}
+    world.link.behaviours = {100: leaking, 200: leaking, 300: leaking, 400: away("plan", "agree", "open")}
     one_round(context, world.link, 1)
     info, work, group, alive, dead, keys, _, masked, given = held
     assert (len(alive), len(dead), len(secret)) == (3, 1, 3)
     node_of = {world.id_of(node): node for node in world.desks}
-    fixed = SecureSum(*_secure_of(world)).fixed(world.schema)
+    fixed = _secure_of(world).fixed(world.schema)
     size = world.schema.size
 
     def joined(kind: str, site: str) -> bytes:
@@ -192,9 +194,9 @@ def test_what_the_aggregator_holds_gives_no_single_update(world: World, monkeypa
         assert not any(victim in said["dead"] for said in given.values())
 
 
-def _secure_of(world: World) -> tuple[tuple[str, ...], float, float]:
+def _secure_of(world: World) -> SecureSum:
     stated = json.loads(world.store.clients(world.run.id, 1)[0].core)["secure"]
-    return tuple(stated["members"]), stated["adapter_range"], stated["head_range"]
+    return SecureSum(**stated | {name: tuple(stated[name]) for name in ("members", "rates")})
 
 
 def as_coordinator(world: World, node: int, group: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -222,11 +224,11 @@ def as_coordinator(world: World, node: int, group: str, record: dict[str, Any]) 
 
 
 def stopped_before_opening(world: World) -> dict[int, dict[str, Any]]:
-    """A round in which all four sent masked updates and nobody was asked to open; the record of the opening that should follow."""
+    """A round in which all four sent masked updates and nobody was asked to agree; what each would have been asked."""
     context, kept = context_of(world), dict[int, dict[str, Any]]()
 
     def held(link: Loopback, node: int, frame: bytes, message: Any) -> Any:
-        if stage_of(link) == "open":
+        if stage_of(link) == "agree":
             _, plaintext = open_envelope(
                 frame,
                 by=link.desks[node].card.verify_key,
@@ -260,24 +262,29 @@ def test_a_coordinator_that_asks_for_both_secrets_of_a_site_is_refused(world: Wo
         "too few alive": asked | {"alive": alive[:2], "dead": alive[2:]},
     }
     for name, record in bad.items():
-        answer = as_coordinator(world, 100, "1.1.open", record)
+        answer = as_coordinator(world, 100, "1.1.agree", record)
         assert answer["codec"] == Codec.REFUSAL, name
         assert answer["rule"] in ("secure.overlap", "secure.threshold"), name
-    # Told apart: two sites that the victim lives, two that it is dead. Neither secret has the three shares that it takes.
-    lives = [
-        as_coordinator(world, node, "1.1.open", asked | {"shares": records[node]["shares"]}) for node in (100, 200)
-    ]
-    dies = [
-        as_coordinator(
-            world, 300, "1.1.open", asked | {"alive": without, "dead": [victim], "shares": records[300]["shares"]}
-        )
-    ]
-    assert sum(victim in said["alive"] for said in lives) == 2
-    assert sum(victim in said["dead"] for said in dies) == 1
-    # A second opening of the attempt, of any kind, is refused.
-    for node in (100, 200, 300):
-        again = as_coordinator(world, node, "1.1.open", asked | {"shares": records[node]["shares"]})
+    # Nothing opens before this site agreed, nor by lists that fewer than three agreed on.
+    assert as_coordinator(world, 100, "1.1.agree", {"stage": "open", "agreed": {}})["rule"] == "secure.agreed"
+    lives = {world.id_of(n): as_coordinator(world, n, "1.1.agree", asked)["signature"] for n in (100, 200)}
+    dies = {world.id_of(300): as_coordinator(world, 300, "1.1.agree", asked | {"alive": without, "dead": [victim]})}
+    for agreed in (lives, {world.id_of(100): lives[world.id_of(100)]}):
+        answer = as_coordinator(world, 100, "1.1.agree", {"stage": "open", "agreed": agreed})
+        assert (answer["codec"], answer["rule"]) == (Codec.REFUSAL, "secure.agreed")
+    other = lives | {i: said["signature"] for i, said in dies.items()}
+    assert as_coordinator(world, 100, "1.1.agree", {"stage": "open", "agreed": other})["codec"] == Codec.REFUSAL
+    # Whoever agreed agrees on nothing else, in this attempt or a later one.
+    again = as_coordinator(world, 300, "1.1.agree", asked)
+    assert (again["codec"], again["rule"]) == (Codec.REFUSAL, "secure.second_opening")
+    # With the fourth's word there are three for the whole list: those three open, once.
+    lives[victim] = as_coordinator(world, 400, "1.1.agree", asked)["signature"]
+    for node in (100, 200, 400):
+        said = as_coordinator(world, node, "1.1.agree", {"stage": "open", "agreed": lives})
+        assert (set(said["alive"]), said["dead"]) == (set(alive), {})
+        again = as_coordinator(world, node, "1.1.agree", {"stage": "open", "agreed": lives})
         assert (again["codec"], again["rule"]) == (Codec.REFUSAL, "secure.stale")
+    assert as_coordinator(world, 300, "1.1.agree", {"stage": "open", "agreed": lives})["codec"] == Codec.REFUSAL
 
 
 def test_an_old_attempt_and_other_groups_are_refused(world: World) -> None:
@@ -335,7 +342,7 @@ def lying(field: str) -> Behaviour:
             frame, by=desk.card.verify_key, key=desk.opening, expect={}, max_bytes=1 << 28, where="t"
         )
         record = json.loads(plan)
-        said = {"alive": dict.fromkeys(record["alive"], "00" * 33), "dead": dict.fromkeys(record["dead"], "11" * 33)}
+        said = {"alive": dict.fromkeys(record["agreed"], "00" * 33), "dead": {}}
         header = read_header(answer, "t")
         plaintext = canonical(said if field else {})
         to = SealingKey.from_hex(record["reply_to"], "t")
@@ -352,9 +359,11 @@ def test_one_member_that_lies_at_the_opening_is_worked_around(world: World, fiel
     world.link.behaviours = {400: lying(field)}
     one_round(context, world.link, 1)
     means_match(world, 1, [100, 200, 300, 400])
+    told = [fields["what"] for kind, fields in world.events if kind == "group"]
+    assert told == ["site-4 gave back other shares than it got"]
 
 
-@pytest.mark.parametrize("stage", ["keys", "shares", "plan", "open"])
+@pytest.mark.parametrize("stage", ["keys", "shares", "plan", "agree", "open"])
 def test_nonsense_costs_its_sender_alone(world: World, stage: str) -> None:
     context = context_of(world)
 
@@ -434,7 +443,7 @@ def test_what_was_seen_is_told(
     world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = context_of(world)
-    world.link.behaviours = {400: away("plan", "open")}
+    world.link.behaviours = {400: away("plan", "agree", "open")}
     one_round(context, world.link, 1)
     lines = [event_line(kind, fields) or "" for kind, fields in world.events]
     assert any(line.startswith("secure aggregation: 1 group of 4 sites, drawn by all") for line in lines)

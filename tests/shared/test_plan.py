@@ -162,15 +162,33 @@ def test_signature_covers_every_field(path: str) -> None:
 
 
 MEMBERS = ("a" * 32, "b" * 32, "c" * 32)
-SUMMED = replace(CORE, cohort=MEMBERS, weight=1.0, noised=(), secure=SecureSum(MEMBERS, 0.01, 2.5))
+SUMMED = replace(
+    CORE,
+    cohort=MEMBERS,
+    weight=1.0,
+    noised=(),
+    update_norm=None,
+    secure=SecureSum(MEMBERS, 0.01, 2.5, (CORE.training.sample_rate,) * len(MEMBERS)),
+)
 
 
 def test_a_plan_of_a_secure_sum_round_trips() -> None:
     works = {"a" * 32: SUMMED.digest, "c" * 32: "d" * 64}
-    plan = replace(PLAN, core=SUMMED, sharers=works)
+    plan = replace(
+        PLAN, core=SUMMED, sharers=works, shares={i: ("ab", "cd", "ef") for i in works if i != SUMMED.client}
+    )
     assert Plan.from_bytes(plan.to_bytes(PARENT, COORDINATOR), COORDINATOR.verify_key, "w")[0] == plan
     for bad in ({"d" * 32: "d" * 64}, {"a" * 32: "d" * 63}, {"a": "d" * 64}):
         data = replace(plan, sharers=bad).to_bytes(PARENT, COORDINATOR)
+        with pytest.raises(VerificationError):
+            Plan.from_bytes(data, COORDINATOR.verify_key, "w")
+    for shares in (
+        {},
+        {"c" * 32: ("ab", "cd")},
+        {"c" * 32: ("ab", "cd", 5)},
+        {"b" * 32: ("a", "b", "c")},
+    ):
+        data = replace(plan, shares=shares).to_bytes(PARENT, COORDINATOR)  # type: ignore[arg-type]
         with pytest.raises(VerificationError):
             Plan.from_bytes(data, COORDINATOR.verify_key, "w")
     with pytest.raises(VerificationError, match="not of the group"):
@@ -181,6 +199,7 @@ def test_a_plan_of_a_secure_sum_round_trips() -> None:
     "changes",
     [
         {"weight": 2.0},
+        {"update_norm": 0.5},
         {"reports": ("loss",)},
         {"noised": (NoisedNumber("units", 6.0, 1.0),)},
         {"rule": "exact"},
@@ -193,7 +212,7 @@ def test_what_a_secure_sum_cannot_be_asked_with_is_refused(changes: dict[str, An
         replace(SUMMED, **changes)
     for members in (MEMBERS[:2], MEMBERS[::-1], ("a" * 32, *MEMBERS), tuple(f"{i:032x}" for i in range(101))):
         with pytest.raises(VerificationError, match="group"):
-            SecureSum(members, 0.01, 2.5)
+            SecureSum(members, 0.01, 2.5, (0.1,) * len(members))
 
 
 @pytest.mark.parametrize("path", sorted(_leaves(json.loads(SUMMED.to_bytes()))))
@@ -220,7 +239,7 @@ def test_all_but_what_a_site_is_must_be_asked_alike(path: str) -> None:
         changed = PlanCore.from_dict(record)
     except VerificationError:
         return
-    own = {"client", "training.sample_rate", "training.expected_batch", "training.noise_multiplier", "training.unit"}
+    own = {"client", "training.sample_rate", "training.unit"}
     assert (changed.common == SUMMED.common) == (path in own)
 
 

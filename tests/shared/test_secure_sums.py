@@ -167,7 +167,7 @@ def drawn(count: int, size: int = 4) -> tuple[Transcript, list[SigningKey]]:
     """A whole draw."""
     sites = [SigningKey.generate() for _ in range(count)]
     nonces = {site.verify_key.id.hex(): os.urandom(32) for site in sites}
-    commitments = {s.verify_key.id.hex(): draw.commit(RUN, nonces[s.verify_key.id.hex()], s) for s in sites}
+    commitments = {s.verify_key.id.hex(): draw.commit(RUN, nonces[s.verify_key.id.hex()], 100, s) for s in sites}
     reveals = {
         s.verify_key.id.hex(): draw.reveal(RUN, size, nonces[s.verify_key.id.hex()], commitments, s) for s in sites
     }
@@ -215,6 +215,9 @@ def test_a_draw_that_was_tampered_with_is_refused() -> None:
         "no hex": replace(
             transcript, reveals={**transcript.reveals, first: replace(transcript.reveals[first], nonce="zz")}
         ),
+        "another size of a site": replace(
+            transcript, commitments={**transcript.commitments, first: replace(transcript.commitments[first], records=5)}
+        ),
         "groups of two": replace(transcript, size=2),
         "another size than was signed": replace(transcript, size=3),
     }
@@ -229,6 +232,18 @@ def test_a_draw_that_was_tampered_with_is_refused() -> None:
         {},
         transcript.as_dict() | {"more": 1},
         transcript.as_dict() | {"reveals": {"a": {"nonce": 1}}},
+        *(
+            transcript.as_dict() | {"commitments": {first: asdict(transcript.commitments[first]) | {field: value}}}
+            for field, value in (
+                ("signature", transcript.commitments[first].signature + " "),
+                ("key", transcript.commitments[first].key.upper()),
+                ("commitment", ""),
+                ("records", 0),
+                ("records", True),
+                ("records", 5.0),
+            )
+        ),
+        transcript.as_dict() | {"reveals": {first: asdict(transcript.reveals[first]) | {"nonce": " " * 64}}},
     ):
         with pytest.raises(VerificationError):
             Transcript.from_dict(value)

@@ -92,7 +92,9 @@ class Evil:
         """A site's work; ``training`` and ``ranges`` among what may be changed."""
         member = next(m for m in self.world.members if m.id == site)
         training = replace(member.training, **changes.pop("training", {}))
-        secure = SecureSum(group, *changes.pop("ranges", reaches(member.training)))
+        rates = tuple(next(m for m in self.world.members if m.id == i).training.sample_rate for i in group)
+        lora, head = changes.pop("ranges", reaches(member.training))
+        secure = SecureSum(group, lora, head, changes.pop("rates", rates))
         fields: dict[str, Any] = {
             "federation": "fed",
             "run": self.run,
@@ -111,11 +113,25 @@ class Evil:
         }
         return PlanCore(**(fields | changes))
 
-    def plan(self, site: str, core: PlanCore, attempt: int, sharers: Mapping[str, str]) -> Any:
-        """Sends a plan; the masked update."""
-        made = Plan(core, attempt, self.key.sealing_key, int(time.time()), (), sharers)
+    def plan(self, site: str, core: PlanCore, attempt: int, sharers: Mapping[str, str], said: Mapping[str, Any]) -> Any:
+        """Sends a plan with the shares that ``said`` has for the site; the masked update."""
+        shares = {j: self.share_for(said[j], site) for j in sharers if j != site}
+        made = Plan(core, attempt, self.key.sealing_key, int(time.time()), (), sharers, shares)
         plaintext = made.to_bytes(self.parent, self.world.coordinator.signing)
         return self.send(site, Codec.PLAN, core.round, attempt, plaintext, core.digest)
+
+    @staticmethod
+    def share_for(said: Mapping[str, Any], site: str) -> tuple[str, str, str]:
+        """What one member said for another, as a plan carries it."""
+        return said["shares"][site], said["of_masks"][site], said["of_seeds"][site]
+
+    def opening(
+        self, openers: Sequence[str], attempt: int, alive: Sequence[str], dead: Sequence[str]
+    ) -> dict[str, Any]:
+        """Agreement and opening by ``openers``; what they gave."""
+        lists = {"alive": list(alive), "dead": list(dead)}
+        agreed = {i: self.ask(i, 1, attempt, stage="agree", **lists)["signature"] for i in openers}
+        return {i: self.ask(i, 1, attempt, stage="open", agreed=agreed) for i in openers}
 
     def close(self, site: str, work: str) -> None:
         """A receipt for a work, at a moment of its own choice."""
@@ -141,21 +157,10 @@ class Evil:
         keys = {i: self.ask(i, 1, attempt, stage="keys", transcript=drawn.as_dict()) for i in group}
         said = {i: self.ask(i, 1, attempt, stage="shares", keys=keys) for i in group}
         works = works or {i: cores[i].digest for i in group}
-        got = {i: self.plan(i, cores[i], attempt, works) for i in group}
+        got = {i: self.plan(i, cores[i], attempt, works, said) for i in group}
         alive = [i for i in group if i not in dead]
         between()
-        given = {
-            i: self.ask(
-                i,
-                1,
-                attempt,
-                stage="open",
-                alive=alive,
-                dead=list(dead),
-                shares={j: said[j]["shares"][i] for j in group if j != i},
-            )
-            for i in alive
-        }
+        given = self.opening(alive, attempt, alive, dead)
         total = masks.added([got[i] for i in alive])
         name = attempt_name(self.run, drawn.digest, 1, attempt)
         least = threshold_of(len(group))
