@@ -38,7 +38,8 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
     from cloister_shared.cards import read_site_card
     from cloister_shared.errors import InputError, StateError, VerificationError
     from cloister_shared.sealing import OpeningKey
-    from cloister_shared.signing import SigningKey
+    from cloister_shared.signing import SigningKey, VerifyKey, read_secret
+    from cloister_shared.witness import log_of_site
 
     from cloister_client.data import load, open_ledger
     from cloister_client.policy import note_peers, read_policy
@@ -47,6 +48,7 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
     from cloister_client.status import Status, StatusFile
     from cloister_client.sums import Sums
     from cloister_client.train import choose_device
+    from cloister_client.witness import Witness
 
     site = read_site(home)
     tell = StatusFile(site.agent_home / "status.json", Status(site.name, sandbox=shut.why, isolated=site.isolated))
@@ -108,6 +110,14 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
             policy.least_cohort,
             policy.draws_per_day,
             read_site_card(home / "card.json").records,
+        ),
+        Witness(
+            ledger,
+            signing,
+            card.verify_key,
+            log_of_site(read_secret(site.agent_home / "unit.key", 32)),
+            {key.id.hex(): key for key in (VerifyKey.from_hex(text, "policy.toml peers") for text in policy.peers)},
+            policy.least_witnesses,
         ),
     )
     return desk, tell

@@ -22,6 +22,7 @@ from pathlib import Path
 from cloister_model.text import Source
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import InputError, RefusedError, StateError
+from cloister_shared.notes import Checkpoint
 from cloister_shared.plan import PlanCore
 from cloister_shared.privacy import DpSgd, admit, epsilon
 from cloister_shared.signing import SigningKey
@@ -339,6 +340,48 @@ class Ledger:
                 raise StateError("no open reservation to void", where=str(self.path), got=f"entry {entry}")
             statement = {"event": "void", "entry": entry, "plan": plan[0], "left": "nothing", "at": now}
             events.append(statement | {"signature": by.sign(VOID_PURPOSE, canonical(statement)).hex()})
+
+    def seen_head(self, log: str) -> Checkpoint | None:
+        """The newest head of another's log that this site saw; None before the first."""
+        with self._chain.reading() as db:
+            row = db.execute("SELECT size, root FROM seen WHERE log = ? ORDER BY seq DESC LIMIT 1", (log,)).fetchone()
+        return None if row is None else Checkpoint(log, row[0], bytes.fromhex(row[1]))
+
+    def witness(self, head: Checkpoint) -> None:
+        """Chains a head of another's log that this site saw, before it is cosigned."""
+        with self._chain.transaction() as (db, events):
+            values = (head.origin, head.size, head.root.hex())
+            db.execute("INSERT INTO seen (log, size, root) VALUES (?, ?, ?)", values)
+            events.append(
+                {"event": "witness", "at": time.time()} | dict(zip(("log", "size", "root"), values, strict=True))
+            )
+
+    def receipt(self, record: dict[str, object]) -> None:
+        """Chains what the coordinator says became of an update, once for each work."""
+        with self._chain.transaction() as (db, events):
+            known = db.execute("SELECT 1 FROM receipt WHERE plan = ?", (record["plan"],)).fetchone()
+            if known is None:
+                db.execute("INSERT INTO receipt VALUES (?, ?)", (record["plan"], digest(canonical(record))))
+                events.append({"event": "receipt", "at": time.time()} | record)
+
+    def incident(self, record: dict[str, object]) -> None:
+        """Chains what was odd, with its evidence."""
+        with self._chain.transaction() as (_, events):
+            events.append({"event": "incident", "at": time.time()} | record)
+
+    def head(self, log: str) -> Checkpoint:
+        """The head of this ledger as a Merkle log of that name."""
+        tree = self._chain.tree()
+        return Checkpoint(log, len(tree), tree.root())
+
+    def contains(self, head: Checkpoint) -> bool:
+        """Whether this ledger begins with what ``head`` is of."""
+        tree = self._chain.tree()
+        return head.size <= len(tree) and tree.root(head.size) == head.root
+
+    def records(self) -> list[bytes]:
+        """Every event's canonical bytes, oldest first: the leaves."""
+        return self._chain.records()
 
     def note(self, record: dict[str, object]) -> None:
         """Chains a record of something that left without being private, before it leaves."""

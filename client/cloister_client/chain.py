@@ -27,6 +27,7 @@ from typing import Any, ClassVar, Literal
 
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import RollbackError, StateError
+from cloister_shared.merkle import Tree, leaf_hash
 
 from cloister_client.counter import ORIGIN, Counter, Point, link
 
@@ -87,6 +88,16 @@ CREATE TABLE IF NOT EXISTS noised (
   noise_multiplier REAL NOT NULL CHECK (noise_multiplier > 0),
   PRIMARY KEY (entry, name)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS seen (
+  seq INTEGER PRIMARY KEY,
+  log TEXT NOT NULL,
+  size INTEGER NOT NULL CHECK (size >= 0),
+  root TEXT NOT NULL CHECK (length(root) = 64)
+);
+CREATE TABLE IF NOT EXISTS receipt (
+  plan TEXT NOT NULL PRIMARY KEY,
+  record TEXT NOT NULL CHECK (length(record) = 64)
+) WITHOUT ROWID;
 CREATE UNIQUE INDEX IF NOT EXISTS one_open_or_spent ON entry (plan) WHERE state IN ('reserved', 'spent');
 CREATE TRIGGER IF NOT EXISTS entry_stays BEFORE DELETE ON entry BEGIN SELECT RAISE(ABORT, 'entries are for good'); END;
 CREATE TRIGGER IF NOT EXISTS entry_not_replaced BEFORE INSERT ON entry WHEN EXISTS (SELECT 1 FROM entry WHERE id = NEW.id
@@ -105,6 +116,8 @@ for _table, _key in (
     ("block", "id = NEW.id OR name = NEW.name"),
     ("charge", "entry = NEW.entry AND block = NEW.block"),
     ("noised", "entry = NEW.entry AND name = NEW.name"),
+    ("seen", "seq = NEW.seq"),
+    ("receipt", "plan = NEW.plan"),
 ):
     SCHEMA += f"""CREATE TRIGGER IF NOT EXISTS {_table}_stays BEFORE DELETE ON {_table} BEGIN SELECT RAISE(ABORT, 'for good'); END;
 CREATE TRIGGER IF NOT EXISTS {_table}_fixed BEFORE UPDATE ON {_table} BEGIN SELECT RAISE(ABORT, 'for good'); END;
@@ -145,6 +158,19 @@ class Chain:
                     self.counter.create()
         self.counter.advance(last)
         self._last = last
+        self._tree = Tree()
+
+    def tree(self) -> Tree:
+        """The events as leaves of a Merkle log: the site's own, whose head others may hold."""
+        with self.reading() as db:
+            for (data,) in db.execute("SELECT record FROM event WHERE seq > ? ORDER BY seq", (len(self._tree),)):
+                self._tree.append(leaf_hash(data))
+        return self._tree
+
+    def records(self) -> list[bytes]:
+        """Every event's canonical bytes, oldest first."""
+        with self.reading() as db:
+            return [bytes(data) for (data,) in db.execute("SELECT record FROM event ORDER BY seq")]
 
     def _connect(self) -> tuple[sqlite3.Connection, os.stat_result, int]:
         db = folder = None
@@ -329,6 +355,8 @@ class _Story:
         self.noised: dict[tuple[int, str], float] = {}
         self.blocks: dict[int, tuple[Any, ...]] = {}
         self.texts: dict[int, str] = {}
+        self.seen: list[tuple[str, int, str]] = []
+        self.receipts: dict[str, str] = {}
 
     def tell(self, record: dict[str, Any]) -> None:
         """One event.
@@ -349,6 +377,11 @@ class _Story:
         elif kind == "text":
             _next(record["batch"], self.texts)
             self.texts[record["batch"]] = record["tags"]
+        elif kind == "witness":
+            self.seen.append((record["log"], record["size"], record["root"]))
+        elif kind == "receipt":
+            own = {name: value for name, value in record.items() if name not in ("event", "at")}
+            self.receipts[record["plan"]] = digest(canonical(own))
         elif kind == "reserve":
             _next(record["entry"], self.entries)
             facts = tuple(record[name] for name in self.ENTRY)
@@ -379,6 +412,8 @@ class _Story:
         yield "charge", {(row[0], row[1]): tuple(row[2:]) for row in charges}, self.charges
         numbers = db.execute("SELECT entry, name, noise_multiplier FROM noised")
         yield "noised", {(row[0], row[1]): row[2] for row in numbers}, self.noised
+        yield "receipt", dict(db.execute("SELECT plan, record FROM receipt")), self.receipts
+        yield "seen", list(db.execute("SELECT log, size, root FROM seen ORDER BY seq")), self.seen
         counts = dict.fromkeys(self.blocks, 0)
         hashes = {block: hashlib.sha256() for block in self.blocks}
         for tag, block in db.execute("SELECT tag, block FROM unit ORDER BY tag"):

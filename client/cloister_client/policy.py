@@ -42,6 +42,8 @@ class Policy:
         from_hour: From which hour of the day, UTC, a round may begin, 0 to 23.
         until_hour: Up to which hour, not included, 1 to 24; less than ``from_hour`` goes over midnight.
         layers: Layers that may carry LoRA; none for any.
+        witnesses: Of how many of ``peers`` a cosignature of the coordinator's log is demanded before this site trains; -1 for one where
+            peers are named, and none where they are not.
     """
 
     base_models: tuple[str, ...]
@@ -63,6 +65,12 @@ class Policy:
     from_hour: int = 0
     until_hour: int = 24
     layers: tuple[int, ...] = ()
+    witnesses: int = -1
+
+    @property
+    def least_witnesses(self) -> int:
+        """How many peers must have cosigned."""
+        return min(1, len(self.peers)) if self.witnesses < 0 else self.witnesses
 
     @property
     def limits(self) -> Limits:
@@ -93,8 +101,10 @@ from_hour = {self.from_hour}
 until_hour = {self.until_hour}
 # "required": updates leave under masks alone, in sums of at least least_cohort of the peers below beside this site.
 secure_aggregation = {quote(self.secure_aggregation)}
-# Signing keys of the sites that are accepted in such sums, hex: cloister site peer CARD adds one.
+# Signing keys of the sites that are accepted in such sums, and as witnesses, hex: cloister site peer CARD adds one.
 peers = {texts(self.peers)}
+# How many of these peers must have cosigned the coordinator's log before this site trains; -1: one where there are peers, else none.
+witnesses = {self.witnesses}
 # Most draws of groups for such sums in any 24 hours, one for each run: who may draw at will draws until a site sits among its own.
 draws_per_day = {self.draws_per_day}
 # A second cap within any so many days; 0 days for none. It never resets the first.
@@ -134,6 +144,7 @@ def read_policy(path: Path) -> Policy:
         from_hour=table.integer("from_hour", 0, 23, 0),
         until_hour=table.integer("until_hour", 1, 24, 24),
         layers=table.integers("layers", 0, 1000, []),
+        witnesses=table.integer("witnesses", -1, 1000, -1),
     )
     table.finish()
     if (policy.period_days > 0) != (policy.period_epsilon_cap > 0):
@@ -142,6 +153,14 @@ def read_policy(path: Path) -> Policy:
             where=f"{path} period_days, period_epsilon_cap",
             expected="both above 0, or both 0",
             got=f"{policy.period_days} days, epsilon {policy.period_epsilon_cap:g}",
+        )
+    if policy.witnesses > len(policy.peers):
+        raise InputError(
+            "more witnesses are demanded than peers are named",
+            where=f"{path} witnesses",
+            expected=f"<= {len(policy.peers)}",
+            got=str(policy.witnesses),
+            mend="cloister site peer CARD, or fewer",
         )
     for key in policy.peers:
         try:

@@ -7,8 +7,10 @@
   name, and is chained in the ledger before it leaves. No budget covers it.
 - Under secure aggregation a ``NoisedUpdate`` passes here first and is masked then (``sums``); the protocol's keys, shares and nonces are
   random numbers that no text was read for.
-- ``Refusal``: a rule's name and its public limits; of a rule that is not the policy's, the budget's or a secure sum's,
+- ``Refusal``: a rule's name and its public limits; of a rule that is not the policy's, the budget's, a secure sum's or a witness's,
   the name alone.
+- Before each of them stands ``answers.Preface``: the signed head of this site's own log, a hash over hashes of random tags, and its
+  cosignature of the coordinator's (``witness``). How many events the ledger has is seen from it.
 
 ``WIRE`` declares every field that the agent's service answers with. It seals nothing and opens no socket.
 """
@@ -20,6 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cloister_shared.answers import Preface
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import CloisterError, InputError, RefusedError, VerificationError
 from cloister_shared.plan import PlanCore
@@ -31,8 +34,8 @@ from cloister_client.policy import Policy
 CODES = ("unreadable", "busy", "failed")
 # Every field of every message that the agent's service sends, and what may be in it.
 WIRE = {
-    "ExecuteReply.envelope": "a sealed NoisedUpdate, with NoisedMetrics and a count or NonPrivateReleases, or masked; what a"
-    " secure sum's protocol asks for; a sealed Refusal; nothing",
+    "ExecuteReply.envelope": "the head of this site's log and a cosignature, sealed with: a NoisedUpdate, with NoisedMetrics and a count"
+    " or NonPrivateReleases, or masked; a Refusal; alone: what a secure sum's protocol asks for; nothing",
     "ExecuteReply.code": f"nothing, or one of {', '.join(CODES)}",
     "ReadyReply.version": "the package's version",
 }
@@ -136,14 +139,20 @@ def with_numbers(update: bytes, numbers: tuple[NoisedMetric | AccountedCount, ..
     return update + (canonical({"noised": {n.name: n.value for n in numbers}}) if numbers else b"")
 
 
-def refusal(error: CloisterError) -> tuple[Codec, bytes]:
-    """The refusal that an error becomes: only the policy's, the budget's and a secure sum's limits are public."""
+def refusal(error: CloisterError, preface: Callable[[], Preface] | None) -> tuple[Codec, bytes]:
+    """The refusal that an error becomes: only limits of the policy, the budget, a secure sum and a witness are public.
+
+    Args:
+        error: What was wrong.
+        preface: Makes what is said of logs before an answer to a plan; None in a secure sum's protocol.
+    """
     # What is neither a refusal nor a plan that does not hold went wrong here, maybe after the charge.
     other = "plan.invalid" if isinstance(error, VerificationError | InputError) else "agent.failed"
     rule = error.rule if isinstance(error, RefusedError) else other
-    public = rule.startswith(("policy.", "budget.", "secure."))
+    public = rule.startswith(("policy.", "budget.", "secure.", "witness."))
     said = Refusal(rule, error.what, error.expected, error.got) if public else Refusal(rule, "refused")
-    return Codec.REFUSAL, canonical({name: value for name, value in asdict(said).items() if public or value})
+    plaintext = canonical({name: value for name, value in asdict(said).items() if public or value})
+    return Codec.REFUSAL, plaintext if preface is None else preface().before(plaintext)
 
 
 def protocol(said: Mapping[str, Any]) -> tuple[Codec, bytes]:
@@ -166,13 +175,15 @@ def release(
     policy: Policy,
     core: PlanCore,
     update: NoisedUpdate,
+    preface: Callable[[], Preface],
     others: tuple[NonPrivateRelease, ...] = (),
     mask: Callable[[bytes], bytes] | None = None,
 ) -> tuple[Codec, bytes]:
     """Lets an update out, and the un-noised numbers that the policy permits beside it; under masks where the plan is for a secure sum.
 
     Returns:
-        The codec and the plaintext: the update's bytes, then, where there is something, canonical JSON of numbers by name.
+        The codec and the plaintext: what is said of logs, the update's bytes, then, where there is something, canonical JSON of numbers
+        by name.
 
     Raises:
         RefusedError: The update is not accounted for, a number is not permitted, or masks are missing.
@@ -198,9 +209,9 @@ def release(
     if (core.secure is None) != (mask is None):
         raise RefusedError("release.unmasked", "an update of a secure sum leaves under masks, and no other does")
     if mask is not None:
-        return Codec.MASKED_U32, mask(update.data)
+        return Codec.MASKED_U32, preface().before(mask(update.data))
     told = {one.name: one.value for one in others if math.isfinite(one.value)}
     if not told:
-        return Codec.UPDATE_F32, update.data
+        return Codec.UPDATE_F32, preface().before(update.data)
     ledger.note({"plan": core.digest, "run": core.run, "round": core.round, "to": "coordinator", "numbers": told})
-    return Codec.UPDATE_F32, update.data + canonical({"nonprivate": told})
+    return Codec.UPDATE_F32, preface().before(update.data + canonical({"nonprivate": told}))

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +22,7 @@ from typing import Protocol
 from cloister_model.base import BaseModel
 from cloister_model.build import build, schema_of
 from cloister_model.tokens import Encoded, encode
+from cloister_shared.answers import Preface
 from cloister_shared.cards import CoordinatorCard
 from cloister_shared.encoding import digest, parse_record, write_durably
 from cloister_shared.errors import CloisterError, RefusedError, VerificationError
@@ -36,6 +38,7 @@ from cloister_client.release import NoisedUpdate, NonPrivateRelease, protocol, r
 from cloister_client.sums import Sums
 from cloister_client.train import Device, Trainer
 from cloister_client.units import Units
+from cloister_client.witness import Witness
 
 MAX_PLAN_BYTES = 256 * 1024 * 1024
 # A plan that somebody on the way held back is worth nothing after a day.
@@ -80,6 +83,7 @@ class Desk:
     kept: Path
     tell: Teller
     sums: Sums
+    witness: Witness
     _warm: tuple[TaskSpec, tuple[int, ...], Trainer, Encoded] | None = None
 
     def cool(self) -> None:
@@ -119,7 +123,12 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
     started = time.time()
     header, plaintext = _open(desk, envelope)
     if header.codec == Codec.CLOSING:
-        settle(desk, read_closing(plaintext, desk.card.verify_key, "closing message"))
+        receipts, view = read_closing(plaintext, desk.card.verify_key, "closing message")
+        settle(desk, receipts)
+        try:
+            desk.witness.look(view, "")
+        except RefusedError as error:
+            desk.tell.update(refusal=str(error))
         return b""
     if header.codec == Codec.SECURE:
         return _secure(desk, header, plaintext)
@@ -127,7 +136,12 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
     core = plan.core
     _same(header, plan)
     settle(desk, plan.receipts)
+    # Told also where the log is refused: how far this site's own ledger goes hides nothing.
+    preface: Callable[[], Preface] = partial(desk.witness.preface, "")
     try:
+        before, cosignature = desk.witness.look(plan.view, plan.own_head)
+        preface = partial(desk.witness.preface, cosignature)
+        desk.witness.enough(plan.view, before)
         # Policy first: what the data owner forbids by now does not leave, kept or not.
         check(desk.policy, core, time.gmtime().tm_hour)
         if abs(time.time() - plan.issued) > PLAN_SECONDS:
@@ -137,11 +151,15 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
         update, others = (kept, ()) if kept else work(desk, core, rest)
         mask = None if core.secure is None else partial(_masked, desk, plan)
         passed = NoisedUpdate(update)
-        answer = _seal(desk, plan.round_key, header, *release(desk.ledger, desk.policy, core, passed, others, mask))
+        # The ledger went on meanwhile: the head that goes out has this round's spend in it.
+        preface = partial(desk.witness.preface, cosignature)
+        answer = _seal(
+            desk, plan.round_key, header, *release(desk.ledger, desk.policy, core, passed, preface, others, mask)
+        )
         desk.tell.update(state="ready", seconds=time.time() - started, epsilon=desk.ledger.standing().epsilon)
     except CloisterError as error:
         desk.tell.update(state="ready", refusal=f"round {core.round}: {error}")
-        answer = _seal(desk, plan.round_key, header, *refusal(error))
+        answer = _seal(desk, plan.round_key, header, *refusal(error, preface))
     return answer
 
 
@@ -154,7 +172,7 @@ def _secure(desk: Desk, header: Header, plaintext: bytes) -> bytes:
         return _seal(desk, to, header, *protocol(said))
     except CloisterError as error:
         desk.tell.update(refusal=f"secure sum, round {header.round}: {error}")
-        return _seal(desk, to, header, *refusal(error))
+        return _seal(desk, to, header, *refusal(error, None))
 
 
 def _masked(desk: Desk, plan: Plan, update: bytes) -> bytes:
@@ -201,8 +219,14 @@ def _same(header: Header, plan: Plan) -> None:
 
 
 def settle(desk: Desk, receipts: tuple[Receipt, ...]) -> None:
-    """Forgets kept updates that a receipt has come for."""
+    """Keeps receipts in the ledger, and forgets kept updates that one has come for.
+
+    Raises:
+        VerificationError: A receipt's signature does not hold.
+    """
     for receipt in receipts:
+        receipt.check(desk.card.verify_key, "receipt")
+        desk.ledger.receipt(asdict(receipt))
         if receipt.plan:
             (desk.kept / f"{receipt.plan}.f32").unlink(missing_ok=True)
 

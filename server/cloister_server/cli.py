@@ -78,8 +78,9 @@ def admit(
 ) -> None:
     """Admit a site by its card."""
     console.choose(json, home)
-    open_coordinator(console.coordinator_home())
-    site = admit_site(console.coordinator_home(), card)
+    coordinator = open_coordinator(console.coordinator_home())
+    site = admit_site(coordinator.home, card)
+    Store(coordinator.home).log_members(coordinator.sites())
     key = site.verify_key.id.hex()
     console.emit(
         {"site": site.name, "key": key, "records": site.records},
@@ -123,6 +124,7 @@ def revoke_site(
 
     coordinator = open_coordinator(console.coordinator_home())
     card = revoke(coordinator.home, site)
+    Store(coordinator.home).log_members(coordinator.sites())
     try:
         with Control(coordinator.card.address, coordinator.ca, coordinator.token) as control:
             control.unregister(card.node.encode())
@@ -147,7 +149,7 @@ def up(json: Json = False, home: Home = None) -> None:
     service = coordinator.federation.service
     for address in (service.address, service.enrolment) if service else ():
         check_port(*split_address(address, "[registry]"), "the registry's service")
-    stop = threading.Event()
+    stop, store = threading.Event(), Store(coordinator.home)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     log = coordinator.home / "superlink.log"
@@ -167,6 +169,7 @@ def up(json: Json = False, home: Home = None) -> None:
             new = [card for card in sites if card.key not in known]
             gone = [card for card in known.values() if card not in sites]
             if new or gone or not ready:
+                store.log_members(sites)
                 try:
                     with Control(coordinator.card.address, coordinator.ca, coordinator.token) as control:
                         control.nodes()

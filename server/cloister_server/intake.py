@@ -8,13 +8,16 @@ Whatever is wrong costs this client alone. Clients are not compared here (``defe
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cloister_flower.frames import frame_of
+from cloister_shared.answers import Preface, read_answer
 from cloister_shared.cards import SiteCard
 from cloister_shared.encoding import digest, parse_record
-from cloister_shared.errors import CloisterError, VerificationError
+from cloister_shared.errors import CloisterError, RollbackError, VerificationError
+from cloister_shared.merkle import EMPTY
+from cloister_shared.notes import Checkpoint, checkpoint_of, read_checkpoint, read_cosignature
 from cloister_shared.plan import PlanCore
 from cloister_shared.sealing import Codec, Direction, OpeningKey, open_envelope
 from cloister_shared.vectors import F32, Schema, vector_from_bytes, vector_to_bytes
@@ -23,7 +26,7 @@ from cloister_server.accounting import REFUSED
 from cloister_server.admission import admit_update
 from cloister_server.context import Context, Member
 
-FAILED = "failed-at-site"
+FAILED, WENT_BACK = "failed-at-site", "log-went-back"
 
 
 @dataclass
@@ -37,6 +40,7 @@ class Intake:
         asked: Bytes sent to each client that was sent a plan.
         stages_seconds: Seconds of the messages around the plan under secure aggregation.
         costs: Epsilon of each client before and after, where it was worked out meanwhile.
+        prefaces: What each client that answered said of logs.
     """
 
     updates: dict[str, F32] = field(default_factory=dict)
@@ -45,6 +49,22 @@ class Intake:
     asked: dict[str, int] = field(default_factory=dict)
     stages_seconds: float = 0.0
     costs: dict[str, tuple[float, float]] | None = None
+    prefaces: dict[str, Prefaced] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prefaced:
+    """What a client said of logs, checked.
+
+    Attributes:
+        note: The head of its own log, signed; empty where it told none.
+        head: The same, read.
+        line: Its cosignature of the coordinator's head, or empty.
+    """
+
+    note: str
+    head: Checkpoint
+    line: str
 
 
 @dataclass(frozen=True)
@@ -52,16 +72,18 @@ class Reply:
     """What one frame came to.
 
     Attributes:
-        verdict: ``accepted``, a code of ``admission``, ``unreadable``, or what became of it at the site.
+        verdict: ``accepted``, a code of ``admission``, ``unreadable``, ``log-went-back``, or what became of it at the site.
         reason: One line; a peer's words may be in it, printable.
         update: ``(d,) float32``, finite where it is accepted; None where there is none.
         told: The numbers beside it.
+        prefaced: What it said of logs; None where nothing could be read.
     """
 
     verdict: str
     reason: str
     update: F32 | None = None
     told: dict[str, float] = field(default_factory=dict)
+    prefaced: Prefaced | None = None
 
     @classmethod
     def unreadable(cls, error: CloisterError) -> Reply:
@@ -72,6 +94,40 @@ class Reply:
 def _printable(text: str) -> str:
     # A peer's words reach a terminal and a registry that keeps them for good.
     return "".join(c if c.isprintable() else "?" for c in text)[:500]
+
+
+def read_preface(preface: Preface, card: SiteCard, at: Checkpoint, before: str, where: str) -> Prefaced:
+    """Checks what a client said of logs.
+
+    Args:
+        preface: What it said.
+        card: Who.
+        at: The coordinator's head that it was shown.
+        before: The newest head of its own log that it signed earlier, or empty.
+        where: For messages.
+
+    Raises:
+        VerificationError: A signature does not hold.
+        RollbackError: Its log is shorter than it was, or another at the same length.
+    """
+    head = Checkpoint("none", 0, EMPTY)
+    if preface.head:
+        origin = preface.head.split("\n", 1)[0]
+        if not origin.startswith("cloister/site/"):
+            raise VerificationError("the head of no site's log", where=where, got=origin[:80])
+        head = read_checkpoint(preface.head, card.verify_key, origin, where).checkpoint
+    if before:
+        old = checkpoint_of(before.split("\n\n", 1)[0] + "\n", where)
+        if head.size < old.size or (head.size == old.size and head.root != old.root) or head.origin != old.origin:
+            raise RollbackError(
+                "the site's own log went back",
+                where=where,
+                expected=f"{old.size} events of {old.origin} or more",
+                got=f"{head.size} of {head.origin}",
+            )
+    if preface.cosignature:
+        read_cosignature(preface.cosignature, at.text, card.verify_key.id.hex(), card.verify_key, where)
+    return Prefaced(preface.head, head, preface.cosignature)
 
 
 def said_no(said: dict[str, Any]) -> Reply:
@@ -111,6 +167,8 @@ def read_reply(
     key: OpeningKey,
     schema: Schema,
     server: bytes,
+    at: Checkpoint,
+    before: str,
 ) -> Reply:
     """Opens and judges one frame against what was asked; nothing in it raises.
 
@@ -122,6 +180,8 @@ def read_reply(
         key: The round's.
         schema: Names and shapes.
         server: The coordinator's key id.
+        at: The head of the coordinator's log that was shown.
+        before: The newest head of the client's own log that it signed earlier, or empty.
     """
     where = f"reply of {card.name}"
     try:
@@ -133,21 +193,33 @@ def read_reply(
             where=where,
             expect=answering(card, server, core.run, core.round, attempt, core.base, core.schema, core.digest),
         )
+        preface, plaintext = read_answer(plaintext, where)
+        prefaced = read_preface(preface, card, at, before, where)
         if header.codec == Codec.REFUSAL:
-            return said_no(parse_record(plaintext, where))
+            return replace(said_no(parse_record(plaintext, where)), prefaced=prefaced)
         if header.codec != Codec.UPDATE_F32 or header.parameters != schema.size:
             raise VerificationError("neither an update nor a refusal", where=where, got=header.codec.name)
         cut = 4 * schema.size
         update = vector_from_bytes(plaintext[:cut], schema, where)
         told = read_report(plaintext[cut:], core, where)
+    except RollbackError as error:
+        return Reply(WENT_BACK, _printable(str(error)))
     except CloisterError as error:
         return Reply.unreadable(error)
     found = admit_update(update, schema, core.training)
-    return Reply(found.code, "" if found.code == "accepted" else found.what, update, told)
+    return Reply(found.code, "" if found.code == "accepted" else found.what, update, told, prefaced)
 
 
 def take(
-    context: Context, intake: Intake, member: Member, core: PlanCore, attempt: int, key: OpeningKey, message: Any
+    context: Context,
+    intake: Intake,
+    member: Member,
+    core: PlanCore,
+    attempt: int,
+    key: OpeningKey,
+    at: Checkpoint,
+    before: str,
+    message: Any,
 ) -> None:
     """Reads one reply and writes down what it came to; whatever is wrong with it costs this client alone."""
     frame = b""
@@ -156,8 +228,11 @@ def take(
     except CloisterError as error:
         reply = Reply.unreadable(error)
     else:
-        reply = read_reply(frame, member.card, core, attempt, key, context.schema, context.signing.verify_key.id)
+        server = context.signing.verify_key.id
+        reply = read_reply(frame, member.card, core, attempt, key, context.schema, server, at, before)
     update = reply.update
+    if reply.prefaced is not None:
+        intake.prefaces[member.id] = reply.prefaced
     if reply.verdict == "accepted" and update is not None:
         intake.updates[member.id] = update
     intake.changes[member.id] = {

@@ -17,8 +17,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import numpy as np
+from cloister_shared.answers import Preface
 from cloister_shared.encoding import digest
 from cloister_shared.errors import RefusedError, StateError
+from cloister_shared.notes import Checkpoint
 from cloister_shared.plan import PlanCore, SecureSum
 from cloister_shared.sealing import OpeningKey
 from cloister_shared.vectors import (
@@ -36,7 +38,7 @@ from cloister_server.aggregation import Aggregate, noised_mean
 from cloister_server.context import Context, Exchange, Member
 from cloister_server.defence import Cohort, Entered, enter, explained, lost_at_sites, reputation
 from cloister_server.federation import PIPELINE, is_admitted
-from cloister_server.intake import Intake, take
+from cloister_server.intake import WENT_BACK, Intake, Prefaced, read_preface, take
 from cloister_server.peers import predicted_norm
 from cloister_server.planning import in_round, summed_rate
 from cloister_server.secure import collect, opened_before
@@ -97,6 +99,10 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
         intake = (gather if context.draw is None else gather_sums)(context, link, members, cores, row, parent, key)
     finally:
         key.erase()
+    for client, change in intake.changes.items():
+        if change["verdict"] == WENT_BACK:
+            said = {"what": "a site's own log went back", "client": client, "reason": change["reason"]}
+            store.log("incident", said | {"run": context.run.id, "round": number})
     for client in [i for i in intake.updates if i in members and not is_admitted(store.home, members[i].card)]:
         # Revoked while it worked: as if it had not come. Under secure aggregation it is in its group's sum already.
         del intake.updates[client], intake.members[client]
@@ -159,6 +165,7 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
             judgement,
             evidence,
             seen(context, number, cores, intake),
+            {client: one.note for client, one in intake.prefaces.items()},
         ),
     )
     context.tell(
@@ -194,9 +201,10 @@ def gather(
 ) -> Intake:
     """Sends every member its plan and takes in what comes back."""
     intake, by_node = Intake(), {m.node: m for m in members.values()}
-    receipts = receipts_of(context, row.number - 1)
+    receipts, at = receipts_of(context, row.number - 1), context.store.checkpoint()
+    before = {i: known.head for i, known in context.store.witnessed().items()}
     frames = {
-        m.node: seal_plan(context, m, cores[m.id], parent, row.attempt, key, receipts.get(m.id, ()))
+        m.node: seal_plan(context, m, cores[m.id], parent, row.attempt, key, at, receipts.get(m.id, ()))
         for m in members.values()
     }
     intake.asked = {by_node[node].id: len(frame) for node, frame in frames.items()}
@@ -209,11 +217,19 @@ def gather(
             context.federation.deadline,
             lambda replies: len(replies) == len(frames),
         ):
-            take(context, intake, by_node[node], cores[by_node[node].id], row.attempt, key, message)
+            member = by_node[node]
+            take(context, intake, member, cores[member.id], row.attempt, key, at, before.get(member.id, ""), message)
             spent = spent or pool.submit(spending, context.store, cores)
         intake.costs = None if spent is None else spent.result()
     intake.members = {client: (client,) for client in intake.updates}
+    remember(context, at, intake.prefaces)
     return intake
+
+
+def remember(context: Context, at: Checkpoint, prefaces: Mapping[str, Prefaced]) -> None:
+    """Keeps what sites cosigned and the heads of their own logs, whatever becomes of the round."""
+    for client, one in prefaces.items():
+        context.store.keep_witness(client, at, one.line, one.head, one.note)
 
 
 def gather_sums(
@@ -228,11 +244,15 @@ def gather_sums(
     """The same under secure aggregation: what comes in are means of groups, by the groups' names."""
     if context.draw is None:
         raise StateError("a run under secure aggregation has no draw", where=f"run {context.run.id[:8]}")
-    receipts = receipts_of(context, row.number - 1)
+    receipts, at = receipts_of(context, row.number - 1), context.store.checkpoint()
+    past_heads = {i: known.head for i, known in context.store.witnessed().items()}
 
     def plan_for(member: Member, sharers: Mapping[str, str], shares: Mapping[str, tuple[str, str, str]]) -> bytes:
         told = receipts.get(member.id, ())
-        return seal_plan(context, member, cores[member.id], parent, row.attempt, key, told, sharers, shares)
+        return seal_plan(context, member, cores[member.id], parent, row.attempt, key, at, told, sharers, shares)
+
+    def said(member: Member, preface: Preface, where: str) -> Prefaced:
+        return read_preface(preface, member.card, at, past_heads.get(member.id, ""), where)
 
     store, run = context.store, context.run.id
     known = {s.group: s for s in store.openings(run, row.number)}
@@ -244,14 +264,15 @@ def gather_sums(
         if group not in known:
             store.keep_opening(Opening(run=run, number=row.number, group=group, clients=json.dumps(alive)))
 
-    got = collect(context, link, context.draw, members, cores, row.attempt, key, plan_for, before, done, opening)
+    got = collect(context, link, context.draw, members, cores, row.attempt, key, plan_for, said, before, done, opening)
+    remember(context, at, got.prefaces)
     for name, mean in got.means.items():
         store.keep_mean(run, row.number, name, store.blobs.put(vector_to_bytes(mean)))
     for name in done:
         got.means[name] = vector_from_bytes(store.blobs.get(known[name].mean), context.schema, name)
         got.alive[name] = before[name]
         got.changes |= {client: opened_before(name) for client in before[name]}
-    return Intake(got.means, got.changes, got.alive, got.asked, got.seconds)
+    return Intake(got.means, got.changes, got.alive, got.asked, got.seconds, prefaces=got.prefaces)
 
 
 def make_candidate(

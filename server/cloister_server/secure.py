@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 from cloister_flower.frames import frame_of
 from cloister_shared import shamir
+from cloister_shared.answers import Preface, read_answer
 from cloister_shared.draw import Transcript, threshold_of
 from cloister_shared.encoding import parse_record
-from cloister_shared.errors import CloisterError, VerificationError
+from cloister_shared.errors import CloisterError, RollbackError, VerificationError
 from cloister_shared.masks import AGREED, U32, PeerKeys, agreement, attempt_name, work_name
 from cloister_shared.plan import PlanCore
 from cloister_shared.sealing import Codec, OpeningKey
@@ -31,7 +32,7 @@ from cloister_shared.vectors import F32
 
 from cloister_server.context import Context, Exchange, Member
 from cloister_server.groups import LEAST_SURVIVORS
-from cloister_server.intake import Reply, said_no
+from cloister_server.intake import WENT_BACK, Prefaced, Reply, said_no
 from cloister_server.talk import Talk
 from cloister_server.unmask import Given, unmasked
 
@@ -51,6 +52,7 @@ class Gathered:
         changes: What the registry will know of each client.
         asked: Bytes of the plan sent to each client that was sent one.
         seconds: Seconds of the stages around training.
+        prefaces: What each client that answered its plan said of logs.
     """
 
     means: dict[str, F32] = field(default_factory=dict)
@@ -58,6 +60,7 @@ class Gathered:
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
     asked: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    prefaces: dict[str, Prefaced] = field(default_factory=dict)
 
 
 def collect(
@@ -69,6 +72,7 @@ def collect(
     attempt: int,
     key: OpeningKey,
     plan_for: Callable[[Member, Mapping[str, str], Mapping[str, tuple[str, str, str]]], bytes],
+    logs: Callable[[Member, Preface, str], Prefaced],
     opened: Mapping[str, Collection[str]],
     done: Collection[str],
     opening: Callable[[str, Sequence[str]], None],
@@ -84,6 +88,7 @@ def collect(
         attempt: The attempt.
         key: The round's key.
         plan_for: Seals a client's plan, given who shares in its group and in what work, and their shares for it.
+        logs: Checks what a client said of logs.
         opened: Groups that were asked to open in an earlier attempt, and for whom: they open for the same again and for no others.
         done: Those of them whose sums are known: they are left in peace.
         opening: Called with a group and its living before it is asked to agree on them.
@@ -103,10 +108,10 @@ def collect(
     groups = _stage(context, out, groups, keys, "gave keys")
     shown = {name: {j: asdict(keys[j]) for j in group if j in keys} for name, group in groups.items()}
     told = {i: {"keys": shown[name]} for name in groups for i in shown[name]}
-    shares, sealed = dict[str, Given](), dict[str, dict[str, str]]()
+    shares, parts = dict[str, Given](), dict[str, dict[str, str]]()
     for i, said in talk.ask("shares", told, members):
         try:
-            shares[i], sealed[i] = _shares_of(said, i, told[i]["keys"])
+            shares[i], parts[i] = _shares_of(said, i, told[i]["keys"])
         except VerificationError as error:  # as above
             talk.refused[i] = Reply.unreadable(error)
     groups = _stage(context, out, groups, shares, "gave shares")
@@ -114,12 +119,12 @@ def collect(
     for name, group in groups.items():
         sharers[name] = {i: cores[i].digest for i in group if i in shares}
         for i in sharers[name]:
-            for_it = {j: (sealed[j][i], shares[j].of_masks[i], shares[j].of_seeds[i]) for j in sharers[name] if j != i}
+            for_it = {j: (parts[j][i], shares[j].of_masks[i], shares[j].of_seeds[i]) for j in sharers[name] if j != i}
             frames[members[i].node] = plan_for(members[i], sharers[name], for_it)
             out.asked[i] = len(frames[members[i].node])
     out.seconds = time.monotonic() - started
     context.tell("stage", number=number, stage="plan", sites=len(frames))
-    masked, accused = _masked(context, link, talk, frames, members, cores, f"{number}.{attempt}")
+    masked, accused = _masked(context, link, talk, frames, members, cores, logs, out.prefaces, f"{number}.{attempt}")
     started = time.monotonic()
     cheats = _cheats(context, groups, accused)
     groups = _stage(context, out, groups, masked, "sent updates")
@@ -203,6 +208,8 @@ def _masked(
     frames: dict[int, bytes],
     members: Mapping[str, Member],
     cores: Mapping[str, PlanCore],
+    logs: Callable[[Member, Preface, str], Prefaced],
+    prefaces: dict[str, Prefaced],
     label: str,
 ) -> tuple[dict[str, tuple[U32, int]], dict[str, set[str]]]:
     """Masked updates by client, and the bytes they came in; and who was accused of worthless shares, by whom."""
@@ -217,6 +224,8 @@ def _masked(
             frame = frame_of(message, where)
             size = len(frame)
             codec, plaintext = talk.opened(frame, member, Codec.MASKED_U32, where, cores[member.id].digest)
+            preface, plaintext = read_answer(plaintext, where)
+            prefaces[member.id] = logs(member, preface, where)
             if codec == Codec.REFUSAL:
                 said = parse_record(plaintext, where)
                 reply = said_no(said)
@@ -227,6 +236,8 @@ def _masked(
             else:
                 found[member.id] = np.frombuffer(plaintext, dtype="<u4").astype(np.uint32), size
                 reply = Reply("accepted", "")
+        except RollbackError as error:
+            reply = Reply(WENT_BACK, str(error)[:500])
         except CloisterError as error:
             reply = Reply.unreadable(error)
         if reply.verdict != "accepted":

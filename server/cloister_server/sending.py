@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 
+from cloister_shared.notes import Checkpoint
 from cloister_shared.plan import Plan, PlanCore, Receipt, closing_bytes
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, seal
 from cloister_shared.vectors import F32
@@ -22,12 +23,15 @@ def seal_plan(
     parent: F32,
     attempt: int,
     key: OpeningKey,
+    at: Checkpoint,
     receipts: tuple[Receipt, ...],
     sharers: Mapping[str, str] | None = None,
     shares: Mapping[str, tuple[str, str, str]] | None = None,
 ) -> bytes:
-    """One client's plan, signed and sealed to it."""
-    plan = Plan(core, attempt, key.sealing_key, int(time.time()), receipts, sharers or {}, shares or {})
+    """One client's plan, signed and sealed to it, with the log as it is at ``at``."""
+    view, known = context.store.view_for(member.id, at), context.store.witnessed().get(member.id)
+    own = known.head if known is not None else ""
+    plan = Plan(core, attempt, key.sealing_key, int(time.time()), view, receipts, sharers or {}, shares or {}, own)
     return sealed(context, member, Codec.PLAN, plan.to_bytes(parent, context.signing), core.round, attempt, core.digest)
 
 
@@ -58,23 +62,28 @@ def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]
     """Receipts for the last committed round, by client id; none for round 0."""
     rows = {r.number: r for r in context.store.rounds(context.run.id)}
     out: dict[str, tuple[Receipt, ...]] = {}
+    leaf = context.store.commit_leaf(context.run.id, number)
+    if leaf is None:
+        return out
     for client in context.store.clients(context.run.id, number):
         update = client.update if client.verdict == "accepted" else ""
-        out[client.client] = (
-            Receipt(context.run.id, number, client.plan, update, client.verdict, rows[number].adapter or ""),
+        adapter = rows[number].adapter or ""
+        made = Receipt(
+            context.run.id, number, client.plan, update, client.verdict, adapter, leaf.index, leaf.hash.hex()
         )
+        out[client.client] = (made.by(context.signing),)
     return out
 
 
 def close(context: Context, link: Exchange) -> None:
     """Sends the last round's receipts; a client that does not hear them keeps its update a little longer, nothing else."""
-    receipts = receipts_of(context, context.run.rounds)
+    receipts, at = receipts_of(context, context.run.rounds), context.store.checkpoint()
     frames = {
         member.node: sealed(
             context,
             member,
             Codec.CLOSING,
-            closing_bytes(context.run.id, receipts[member.id], context.signing),
+            closing_bytes(context.run.id, receipts[member.id], context.store.view_for(member.id, at), context.signing),
             context.run.rounds,
             1,
             "00" * 32,

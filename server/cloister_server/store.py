@@ -1,25 +1,35 @@
 """The registry of runs and rounds: SQLModel tables on SQLite, one transaction a round.
 
 States of a round: open -> committed | aborted. A committed round never changes (a trigger holds it); ``(run, number)`` is unique.
-Blobs are written before the transaction that names them, so that a row never points at nothing.
+What is registered for good is a leaf of the federation's log in the same transaction (``log``). A coordinator takes a fence number before
+it runs rounds: from then on one that holds a lower number writes nothing of a round. Blobs are written before the transaction that names
+them, so that a row never points at nothing.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cloister_shared.errors import InputError, StateError
+from cloister_shared.cards import SiteCard
+from cloister_shared.encoding import canonical, digest
+from cloister_shared.errors import InputError, RefusedError, StateError
+from cloister_shared.merkle import Tree
+from cloister_shared.notes import Checkpoint
+from cloister_shared.signing import SigningKey
+from cloister_shared.witness import MAX_HASHES, Cosignature, View, log_of_federation
 from sqlalchemy import Engine, event, text
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlmodel import Field, Session, SQLModel, create_engine, select
 
 from cloister_server.blobs import Blobs
+from cloister_server.log import Leaf, SiteHead, Witnessed, append, commit_body, leaves, membership, size
 
 
 class Run(SQLModel, table=True):
@@ -55,6 +65,7 @@ class Round(SQLModel, table=True):
     judging_seconds: float = 0.0
     sent_bytes: int = 0
     received_bytes: int = 0
+    leaf: int | None = None  # of the commit, in the log
 
 
 class RoundClient(SQLModel, table=True):
@@ -169,6 +180,13 @@ class Judgement(SQLModel, table=True):
     shares: str  # what each client's update brought, JSON by client id; null where the rule goes by coordinate
 
 
+class Fence(SQLModel, table=True):
+    """The newest coordinator's number: whoever holds a lower one writes no rounds."""
+
+    id: int = Field(primary_key=True)
+    number: int
+
+
 def _triggers() -> Iterator[str]:
     """Nothing of a committed round, and no charge, changes, goes, comes or is replaced (REPLACE deletes without a DELETE trigger)."""
     yield (
@@ -187,6 +205,12 @@ def _triggers() -> Iterator[str]:
         yield (
             f"CREATE TRIGGER IF NOT EXISTS noised_sum_{deed.lower()} BEFORE {deed} ON noised_sum {when}"
             " BEGIN SELECT RAISE(ABORT, 'UNIQUE: what was charged stays'); END"
+        )
+    for deed in ("UPDATE", "DELETE", "INSERT"):
+        known = "" if deed != "INSERT" else 'WHEN EXISTS (SELECT 1 FROM log_leaf WHERE "index" = NEW."index")'
+        yield (
+            f"CREATE TRIGGER IF NOT EXISTS log_leaf_{deed.lower()} BEFORE {deed} ON log_leaf {known}"
+            " BEGIN SELECT RAISE(ABORT, 'UNIQUE: the log is only added to'); END"
         )
     for table in ("round_client", "metric", "evidence", "judgement", "summed"):
         for deed, row in (("UPDATE", "OLD"), ("DELETE", "OLD"), ("INSERT", "NEW")):
@@ -211,6 +235,7 @@ class Commit:
         judgement: What the defence did; None where there is none.
         evidence: Its tests.
         summed: The groups' sums under secure aggregation.
+        heads: Signed notes of the sites' own logs, by client id.
     """
 
     adapter: str
@@ -222,6 +247,7 @@ class Commit:
     judgement: Judgement | None = None
     evidence: Sequence[Evidence] = ()
     summed: Sequence[Summed] = ()
+    heads: Mapping[str, str] = field(default_factory=dict)
 
 
 class Store:
@@ -259,6 +285,111 @@ class Store:
                 "the registry cannot be opened", where=str(home / "registry.db"), got=str(error).splitlines()[0]
             ) from error
         (home / "registry.db").chmod(0o600)
+        self._tree, self._fence = Tree(), 0
+
+    @cached_property
+    def _signing(self) -> SigningKey:
+        """The log's key: the coordinator's own."""
+        return SigningKey.load(self.home / "sign.key")
+
+    @property
+    def origin(self) -> str:
+        """The log's name."""
+        return log_of_federation(self._signing.verify_key)
+
+    def take_fence(self) -> int:
+        """Takes the next fence number: coordinators before this one write no rounds from now on."""
+        with self._session() as session:
+            row = session.get(Fence, 1) or Fence(id=1, number=0)
+            row.number += 1
+            session.add(row)
+            self._fence = row.number
+        return self._fence
+
+    def _fenced(self, session: Session) -> None:
+        row = session.get(Fence, 1)
+        newest = row.number if row is not None else 0
+        if newest != self._fence and self._fence:
+            raise RefusedError(
+                "registry.fence",
+                "another coordinator has taken over",
+                where=str(self.home / "registry.db"),
+                expected=f"fence {newest}",
+                got=str(self._fence),
+                mend="let the newer one run, or start again: cloister run --resume",
+            )
+
+    def log(self, kind: str, body: Mapping[str, Any]) -> Leaf:
+        """Adds a leaf to the federation's log, in a transaction of its own."""
+        with self._session() as session:
+            return append(session, kind, body, self._signing)
+
+    def leaves(self, start: int = 0, end: int | None = None) -> list[Leaf]:
+        """Leaves of the log from ``start`` up to ``end``."""
+        with Session(self._engine) as session:
+            return leaves(session, start, end)
+
+    def commit_leaf(self, run: str, number: int) -> Leaf | None:
+        """The leaf of a round's commit; None for round 0, which is none."""
+        with Session(self._engine) as session:
+            row = session.get(Round, (run, number))
+            return None if row is None or row.leaf is None else session.get(Leaf, row.leaf)
+
+    def tree(self) -> Tree:
+        """The log's tree, as far as it goes now."""
+        for leaf in self.leaves(len(self._tree)):
+            self._tree.append(leaf.hash)
+        return self._tree
+
+    def checkpoint(self) -> Checkpoint:
+        """The log's head now."""
+        tree = self.tree()
+        return Checkpoint(self.origin, len(tree), tree.root())
+
+    def signed_checkpoint(self, at: Checkpoint) -> str:
+        """A head as a signed note."""
+        return at.signed(self._signing)
+
+    def log_members(self, cards: Sequence[SiteCard]) -> None:
+        """Sees that the log has exactly these sites as enrolled; what is missing is added, so that a crash between leaves no gap."""
+        with self._session() as session:
+            known, now = membership(leaves(session)), {card.name: card for card in cards}
+            for name in sorted(set(known) - {n for n in now if digest(canonical(asdict(now[n]))) == known.get(n)}):
+                append(session, "revoke", {"site": name}, self._signing)
+                session.flush()
+            for name, card in sorted(now.items()):
+                if known.get(name) != digest(canonical(asdict(card))):
+                    append(session, "enrol", {"site": name, "card": asdict(card)}, self._signing)
+                    session.flush()
+
+    def view_for(self, client: str, at: Checkpoint) -> View:
+        """What a site is shown of the log: its head, the way there from what the site cosigned last, and others' cosignatures."""
+        tree, known = self.tree(), self.witnessed()
+        seen = known[client].size if client in known else 0
+        start = max(min(seen, at.size), at.size - MAX_HASHES)
+        others = {i: Cosignature(row.size, row.line) for i, row in known.items() if i != client and row.line}
+        hashes = tuple(leaf.hash for leaf in self.leaves(start, at.size))
+        return View(at.signed(self._signing), start, tree.range(start).tops, hashes, others)
+
+    def keep_witness(self, client: str, at: Checkpoint, line: str, head: Checkpoint, note: str) -> None:
+        """Remembers what a site cosigned and the head of its own log; neither goes back."""
+        with self._session() as session:
+            row = session.get(Witnessed, client) or Witnessed(client=client)
+            if line and at.size >= row.size:
+                row.size, row.line = at.size, line
+            if head.size >= row.head_size:
+                row.head_size, row.head = head.size, note
+            session.add(row)
+
+    def witnessed(self) -> dict[str, Witnessed]:
+        """What each site saw and signed last, by client."""
+        with Session(self._engine) as session:
+            return {row.client: row for row in session.exec(select(Witnessed))}
+
+    def site_heads(self, run: str) -> list[SiteHead]:
+        """Heads of the sites' own logs, by round."""
+        with Session(self._engine) as session:
+            return list(session.exec(select(SiteHead).where(SiteHead.run == run).order_by(SiteHead.number)))  # type: ignore[arg-type]
 
     def close(self) -> None:
         """Closes every connection."""
@@ -291,6 +422,7 @@ class Store:
             session.add(
                 Round(run=run.id, number=0, state="committed", adapter=name, opened=run.created, committed=run.created)
             )
+            append(session, "policy", _run_facts(run) | {"rounds": run.rounds, "adapter": name}, self._signing)
 
     def set_flower_run(self, run: str, flower_run: int) -> None:
         """Remembers Flower's id of the run's present attempt."""
@@ -350,6 +482,7 @@ class Store:
             StateError: It is committed.
         """
         with self._session() as session:
+            self._fenced(session)
             known = session.get(Round, (row.run, row.number))
             if known is None:
                 session.add(row)
@@ -369,6 +502,7 @@ class Store:
             StateError: It is not open.
         """
         with self._session() as session:
+            self._fenced(session)
             row = session.get(Round, (run, number))
             if row is None or row.state != "open":
                 raise StateError(
@@ -383,21 +517,36 @@ class Store:
             for name, value in commit.metrics.items():
                 session.add(Metric(run=run, number=number, name=name, value=value))
             session.add_all([*commit.evidence, *commit.summed])
+            session.add_all(SiteHead(run=run, number=number, client=i, note=note) for i, note in commit.heads.items())
             if commit.judgement is not None:
                 session.add(commit.judgement)
             session.flush()  # the triggers let nothing follow the commit
+            clients = list(
+                session.exec(select(RoundClient).where(RoundClient.run == run, RoundClient.number == number))
+            )
+            of_run, row.leaf = session.get_one(Run, run), size(session)
             row.state, row.adapter, row.committed = "committed", commit.adapter, time.time()
             row.seconds, row.judging_seconds, row.residual = commit.seconds, commit.judging_seconds, commit.residual
+            extra = _run_facts(of_run) | {
+                "metrics": commit.metrics,
+                "defence": None if commit.judgement is None else commit.judgement.model_dump(exclude={"run", "number"}),
+                "sums": [one.model_dump(exclude={"run", "number"}) for one in commit.summed],
+            }
+            append(session, "round_commit", commit_body(row, clients, extra, commit.heads), self._signing)
 
     def abort_round(self, run: str, number: int, clients: dict[str, dict[str, Any]]) -> None:
         """Marks an open round as aborted, with what is known of its clients; a resumed run opens it again."""
         with self._session() as session:
+            self._fenced(session)
             row = session.get_one(Round, (run, number))
             row.state = "aborted"
             for client, changes in clients.items():
                 entry = session.get_one(RoundClient, (run, number, client))
                 for key, value in changes.items():
                     setattr(entry, key, value)
+            verdicts = {client: str(changes.get("verdict", "")) for client, changes in clients.items()}
+            body = {"what": "round aborted", "run": run, "round": number, "attempt": row.attempt, "clients": verdicts}
+            append(session, "incident", body, self._signing)
 
     def charge_noised_sum(self, row: NoisedSum, price: Callable[[list[NoisedSum]], float]) -> NoisedSum:
         """Charges the federation's ledger durably; only then may the noise be drawn.
@@ -418,6 +567,7 @@ class Store:
             earlier = list(session.exec(select(NoisedSum).order_by(NoisedSum.charged)))  # type: ignore[arg-type]
             row.epsilon = price([*earlier, row])
             session.add(row)
+            append(session, "spend", {"scope": "client"} | row.model_dump(), self._signing)
         return row
 
     def noised_sums(self) -> list[NoisedSum]:
@@ -495,3 +645,17 @@ class Store:
     def labels(run: Run) -> tuple[str, ...]:
         """The run's labels."""
         return tuple(json.loads(run.task)["labels"])
+
+
+def _run_facts(run: Run) -> dict[str, Any]:
+    """What a leaf says of a run: what it trained, with which settings and which code, by digests."""
+    return {
+        "run": run.id,
+        "federation": run.federation,
+        "base": run.base,
+        "rule": run.rule,
+        "task": digest(run.task.encode()),
+        "tensors": digest(run.tensors.encode()),
+        "config": digest(run.config.encode()),
+        "code": run.code,
+    }

@@ -16,7 +16,10 @@ from hashlib import sha256
 
 import numpy as np
 from cloister_server.intake import Reply, read_reply
+from cloister_shared.answers import Preface
 from cloister_shared.cards import SiteCard
+from cloister_shared.merkle import EMPTY
+from cloister_shared.notes import Checkpoint
 from cloister_shared.plan import PlanCore, TaskSpec, TrainingSpec
 from cloister_shared.sealing import CHUNK_BYTES, PURPOSE, Codec, Direction, Header, OpeningKey, envelope_bytes, seal
 from cloister_shared.signing import SIGNATURE_BYTES, SigningKey
@@ -89,10 +92,11 @@ class Forge:
             schema=bytes.fromhex(core.schema),
             plan=bytes.fromhex(core.digest),
             parameters=self.schema.size,
-            length=len(plaintext),
+            length=len(Preface().before(plaintext)),
             time=int(time.time()),
             nonce=os.urandom(16),
         )
+        plaintext = Preface().before(plaintext)
         return seal(replace(header, **fields), plaintext, (key or self.key).sealing_key, by)  # type: ignore[arg-type]
 
     def honest(self) -> bytes:
@@ -169,7 +173,8 @@ MALFORMED: dict[str, Callable[[Forge], bytes]] = {
 
 def read(forge: Forge, frame: bytes) -> Reply:
     """Reads a frame as the coordinator does."""
-    return read_reply(frame, forge.card, forge.core, 1, forge.key, forge.schema, forge.server.verify_key.id)
+    at = Checkpoint("cloister/federation/attacked", 0, EMPTY)
+    return read_reply(frame, forge.card, forge.core, 1, forge.key, forge.schema, forge.server.verify_key.id, at, "")
 
 
 def try_all() -> dict[str, Reply]:

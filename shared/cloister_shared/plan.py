@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,9 +25,10 @@ from cloister_shared.privacy import MAX_SIGMA, DpSgd
 from cloister_shared.sealing import SealingKey
 from cloister_shared.signing import SIGNATURE_BYTES, SigningKey, VerifyKey
 from cloister_shared.vectors import F32, Schema, check_bounded, vector_from_bytes, vector_to_bytes
+from cloister_shared.witness import View
 
 PURPOSE = "plan"
-CLOSING_PURPOSE = "closing"
+CLOSING_PURPOSE, RECEIPT_PURPOSE = "closing", "receipt"
 FORMAT = "cloister-plan/1"
 TaskKind = Literal["text-classification", "causal-lm"]
 TASK_KINDS = ("text-classification", "causal-lm")
@@ -461,7 +462,7 @@ class PlanCore:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What became of a client's update, told with the next plan.
+    """What became of a client's update, told with the next plan and signed by itself: the client keeps it in its own log.
 
     Attributes:
         run: 16-byte run id, hex.
@@ -470,6 +471,9 @@ class Receipt:
         update: SHA-256 of the update's bytes that were accepted, or empty where none was.
         verdict: ``accepted`` or the admission code.
         adapter: SHA-256 of the committed adapter.
+        index: Where the round's commit is in the coordinator's log.
+        leaf: The hash of that leaf (RFC 6962), hex.
+        signature: The coordinator's, over all of it, hex.
     """
 
     run: str
@@ -478,6 +482,25 @@ class Receipt:
     update: str
     verdict: str
     adapter: str
+    index: int
+    leaf: str
+    signature: str = ""
+
+    @property
+    def _signed(self) -> bytes:
+        return canonical({name: value for name, value in asdict(self).items() if name != "signature"})
+
+    def by(self, key: SigningKey) -> Receipt:
+        """Signed by the coordinator."""
+        return replace(self, signature=key.sign(RECEIPT_PURPOSE, self._signed).hex())
+
+    def check(self, key: VerifyKey, where: str) -> None:
+        """Checks the signature.
+
+        Raises:
+            VerificationError: It does not hold.
+        """
+        key.verify(RECEIPT_PURPOSE, self._signed, bytes.fromhex(self.signature), where)
 
     @classmethod
     def from_dict(cls, value: Any) -> Receipt:
@@ -495,6 +518,9 @@ class Receipt:
         for digest_hex in (receipt.plan, receipt.update, receipt.adapter):
             if digest_hex != "":
                 _hex(digest_hex, 32, "receipt digest")
+        _integer(receipt.index, 0, 1 << 62, "receipt.index")
+        _hex(receipt.leaf, 32, "receipt.leaf")
+        _hex(receipt.signature, SIGNATURE_BYTES, "receipt.signature")
         _must(
             isinstance(receipt.verdict, str) and 0 < len(receipt.verdict) <= 100,
             "receipt has no verdict",
@@ -512,20 +538,24 @@ class Plan:
         attempt: 1-based attempt.
         round_key: The key that updates of this attempt are sealed to.
         issued: Seconds since 1970.
+        view: The coordinator's log, from what the client saw last to now.
         receipts: What became of this client's earlier updates.
         sharers: Under masks: the members of its group that take part in this attempt, by key id, and the digest of each one's
             work; else none.
         shares: Under masks: by each other sharer, its sealed share for this client and what it said of the two in it
             (``masks.share_digest`` of ``mask`` and of ``seed``), hex.
+        own_head: The newest head of the client's own log that the coordinator has, as the client signed it; or empty.
     """
 
     core: PlanCore
     attempt: int
     round_key: SealingKey
     issued: int
+    view: View
     receipts: tuple[Receipt, ...] = ()
     sharers: Mapping[str, str] = field(default_factory=dict)
     shares: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
+    own_head: str = ""
 
     def to_bytes(self, parent: F32, by: SigningKey) -> bytes:
         """The signed plaintext of the envelope."""
@@ -535,6 +565,8 @@ class Plan:
                 "attempt": self.attempt,
                 "round_key": self.round_key.raw.hex(),
                 "issued": self.issued,
+                "view": self.view.as_dict(),
+                "own_head": self.own_head,
                 "receipts": [asdict(receipt) for receipt in self.receipts],
                 "sharers": dict(self.sharers),
                 "shares": {name: list(parts) for name, parts in self.shares.items()},
@@ -560,12 +592,13 @@ class Plan:
         record_bytes, rest = data[4 : 4 + size], data[4 + size :]
         by.verify(PURPOSE, record_bytes, rest[:SIGNATURE_BYTES], where)
         record = parse_record(record_bytes, where)
-        names = {"core", "attempt", "round_key", "issued", "receipts", "sharers", "shares"}
+        names = {"core", "attempt", "round_key", "issued", "view", "own_head", "receipts", "sharers", "shares"}
         _must(
             set(record) == names
             and isinstance(record["receipts"], list)
             and isinstance(record["sharers"], dict)
-            and isinstance(record["shares"], dict),
+            and isinstance(record["shares"], dict)
+            and isinstance(record["own_head"], str),
             "other fields than a plan's",
             sorted(record),
         )
@@ -575,9 +608,11 @@ class Plan:
                 record["attempt"],
                 SealingKey.from_hex(record["round_key"], where),
                 record["issued"],
+                View.from_dict(record["view"], where),
                 tuple(Receipt.from_dict(r) for r in record["receipts"]),
                 record["sharers"],
                 {name: _three(parts) for name, parts in record["shares"].items()},
+                record["own_head"],
             )
         except (KeyError, TypeError) as error:
             raise VerificationError("plan is malformed", where=where, got=str(error)) from error
@@ -627,14 +662,14 @@ def read_parent(core: PlanCore, data: bytes, schema: Schema, where: str) -> F32:
     return parent
 
 
-def closing_bytes(run: str, receipts: tuple[Receipt, ...], by: SigningKey) -> bytes:
+def closing_bytes(run: str, receipts: tuple[Receipt, ...], view: View, by: SigningKey) -> bytes:
     """The signed plaintext of the closing message after a run's last round."""
-    record = canonical({"run": run, "receipts": [asdict(receipt) for receipt in receipts]})
+    record = canonical({"run": run, "receipts": [asdict(receipt) for receipt in receipts], "view": view.as_dict()})
     return struct.pack(">I", len(record)) + record + by.sign(CLOSING_PURPOSE, record)
 
 
-def read_closing(data: bytes, by: VerifyKey, where: str) -> tuple[Receipt, ...]:
-    """Checks and reads a closing message.
+def read_closing(data: bytes, by: VerifyKey, where: str) -> tuple[tuple[Receipt, ...], View]:
+    """Checks and reads a closing message: receipts, and the coordinator's log.
 
     Raises:
         VerificationError: The signature or the form does not hold.
@@ -645,6 +680,7 @@ def read_closing(data: bytes, by: VerifyKey, where: str) -> tuple[Receipt, ...]:
     record_bytes, signature = data[4 : 4 + size], data[4 + size :]
     by.verify(CLOSING_PURPOSE, record_bytes, signature, where)
     try:
-        return tuple(Receipt.from_dict(r) for r in parse_record(record_bytes, where)["receipts"])
+        record = parse_record(record_bytes, where)
+        return tuple(Receipt.from_dict(r) for r in record["receipts"]), View.from_dict(record["view"], where)
     except (KeyError, TypeError) as error:
         raise VerificationError("closing message is malformed", where=where, got=str(error)) from error

@@ -28,7 +28,11 @@ from cloister_shared.signing import SigningKey
 
 from support.client_ledgers import DELTA, core, open_ledger
 from support.client_oracle import make_trainer
-from support.client_world import BERT_TASK, policy_for
+from support.client_world import (
+    BERT_TASK,
+    Bare,
+    policy_for,
+)
 
 LOSS, UNITS = NoisedNumber("loss", 8.0, 2.0), NoisedNumber("units", 6.0, 1.0)
 CARD = CoordinatorCard(
@@ -116,9 +120,9 @@ def test_what_is_spent_for_and_sent_covers_the_numbers(tmp_path: Path) -> None:
     assert json.loads(update[4:]) == {"noised": {"loss": 3.5, "units": 2.5}}
     ledger.spend(ledger.reserve(BOTH, 1000).entry, digest(update))
     policy = policy_for(CARD)
-    assert release(ledger, policy, BOTH, NoisedUpdate(update)) == (Codec.UPDATE_F32, update)
+    assert release(ledger, policy, BOTH, NoisedUpdate(update), Bare) == (Codec.UPDATE_F32, update)
     with pytest.raises(RefusedError, match="no charge"):
-        release(ledger, policy, BOTH, NoisedUpdate(update.replace(b"3.5", b"3.6")))
+        release(ledger, policy, BOTH, NoisedUpdate(update.replace(b"3.5", b"3.6")), Bare)
 
 
 def test_a_number_with_too_little_noise_is_refused_by_the_policy() -> None:

@@ -22,7 +22,10 @@ from cloister_shared.signing import SigningKey
 from cloister_shared.v1 import agent_pb2
 
 from support.client_ledgers import core, open_ledger
-from support.client_world import policy_for
+from support.client_world import (
+    Bare,
+    policy_for,
+)
 
 UPDATE = b"\x00\x00\x80?" * 3
 CARD = CoordinatorCard(
@@ -90,7 +93,7 @@ def test_a_secure_sums_update_never_leaves_bare_and_its_protocol_says_hex_alone(
     ledger.spend(held.entry, digest(UPDATE))
     asked = core(1)
     with pytest.raises(RefusedError, match="under masks"):
-        release(ledger, POLICY, asked, NoisedUpdate(UPDATE), (), bytes.swapcase)
+        release(ledger, POLICY, asked, NoisedUpdate(UPDATE), Bare, (), bytes.swapcase)
     members = tuple(sorted([asked.client, "aa" * 16, "bb" * 16]))
     summed = replace(
         asked,
@@ -101,8 +104,8 @@ def test_a_secure_sums_update_never_leaves_bare_and_its_protocol_says_hex_alone(
     held = ledger.reserve(summed, 1000)
     ledger.spend(held.entry, digest(UPDATE))
     with pytest.raises(RefusedError, match="under masks"):
-        release(ledger, POLICY, summed, NoisedUpdate(UPDATE))
-    assert release(ledger, POLICY, summed, NoisedUpdate(UPDATE), (), lambda data: data[::-1]) == (
+        release(ledger, POLICY, summed, NoisedUpdate(UPDATE), Bare)
+    assert release(ledger, POLICY, summed, NoisedUpdate(UPDATE), Bare, (), lambda data: data[::-1]) == (
         Codec.MASKED_U32,
         UPDATE[::-1],
     )
@@ -114,26 +117,26 @@ def test_a_secure_sums_update_never_leaves_bare_and_its_protocol_says_hex_alone(
 
 def test_an_update_without_a_charge_stays(ledger: Ledger) -> None:
     with pytest.raises(RefusedError) as caught:
-        release(ledger, POLICY, core(1), NoisedUpdate(UPDATE))
+        release(ledger, POLICY, core(1), NoisedUpdate(UPDATE), Bare)
     assert caught.value.rule == "release.unaccounted"
     held = ledger.reserve(core(1), 1000)
     with pytest.raises(RefusedError, match="no charge"):
-        release(ledger, POLICY, core(1), NoisedUpdate(UPDATE))
+        release(ledger, POLICY, core(1), NoisedUpdate(UPDATE), Bare)
     ledger.spend(held.entry, digest(UPDATE))
-    assert release(ledger, POLICY, core(1), NoisedUpdate(UPDATE)) == (Codec.UPDATE_F32, UPDATE)
+    assert release(ledger, POLICY, core(1), NoisedUpdate(UPDATE), Bare) == (Codec.UPDATE_F32, UPDATE)
     with pytest.raises(RefusedError, match="no charge"):
-        release(ledger, POLICY, core(1), NoisedUpdate(UPDATE[:-4] + b"\0\0\0\0"))
+        release(ledger, POLICY, core(1), NoisedUpdate(UPDATE[:-4] + b"\0\0\0\0"), Bare)
     with pytest.raises(RefusedError, match="no charge"):
-        release(ledger, POLICY, core(2), NoisedUpdate(UPDATE))
+        release(ledger, POLICY, core(2), NoisedUpdate(UPDATE), Bare)
 
 
 def test_neither_a_void_nor_a_lost_reservation_lets_anything_out(ledger: Ledger) -> None:
     ledger.void(ledger.reserve(core(1), 1000).entry, SigningKey.generate())
     with pytest.raises(RefusedError, match="no charge"):
-        release(ledger, POLICY, core(1), NoisedUpdate(UPDATE))
+        release(ledger, POLICY, core(1), NoisedUpdate(UPDATE), Bare)
     ledger.lose(ledger.reserve(core(2), 1000).entry)
     with pytest.raises(RefusedError, match="no charge"):
-        release(ledger, POLICY, core(2), NoisedUpdate(UPDATE))
+        release(ledger, POLICY, core(2), NoisedUpdate(UPDATE), Bare)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +149,9 @@ def test_an_un_noised_number_needs_the_policy_and_the_plan(
     ledger.spend(ledger.reserve(work, 1000).entry, digest(UPDATE))
     before = events(ledger)
     with pytest.raises(RefusedError) as caught:
-        release(ledger, OPEN if permitted else POLICY, work, NoisedUpdate(UPDATE), (NonPrivateRelease(name, 1.0),))
+        release(
+            ledger, OPEN if permitted else POLICY, work, NoisedUpdate(UPDATE), Bare, (NonPrivateRelease(name, 1.0),)
+        )
     assert caught.value.rule == "policy.nonprivate_releases"
     assert events(ledger) == before
 
@@ -154,25 +159,25 @@ def test_an_un_noised_number_needs_the_policy_and_the_plan(
 def test_a_permitted_number_is_chained_before_it_leaves(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     work = replace(core(1), reports=("loss",))
     ledger.spend(ledger.reserve(work, 1000).entry, digest(UPDATE))
-    codec, data = release(ledger, OPEN, work, NoisedUpdate(UPDATE), (NonPrivateRelease("loss", 0.5),))
+    codec, data = release(ledger, OPEN, work, NoisedUpdate(UPDATE), Bare, (NonPrivateRelease("loss", 0.5),))
     assert (codec, data) == (Codec.UPDATE_F32, UPDATE + b'{"nonprivate":{"loss":0.5}}')
     last = events(ledger)[-1]
     assert (last["event"], last["plan"], last["numbers"]) == ("nonprivate_release", work.digest, {"loss": 0.5})
-    assert release(ledger, OPEN, work, NoisedUpdate(UPDATE), (NonPrivateRelease("loss", math.nan),))[1] == UPDATE
+    assert release(ledger, OPEN, work, NoisedUpdate(UPDATE), Bare, (NonPrivateRelease("loss", math.nan),))[1] == UPDATE
 
     def full(*_: object) -> None:
         raise StateError("no space")
 
     monkeypatch.setattr(Ledger, "note", full)
     with pytest.raises(StateError, match="no space"):
-        release(ledger, OPEN, work, NoisedUpdate(UPDATE), (NonPrivateRelease("loss", 0.5),))
+        release(ledger, OPEN, work, NoisedUpdate(UPDATE), Bare, (NonPrivateRelease("loss", 0.5),))
 
 
 def test_a_refusal_tells_public_limits_alone() -> None:
-    public = refusal(RefusedError("policy.max_rank", "too large", expected="<= 8", got="16", where="x", mend="y"))
+    public = refusal(RefusedError("policy.max_rank", "too large", expected="<= 8", got="16", where="x", mend="y"), None)
     assert public == (Codec.REFUSAL, b'{"expected":"<= 8","got":"16","rule":"policy.max_rank","what":"too large"}')
-    private = refusal(RefusedError("train.failed", "secret words", expected="secret", got="secret"))
+    private = refusal(RefusedError("train.failed", "secret words", expected="secret", got="secret"), None)
     assert private == (Codec.REFUSAL, b'{"rule":"train.failed","what":"refused"}')
-    assert b"secret" not in refusal(VerificationError("secret", got="secret"))[1]
-    assert refusal(StateError("disk is full"))[1] == b'{"rule":"agent.failed","what":"refused"}'
-    assert gate.refusal(VerificationError("x"))[1] == b'{"rule":"plan.invalid","what":"refused"}'
+    assert b"secret" not in refusal(VerificationError("secret", got="secret"), None)[1]
+    assert refusal(StateError("disk is full"), None)[1] == b'{"rule":"agent.failed","what":"refused"}'
+    assert gate.refusal(VerificationError("x"), None)[1] == b'{"rule":"plan.invalid","what":"refused"}'

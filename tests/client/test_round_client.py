@@ -31,6 +31,7 @@ from support.client_world import (
     World,
     ask,
     closing,
+    empty_view,
     make_records,
     make_site,
     make_world,
@@ -175,7 +176,7 @@ def test_two_rounds_of_the_same_work_share_neither_sample_nor_noise(client: Clie
 
 def test_a_receipt_deletes_the_kept_update_and_the_work_is_not_done_again(client: Client) -> None:
     update = client.update(client.ask())
-    receipts = (receipt_for(client.core(), update),)
+    receipts = (receipt_for(client.world, client.core(), update),)
     told = client.refusal(client.ask(attempt=2, receipts=receipts))
     assert client.kept() == []
     assert told["rule"] == "budget.already_done"
@@ -188,13 +189,15 @@ def test_a_receipt_with_the_next_plan_deletes_only_what_it_names(client: Client)
     first = client.update(client.ask(client.core(round=1)))
     second = client.core(round=2)
     client.update(client.ask(second))
-    client.update(client.ask(client.core(round=3), receipts=(receipt_for(client.core(round=1), first),)))
+    client.update(client.ask(client.core(round=3), receipts=(receipt_for(client.world, client.core(round=1), first),)))
     assert client.kept() == sorted(f"{c.digest}.f32" for c in (second, client.core(round=3)))
 
 
 def test_the_closing_message_deletes_what_was_kept_and_answers_nothing(client: Client) -> None:
     update = client.update(client.ask())
-    envelope = closing(client.world, client.id, client.desk.opening, (receipt_for(client.core(), update),))
+    envelope = closing(
+        client.world, client.id, client.desk.opening, (receipt_for(client.world, client.core(), update),)
+    )
     assert execute(client.desk, envelope) == b""
     assert client.kept() == []
     assert client.desk.ledger.standing().rounds == 1
@@ -203,7 +206,7 @@ def test_the_closing_message_deletes_what_was_kept_and_answers_nothing(client: C
 def test_a_closing_message_of_somebody_else_deletes_nothing(client: Client) -> None:
     update = client.update(client.ask())
     stranger = replace(client.world, signing=SigningKey.generate())
-    envelope = closing(stranger, client.id, client.desk.opening, (receipt_for(client.core(), update),))
+    envelope = closing(stranger, client.id, client.desk.opening, (receipt_for(client.world, client.core(), update),))
     with pytest.raises(VerificationError):
         execute(client.desk, envelope)
     assert len(client.kept()) == 1
@@ -260,7 +263,10 @@ def test_another_signer_is_not_heard(client: Client) -> None:
 
 def test_a_plan_of_another_signer_in_the_coordinators_envelope_is_not_heard(client: Client) -> None:
     core = client.core()
-    plan = Plan(core, 1, OpeningKey.generate().sealing_key, 1).to_bytes(client.world.parent, SigningKey.generate())
+    view = empty_view(client.world.signing)
+    plan = Plan(core, 1, OpeningKey.generate().sealing_key, 1, view).to_bytes(
+        client.world.parent, SigningKey.generate()
+    )
     header = client.world.header(core, 1, len(plan))
     envelope = seal(header, plan, client.desk.opening.sealing_key, client.world.signing)
     _unread(client, envelope, "signature does not hold for purpose 'plan'")

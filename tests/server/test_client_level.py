@@ -27,6 +27,7 @@ from cloister_server.store import NoisedSum, Round, Store
 from cloister_shared.errors import InputError, RefusedError, StateError, VerificationError
 from cloister_shared.plan import PlanCore
 from cloister_shared.privacy import DpSgd, epsilon
+from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import F32, clipped, from_safetensors, vector_from_bytes
 from hypothesis import given
 from hypothesis import strategies as st
@@ -328,7 +329,9 @@ def test_the_cap_holds_and_the_ledger_is_the_accountants(
     tmp_path_factory: pytest.TempPathFactory, wanted: list[int], cap: float
 ) -> None:
     """Any sequence of rounds and attempts: what is charged is the accountant's, never above the cap, and refused only where it would be."""
-    store = Store(tmp_path_factory.mktemp("r"))
+    home = tmp_path_factory.mktemp("r")
+    SigningKey.generate().save(home / "sign.key")
+    store = Store(home)
     store.start_run(_run(), b"x")
     level, done = ClientLevel(NOISE, CLIP, 1e-5, cap), 0
     for number, attempts in enumerate(wanted, 1):
@@ -366,6 +369,7 @@ def test_a_round_past_the_cap_is_refused_before_a_site_spends_on_it(noised: Worl
 
 
 def test_two_coordinators_do_not_both_take_the_last_of_the_budget(tmp_path: Path) -> None:
+    SigningKey.generate().save(tmp_path / "sign.key")
     store = Store(tmp_path)
     store.start_run(_run(), b"x")
 

@@ -321,7 +321,7 @@ def test_the_closing_message_is_signed_and_for_its_site(world: World) -> None:
             frame, by=desk.card.verify_key, key=desk.opening, expect={}, max_bytes=1 << 20, where="test"
         )
         assert header.codec == Codec.CLOSING
-        (receipt,) = read_closing(plaintext, desk.card.verify_key, "test")
+        (receipt,), _ = read_closing(plaintext, desk.card.verify_key, "test")
         assert (receipt.round, receipt.verdict) == (3, "accepted")
         with pytest.raises(Exception, match="signature"):
             read_closing(plaintext, SigningKey.generate().verify_key, "test")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from cloister_server.store import Commit, Round, RoundClient, Run, Store
 from cloister_shared.errors import InputError, StateError, VerificationError
+from cloister_shared.signing import SigningKey
 
 RUN = "ab" * 16
 ADAPTER = b"adapter zero"
@@ -63,6 +64,7 @@ def a_commit(adapter: str, *clients: str, metrics: dict[str, float] | None = Non
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     """A registry with one run whose round 1 is open for clients a and b."""
+    SigningKey.generate().save(tmp_path / "sign.key")
     made = Store(tmp_path)
     made.start_run(a_run(), ADAPTER)
     made.open_round(Round(run=RUN, number=1, state="open", opened=2.0), [a_client("a"), a_client("b")])
@@ -213,6 +215,7 @@ def test_find_run_by_prefix(store: Store) -> None:
 
 
 def test_find_run_in_an_empty_registry(tmp_path: Path) -> None:
+    SigningKey.generate().save(tmp_path / "sign.key")
     store = Store(tmp_path)
     with pytest.raises(InputError, match="no such run"):
         store.find_run(None)

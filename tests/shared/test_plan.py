@@ -30,6 +30,7 @@ from cloister_shared.privacy import DpSgd
 from cloister_shared.sealing import OpeningKey
 from cloister_shared.signing import SIGNATURE_BYTES, SigningKey
 from cloister_shared.vectors import F32, Schema
+from cloister_shared.witness import View
 
 COORDINATOR = SigningKey.generate()
 ROUND_KEY = OpeningKey.generate().sealing_key
@@ -66,8 +67,8 @@ CORE = PlanCore(
     update_norm=2.5,
     noised=(NoisedNumber("loss", 8.0, 2.0), NoisedNumber("units", 6.0, 1.0)),
 )
-RECEIPT = Receipt("0" * 31 + "1", 1, "2" * 64, "3" * 64, "accepted", "4" * 64)
-PLAN = Plan(CORE, 1, ROUND_KEY, 1_700_000_000, (RECEIPT,))
+RECEIPT = Receipt("0" * 31 + "1", 1, "2" * 64, "3" * 64, "accepted", "4" * 64, 5, "6" * 64, "7" * 128)
+PLAN = Plan(CORE, 1, ROUND_KEY, 1_700_000_000, View("note", 0, (), (), {}), (RECEIPT,))
 
 
 def _framed(record: bytes, by: SigningKey = COORDINATOR, purpose: str = "plan") -> bytes:
@@ -386,7 +387,7 @@ def test_what_is_read_has_a_digest() -> None:
 
 
 def test_receipt_of_a_round_that_came_to_nothing() -> None:
-    empty = Receipt(RECEIPT.run, 1, "", "", "expired", "")
+    empty = Receipt(RECEIPT.run, 1, "", "", "expired", "", 5, "6" * 64, "7" * 128)
     assert Receipt.from_dict(asdict(empty)) == empty
 
 
@@ -432,9 +433,11 @@ def test_parent_must_be_the_one_named_and_for_our_schema() -> None:
 
 def test_closing_message() -> None:
     refused = replace(RECEIPT, update="", verdict="stale")
-    data = closing_bytes(RECEIPT.run, (RECEIPT, refused), COORDINATOR)
-    assert read_closing(data, COORDINATOR.verify_key, "w") == (RECEIPT, refused)
-    assert read_closing(closing_bytes(RECEIPT.run, (), COORDINATOR), COORDINATOR.verify_key, "w") == ()
+    view = PLAN.view
+    data = closing_bytes(RECEIPT.run, (RECEIPT, refused), view, COORDINATOR)
+    assert read_closing(data, COORDINATOR.verify_key, "w") == ((RECEIPT, refused), view)
+    nothing = closing_bytes(RECEIPT.run, (), view, COORDINATOR)
+    assert read_closing(nothing, COORDINATOR.verify_key, "w") == ((), view)
     with pytest.raises(VerificationError, match="signature"):
         read_closing(data, SigningKey.generate().verify_key, "w")
     for at in range(0, len(data), 11):

@@ -21,16 +21,21 @@ from cloister_client.status import Status, StatusFile
 from cloister_client.sums import Sums
 from cloister_client.train import Device
 from cloister_client.units import Units
+from cloister_client.witness import Witness
 from cloister_model.base import BaseModel, find_base
 from cloister_model.build import build, schema_of
 from cloister_model.text import Record, Source
+from cloister_shared.answers import Preface, read_answer
 from cloister_shared.cards import CoordinatorCard
 from cloister_shared.encoding import digest
+from cloister_shared.merkle import EMPTY
+from cloister_shared.notes import Checkpoint
 from cloister_shared.plan import Plan, PlanCore, Receipt, TaskSpec, TrainingSpec, closing_bytes
 from cloister_shared.processes import free_port
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, open_envelope, seal
 from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import F32, Schema, bounded, vector_to_bytes
+from cloister_shared.witness import View, log_of_federation, log_of_site
 
 LABELS = ("billing", "delivery", "quality")
 SECRET = "zqxj"
@@ -222,6 +227,7 @@ def open_desk(world: World, site: Site, records: tuple[Record, ...], **changes: 
         agent / "kept",
         StatusFile(agent / "status.json", Status(site.name)),
         Sums(agent / "sums", signing, policy.peers, policy.least_cohort, 4, len(records)),
+        Witness(ledger, signing, world.signing.verify_key, log_of_site((agent / "unit.key").read_bytes()), {}, 0),
     )
 
 
@@ -239,7 +245,7 @@ def ask(
 ) -> Asked:
     """A sealed plan; ``by`` signs plan and envelope in the coordinator's place, ``header`` changes header fields."""
     core, key = core or world.core(signing_id), OpeningKey.generate()
-    plan = Plan(core, attempt, key.sealing_key, int(time.time()), receipts)
+    plan = Plan(core, attempt, key.sealing_key, int(time.time()), empty_view(world.signing), receipts)
     plaintext = plan.to_bytes(world.parent if parent is None else parent, by or world.signing)
     head = replace(world.header(core, attempt, len(plaintext)), **(header or {}))
     return Asked(core, attempt, key, seal(head, plaintext, opening.sealing_key, by or world.signing))
@@ -248,14 +254,14 @@ def ask(
 def closing(world: World, signing_id: bytes, opening: OpeningKey, receipts: tuple[Receipt, ...]) -> bytes:
     """A sealed closing message."""
     core = world.core(signing_id)
-    plaintext = closing_bytes(core.run, receipts, world.signing)
+    plaintext = closing_bytes(core.run, receipts, empty_view(world.signing), world.signing)
     head = world.header(core, 1, len(plaintext), Codec.CLOSING)
     return seal(replace(head, plan=bytes(32)), plaintext, opening.sealing_key, world.signing)
 
 
 def open_answer(world: World, asked: Asked, answer: bytes, site_key: SigningKey) -> tuple[Header, bytes]:
-    """Opens an answer as the coordinator does."""
-    return open_envelope(
+    """Opens an answer as the coordinator does; what it says of logs is taken off."""
+    header, plaintext = open_envelope(
         answer,
         by=site_key.verify_key,
         key=asked.key,
@@ -271,13 +277,28 @@ def open_answer(world: World, asked: Asked, answer: bytes, site_key: SigningKey)
         max_bytes=1 << 24,
         where="answer",
     )
+    return header, read_answer(plaintext, "answer")[1]
 
 
-def receipt_for(core: PlanCore, update: bytes) -> Receipt:
+def receipt_for(world: World, core: PlanCore, update: bytes) -> Receipt:
     """The receipt that an accepted update gets."""
-    return Receipt(core.run, core.round, core.digest, digest(update), "accepted", "ef" * 32)
+    made = Receipt(core.run, core.round, core.digest, digest(update), "accepted", "ef" * 32, 1, "cd" * 32)
+    return made.by(world.signing)
 
 
 def spec(**changes: Any) -> TrainingSpec:
     """The usual training with changes."""
     return TrainingSpec(**(asdict(TRAINING) | changes))
+
+
+def empty_view(signing: SigningKey) -> View:
+    """A coordinator's log with nothing in it."""
+    return View(Checkpoint(log_of_federation(signing.verify_key), 0, EMPTY).signed(signing), 0, (), (), {})
+
+
+class Bare(Preface):
+    """Nothing said of logs, not even that: for looking at what comes after."""
+
+    def before(self, answer: bytes) -> bytes:
+        """The answer alone."""
+        return answer

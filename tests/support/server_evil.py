@@ -13,6 +13,7 @@ import numpy as np
 from cloister_client.round import execute
 from cloister_server.admission import reaches
 from cloister_shared import masks, shamir
+from cloister_shared.answers import read_answer
 from cloister_shared.draw import Commitment, Reveal, Transcript, threshold_of
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.masks import U32, attempt_name, work_name
@@ -69,6 +70,8 @@ class Evil:
         back, said = open_envelope(
             answer, by=desk.signing.verify_key, key=self.key, expect={}, max_bytes=1 << 28, where="evil"
         )
+        if codec == Codec.PLAN:
+            _, said = read_answer(said, "evil")
         if back.codec == Codec.MASKED_U32:
             return np.frombuffer(said, dtype="<u4").astype(np.uint32)
         record = json.loads(said)
@@ -116,7 +119,8 @@ class Evil:
     def plan(self, site: str, core: PlanCore, attempt: int, sharers: Mapping[str, str], said: Mapping[str, Any]) -> Any:
         """Sends a plan with the shares that ``said`` has for the site; the masked update."""
         shares = {j: self.share_for(said[j], site) for j in sharers if j != site}
-        made = Plan(core, attempt, self.key.sealing_key, int(time.time()), (), sharers, shares)
+        view = self.world.store.view_for(site, self.world.store.checkpoint())
+        made = Plan(core, attempt, self.key.sealing_key, int(time.time()), view, (), sharers, shares)
         plaintext = made.to_bytes(self.parent, self.world.coordinator.signing)
         return self.send(site, Codec.PLAN, core.round, attempt, plaintext, core.digest)
 
@@ -135,8 +139,15 @@ class Evil:
 
     def close(self, site: str, work: str) -> None:
         """A receipt for a work, at a moment of its own choice."""
-        receipt = Receipt(self.run, 1, work, "", "accepted", "")
-        self.send(site, Codec.CLOSING, 1, 1, closing_bytes(self.run, (receipt,), self.world.coordinator.signing))
+        receipt = Receipt(self.run, 1, work, "", "accepted", "", 1, "ab" * 32).by(self.world.coordinator.signing)
+        at = self.world.store.checkpoint()
+        self.send(
+            site,
+            Codec.CLOSING,
+            1,
+            1,
+            closing_bytes(self.run, (receipt,), self.world.store.view_for(site, at), self.world.coordinator.signing),
+        )
 
     def truth(self, site: str, core: PlanCore) -> F32:
         """What the site's own update is: for comparing."""

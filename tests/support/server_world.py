@@ -17,6 +17,7 @@ from cloister_client.round import Desk, execute
 from cloister_client.sums import Sums
 from cloister_client.train import Device
 from cloister_client.units import Units
+from cloister_client.witness import Witness
 from cloister_flower.frames import outgoing, reply
 from cloister_model.base import BaseModel, find_base
 from cloister_model.build import build, read_vector, schema_of
@@ -26,12 +27,14 @@ from cloister_server.federation import Coordinator, Federation, admit_site, init
 from cloister_server.judge import Judge, NoJudge
 from cloister_server.run import run_config
 from cloister_server.store import Run, Store
+from cloister_shared.answers import Preface
 from cloister_shared.cards import SiteCard
 from cloister_shared.plan import Plan, TrainingSpec
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, SealingKey, open_envelope, seal
 from cloister_shared.signing import SigningKey
 from cloister_shared.tls import make_node_key
 from cloister_shared.vectors import F32, Schema, to_safetensors, vector_to_bytes
+from cloister_shared.witness import log_of_site
 from flwr.supercore.task_identity import TaskIdentity
 
 LABELS = ("billing", "delivery")
@@ -241,6 +244,7 @@ def make_desk(home: Path, name: str, coordinator: Coordinator, base: BaseModel) 
         home / "kept",
         Mute(),
         Sums(home / "sums", signing, policy.peers, policy.least_cohort, 4, RECORDS),
+        Witness(ledger, signing, coordinator.card.verify_key, log_of_site(name.encode()), {}, 0),
     )
     return desk, card
 
@@ -261,6 +265,8 @@ def start_store(home: Path, federation: Federation, base: BaseModel, rounds: int
         code="cloister test",
         config=json.dumps(run_config(federation, model, base.digest)),
     )
+    if not (home / "sign.key").exists():
+        SigningKey.generate().save(home / "sign.key")
     store = Store(home)
     store.start_run(run, to_safetensors(first, schema, {"round": "0"}))
     return store, run, schema
@@ -310,14 +316,18 @@ def forged(
     codec: Codec = Codec.UPDATE_F32,
     signing: SigningKey | None = None,
     to: SealingKey | None = None,
+    bare: bool = False,
+    preface: Preface | None = None,
     **changes: Any,
 ) -> bytes:
     """A well-formed, properly signed and sealed answer to ``frame`` with any content; ``changes`` falsify the header."""
     header, plan = opened(desk, frame)
+    size = len(plaintext) // 4
+    plaintext = plaintext if bare else (preface or desk.witness.preface("")).before(plaintext)
     fields: dict[str, Any] = {
         "direction": Direction.TO_COORDINATOR,
         "codec": codec,
-        "parameters": len(plaintext) // 4 if codec == Codec.UPDATE_F32 else 0,
+        "parameters": size if codec == Codec.UPDATE_F32 else 0,
         "length": len(plaintext),
     }
     return seal(replace(header, **(fields | changes)), plaintext, to or plan.round_key, signing or desk.signing)

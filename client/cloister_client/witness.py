@@ -1,0 +1,116 @@
+"""This site as a witness of the coordinator's log, and the coordinator as a witness of this site's.
+
+With each plan comes the log's newest head and the way to it. The site checks that nothing it saw before was changed, writes the head into
+its own ledger, cosigns it, and only then looks whether enough of the sites that its policy names cosigned what it saw the last time: a
+coordinator that shows different histories to different sites cannot bring their cosignatures together. A history that shrank or forked is
+refused for good, with both notes in the ledger as evidence. The plan also carries the newest head of this site's own log that the
+coordinator has: a ledger that does not contain it was put back, whatever its own counter says.
+
+It trains nothing and decides no budget. The first head that a site sees is taken as it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cloister_shared.answers import Preface
+from cloister_shared.errors import RefusedError, RollbackError, VerificationError
+from cloister_shared.notes import Checkpoint, read_checkpoint
+from cloister_shared.signing import SigningKey, VerifyKey
+from cloister_shared.witness import View, follow, log_of_federation, witnesses
+
+from cloister_client.budget import Ledger
+
+
+@dataclass(frozen=True)
+class Witness:
+    """A site's part in witnessing.
+
+    Attributes:
+        ledger: The site's ledger.
+        signing: The site's key.
+        coordinator: The coordinator's pinned key.
+        name: The name of the site's own log.
+        peers: Keys of other sites that the policy names, by key id in hex.
+        least: How many of them must have cosigned.
+    """
+
+    ledger: Ledger
+    signing: SigningKey
+    coordinator: VerifyKey
+    name: str
+    peers: Mapping[str, VerifyKey]
+    least: int
+
+    @property
+    def origin(self) -> str:
+        """The name of the coordinator's log."""
+        return log_of_federation(self.coordinator)
+
+    def look(self, view: View, own_head: str) -> tuple[Checkpoint | None, str]:
+        """Follows the coordinator's log to its newest head, remembers and cosigns it.
+
+        Args:
+            view: What came with a plan or at a run's end.
+            own_head: The newest head of this site's log that the coordinator has, or empty.
+
+        Returns:
+            The head that was seen before, and the cosignature of the new one.
+
+        Raises:
+            RefusedError: The log shrank or forked, the view does not hold, or this site's own ledger was put back.
+        """
+        before = self.ledger.seen_head(self.origin)
+        try:
+            now = follow(view, self.coordinator, self.origin, before, "the coordinator's log")
+        except RollbackError as error:
+            seen = "" if before is None else before.text
+            self.ledger.incident({"what": error.what, "log": self.origin, "seen": seen, "shown": view.note[:2000]})
+            raise RefusedError("witness.history", error.what, expected=error.expected, got=error.got) from error
+        except VerificationError as error:
+            raise RefusedError("witness.view", error.what, expected=error.expected, got=error.got) from error
+        self._own(own_head)
+        if before != now:
+            self.ledger.witness(now)
+        name = self.signing.verify_key.id.hex()
+        return before, now.cosigned(name, self.signing, int(time.time()))
+
+    def enough(self, view: View, before: Checkpoint | None) -> None:
+        """Sees that enough others saw what this site saw the last time.
+
+        Raises:
+            RefusedError: Too few did; nothing was trained, and the next attempt may bring more.
+        """
+        if before is None or before.size == 0 or not self.least:
+            return
+        found = witnesses(view, self.origin, self.peers, before.size, "the coordinator's log")
+        if len(found) < self.least:
+            raise RefusedError(
+                "witness.quorum",
+                "too few of the sites that the policy names cosigned this log",
+                expected=f">= {self.least} that saw {before.size} leaves or more",
+                got=str(len(found)),
+            )
+
+    def preface(self, cosignature: str) -> Preface:
+        """What goes before an answer: the head of this site's own log, signed, and the cosignature."""
+        return Preface(self.ledger.head(self.name).signed(self.signing), cosignature)
+
+    def _own(self, note: str) -> None:
+        if not note:
+            return
+        try:
+            said = read_checkpoint(note, self.signing.verify_key, self.name, "own head").checkpoint
+        except VerificationError:
+            # Of keys or a log before this one: says nothing.
+            return
+        if not self.ledger.contains(said):
+            raise RefusedError(
+                "witness.own_log",
+                "this site's ledger was put back: the coordinator has a newer head of it, signed here",
+                expected=f"{said.size} events of root {said.root.hex()[:16]}",
+                got=f"{self.ledger.head(self.name).size} events",
+                mend="put the newest ledger back; if it is lost, its text counts as spent",
+            )

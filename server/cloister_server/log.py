@@ -1,0 +1,148 @@
+"""The federation's log: what leaves say, how they are chained into the registry's own transactions, and what witnesses say of its heads.
+
+A leaf is canonical JSON: the log's name, its index, its kind, a time and what happened; the coordinator's key signs exactly those bytes,
+and RFC 6962 hashes them. It is written in the transaction of what it records, or not at all. Order is by index; times are what clocks
+said. Kinds:
+
+    policy        a run began, with these settings           enrol, revoke   a site came or went, with its card
+    round_commit  a round, whole                             incident        a round came to nothing, or history was odd
+    spend         noise for whole clients was charged        alias_set, export, recovery
+
+A site's own spends are leaves of its own log; its head stands in each commit. Nothing here decides, and nothing is ever taken out.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from cloister_shared.encoding import canonical, digest
+from cloister_shared.errors import StateError
+from cloister_shared.merkle import leaf_hash
+from cloister_shared.signing import SigningKey
+from cloister_shared.witness import log_of_federation
+from sqlmodel import Field, Session, SQLModel, func, select
+
+KINDS = ("policy", "enrol", "revoke", "spend", "round_commit", "alias_set", "export", "recovery", "incident")
+PURPOSE = "log-leaf"
+
+
+class Leaf(SQLModel, table=True):
+    """A leaf: the signed bytes, and who signed them. Never changed."""
+
+    __tablename__ = "log_leaf"
+    index: int = Field(primary_key=True)
+    kind: str
+    record: bytes
+    key: str
+    signature: str
+
+    @property
+    def hash(self) -> bytes:
+        """Its hash, 32 bytes."""
+        return leaf_hash(self.record)
+
+
+class Witnessed(SQLModel, table=True):
+    """The newest head of this log that a site cosigned, and the newest of the site's own log that it signed."""
+
+    client: str = Field(primary_key=True)
+    size: int = 0
+    line: str = ""
+    head_size: int = 0
+    head: str = ""
+
+
+class SiteHead(SQLModel, table=True):
+    """The head of a site's own log as it came with its answer in a round: a signed note."""
+
+    __tablename__ = "site_head"
+    run: str = Field(primary_key=True, foreign_key="run.id")
+    number: int = Field(primary_key=True)
+    client: str = Field(primary_key=True)
+    note: str
+
+
+def append(session: Session, kind: str, body: Mapping[str, Any], by: SigningKey) -> Leaf:
+    """Adds a leaf in the session's transaction.
+
+    Raises:
+        StateError: There is no such kind.
+    """
+    if kind not in KINDS:
+        raise StateError("no such kind of leaf", where="log", expected=", ".join(KINDS), got=kind)
+    index = size(session)
+    named = {"log": log_of_federation(by.verify_key), "index": index, "kind": kind, "at": time.time()}
+    record = canonical(dict(body) | named)
+    leaf = Leaf(
+        index=index,
+        kind=kind,
+        record=record,
+        key=by.verify_key.id.hex(),
+        signature=by.sign(PURPOSE, record).hex(),
+    )
+    session.add(leaf)
+    return leaf
+
+
+def size(session: Session) -> int:
+    """How many leaves there are."""
+    return int(session.exec(select(func.count()).select_from(Leaf)).one())
+
+
+def leaves(session: Session, start: int = 0, end: int | None = None) -> list[Leaf]:
+    """Leaves from ``start`` up to ``end``, by index."""
+    chosen = select(Leaf).where(Leaf.index >= start).order_by(Leaf.index)  # type: ignore[arg-type]
+    return list(session.exec(chosen if end is None else chosen.where(Leaf.index < end)))
+
+
+def membership(found: Iterable[Leaf]) -> dict[str, str]:
+    """The sites that the log has as enrolled: digest of the card, by name."""
+    here = dict[str, str]()
+    for leaf in found:
+        if leaf.kind in ("enrol", "revoke"):
+            record = json.loads(leaf.record)
+            if leaf.kind == "enrol":
+                here[record["site"]] = digest(canonical(record["card"]))
+            else:
+                here.pop(record["site"], None)
+    return here
+
+
+def commit_body(row: Any, clients: Sequence[Any], extra: Mapping[str, Any], heads: Mapping[str, str]) -> dict[str, Any]:
+    """What a commit's leaf says: the round, its adapter, and of each client what was asked, what came of it and its own log's head.
+
+    Args:
+        row: The round's row.
+        clients: Rows of its clients.
+        extra: Of the run: base, configuration, code; metrics; what the defence did; sums.
+        heads: Signed notes of the sites' own logs, by client.
+    """
+    return {
+        "run": row.run,
+        "round": row.number,
+        "attempt": row.attempt,
+        "parent": row.parent,
+        "adapter": row.adapter,
+        "residual": row.residual,
+        "clients": [
+            {
+                "client": c.client,
+                "name": c.name,
+                "plan": c.plan,
+                "verdict": c.verdict,
+                "weight": c.weight,
+                "update": c.update,
+                "noise_multiplier": c.noise_multiplier,
+                "sample_rate": c.sample_rate,
+                "steps": c.steps,
+                "delta": c.delta,
+                "epsilon": c.epsilon,
+                "charged": c.charged,
+                "head": heads.get(c.client, ""),
+            }
+            for c in sorted(clients, key=lambda c: str(c.client))
+        ],
+    } | dict(extra)

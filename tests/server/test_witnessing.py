@@ -1,0 +1,246 @@
+"""Sites as witnesses of the coordinator, and it of them: forks, shrinking, ledgers that were put back, quorums, receipts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cloister_client.budget import Ledger
+from cloister_flower.frames import reply
+from cloister_server.intake import WENT_BACK
+from cloister_server.log import PURPOSE, membership
+from cloister_server.rounds import one_round, run_rounds
+from cloister_server.store import Store
+from cloister_shared.answers import Preface
+from cloister_shared.encoding import canonical
+from cloister_shared.errors import RefusedError, StateError
+from cloister_shared.merkle import Tree, check_consistency, leaf_hash
+from cloister_shared.notes import Checkpoint, read_checkpoint
+from cloister_shared.plan import Receipt
+from cloister_shared.signing import SigningKey
+
+from support.server_world import Loopback, World, forged_vector, make_world
+
+
+@pytest.fixture
+def world(tmp_path: Path, tiny_bert: Path) -> World:
+    """Three sites that name each other as witnesses and want one."""
+    made = make_world(tmp_path, tiny_bert, sites=3, rounds=4)
+    keys = {made.id_of(node): desk.signing.verify_key for node, desk in made.desks.items()}
+    for node, desk in made.desks.items():
+        others = {name: key for name, key in keys.items() if name != made.id_of(node)}
+        desk.witness = replace(desk.witness, peers=others, least=1)
+    return made
+
+
+def said(world: World, node: int) -> list[dict[str, Any]]:
+    """A site's own events."""
+    return [json.loads(record) for record in world.desks[node].ledger.records()]
+
+
+def test_a_run_is_logged_witnessed_and_acknowledged(world: World) -> None:
+    context = world.context()
+    run_rounds(context, world.link)
+    found = world.store.leaves()
+    assert [leaf.kind for leaf in found] == ["policy"] + ["round_commit"] * 4
+    for index, leaf in enumerate(found):
+        record = json.loads(leaf.record)
+        assert (record["index"], record["log"], record["kind"]) == (index, world.store.origin, leaf.kind)
+        world.coordinator.signing.verify_key.verify(PURPOSE, leaf.record, bytes.fromhex(leaf.signature), "test")
+    assert world.store.tree().root() == Tree(leaf_hash(leaf.record) for leaf in found).root()
+    commit = json.loads(found[2].record)
+    assert commit["round"] == 2
+    assert commit["adapter"] == world.store.rounds(world.run.id)[2].adapter
+    for client in commit["clients"]:
+        node = next(n for n in world.desks if world.id_of(n) == client["client"])
+        desk = world.desks[node]
+        head = read_checkpoint(client["head"], desk.signing.verify_key, desk.witness.name, "test").checkpoint
+        # The head in the commit has the spend of that very update in it.
+        own = [json.loads(record) for record in desk.ledger.records()[: head.size]]
+        assert any(e["event"] == "spend" and e["update"] == client["update"] for e in own)
+        assert desk.ledger.contains(head)
+    for node in world.desks:
+        events = said(world, node)
+        receipts = [e for e in events if e["event"] == "receipt"]
+        assert [r["round"] for r in receipts] == [1, 2, 3, 4]
+        for receipt in receipts:
+            named = {k: v for k, v in receipt.items() if k not in ("event", "at")}
+            Receipt.from_dict(named).check(world.coordinator.signing.verify_key, "test")
+            assert found[receipt["index"]].hash.hex() == receipt["leaf"]
+        sizes = [e["size"] for e in events if e["event"] == "witness"]
+        assert sizes == [1, 2, 3, 4, 5]
+
+
+def test_a_history_that_shrank_or_forked_is_refused_for_good(world: World, tmp_path: Path) -> None:
+    context = world.context()
+    one_round(context, world.link, 1)
+    shutil.copy(world.store.home / "registry.db", tmp_path / "old.db")
+    one_round(context, world.link, 2)
+    # Only from the third plan on do sites know of the second round's commit.
+    one_round(context, world.link, 3)
+    charged = [world.charged(node) for node in world.desks]
+    # An older registry is put back, and goes on from there: same size, another history.
+    world.store.close()
+    shutil.copy(tmp_path / "old.db", world.store.home / "registry.db")
+    again = replace(context, store=Store(world.store.home))
+    again.store.log("recovery", {"what": "nothing to see here"})
+    with pytest.raises(RefusedError, match="history was changed"):
+        one_round(again, world.link, 2)
+    assert [world.charged(node) for node in world.desks] == charged
+    for node in world.desks:
+        (incident,) = [e for e in said(world, node) if e["event"] == "incident"]
+        assert incident["seen"]
+        assert "cloister/federation" in incident["shown"]
+    # Shorter than what was seen.
+    again.store.close()
+    shutil.copy(tmp_path / "old.db", world.store.home / "registry.db")
+    with sqlite3.connect(world.store.home / "registry.db") as db:
+        db.execute("DROP TRIGGER log_leaf_delete")
+        db.execute('DELETE FROM log_leaf WHERE "index" = 1')
+    shorter = replace(context, store=Store(world.store.home))
+    with pytest.raises(RefusedError, match="shrank"):
+        one_round(shorter, world.link, 2)
+    assert [world.charged(node) for node in world.desks] == charged
+
+
+def test_two_views_cannot_bring_a_quorum_together(world: World, tmp_path: Path) -> None:
+    """A coordinator that shows site 1 another history than sites 2 and 3 from the first round on."""
+    context, home = world.context(), world.store.home
+    split = tmp_path / "split"
+    split.mkdir()
+    shutil.copy(home / "sign.key", split / "sign.key")
+    shutil.copytree(home / "blobs", split / "blobs", dirs_exist_ok=True)
+    world.store.close()
+    shutil.copy(home / "registry.db", split / "registry.db")
+    shutil.copytree(home / "sites", split / "sites")
+    mine, theirs = Store(home), Store(split)
+    theirs.log("recovery", {"what": "the other history"})
+    one = tuple(m for m in world.members if m.card.name == "site-1")
+    rest = tuple(m for m in world.members if m.card.name != "site-1")
+    few = replace(context.federation, min_clients=1)
+    one_round(replace(context, store=mine, members=one, federation=few), world.link, 1)
+    one_round(replace(context, store=theirs, members=rest, federation=few), world.link, 1)
+    # What the others cosigned is of no history that site 1 saw.
+    for row in theirs.witnessed().values():
+        mine.keep_witness(
+            row.client, Checkpoint(mine.origin, row.size, bytes(32)), row.line, Checkpoint("x", 0, bytes(32)), ""
+        )
+    with pytest.raises(RefusedError, match=r"witness\.quorum"):
+        one_round(replace(context, store=mine, members=one, federation=few), world.link, 2)
+    assert world.charged(100) == 1
+    one_round(replace(context, store=theirs, members=rest, federation=few), world.link, 2)
+
+
+def test_a_quorum_that_was_lost_comes_together_at_the_next_attempt(world: World) -> None:
+    """All answers of a round are lost: nobody's cosignature is known, each site refuses once, cosigns, and then goes on."""
+    context = world.context()
+    one_round(context, world.link, 1)
+
+    def lost(link: Loopback, node: int, frame: bytes, message: Any) -> Any:
+        link.honest(node, frame)
+
+    world.link.behaviours = dict.fromkeys(world.desks, lost)
+    with pytest.raises(RefusedError, match="too few"):
+        one_round(context, world.link, 2)
+    world.link.behaviours = {}
+    with pytest.raises(RefusedError, match=r"witness\.quorum"):
+        one_round(context, world.link, 2)
+    one_round(context, world.link, 2)
+    assert set(world.verdicts(2).values()) == {"accepted"}
+    assert [world.charged(node) for node in world.desks] == [2, 2, 2]
+
+
+def test_a_ledger_that_was_put_back_with_its_counter_is_seen_by_its_coordinator(world: World, tmp_path: Path) -> None:
+    """A snapshot of the whole machine restores both; the coordinator's copy of the site's own head tells."""
+    context, desk = world.context(), world.desks[100]
+    one_round(context, world.link, 1)
+    home = desk.ledger.path.parent
+    desk.ledger.close()
+    shutil.copytree(home, tmp_path / "snapshot")
+    desk.ledger = Ledger(home / "ledger.db", home / "counter" / "ledger.json", desk.policy.limits)
+    desk.witness = replace(desk.witness, ledger=desk.ledger)
+    one_round(context, world.link, 2)
+    assert world.charged(100) == 2
+    desk.ledger.close()
+    for name in ("ledger.db", "counter/ledger.json"):
+        shutil.copy(tmp_path / "snapshot" / name, home / name)
+    for name in ("ledger.db-wal", "ledger.db-shm"):
+        (home / name).unlink(missing_ok=True)
+    desk.ledger = Ledger(home / "ledger.db", home / "counter" / "ledger.json", desk.policy.limits)
+    desk.witness = replace(desk.witness, ledger=desk.ledger)
+    assert world.charged(100) == 1  # the ledger itself has nothing to say against it
+    one_round(context, world.link, 3)
+    assert world.verdicts(3)["site-1"] == WENT_BACK
+    # The site said so itself as well: it has a note that it signed.
+    assert world.charged(100) == 1
+
+
+def test_a_site_that_hides_that_its_ledger_went_back_is_left_out(world: World) -> None:
+    context = world.context()
+    one_round(context, world.link, 1)
+    desk = world.desks[100]
+
+    def shorter(link: Loopback, node: int, frame: bytes, message: Any) -> Any:
+        link.honest(node, frame)
+        head = Checkpoint(desk.witness.name, 1, bytes(32)).signed(desk.signing)
+        answer = forged_vector(desk, frame, np.zeros(world.schema.size, dtype=np.float32), preface=Preface(head, ""))
+        return reply(answer, message)
+
+    world.link.behaviours = {100: shorter}
+    one_round(context, world.link, 2)
+    assert world.verdicts(2)["site-1"] == WENT_BACK
+    incidents = [json.loads(leaf.record) for leaf in world.store.leaves() if leaf.kind == "incident"]
+    assert [i["client"] for i in incidents] == [world.id_of(100)]
+
+
+def test_the_lower_fence_writes_nothing(world: World) -> None:
+    first, second = Store(world.store.home), Store(world.store.home)
+    assert (first.take_fence(), second.take_fence()) == (1, 2)
+    with pytest.raises(RefusedError, match="another coordinator"):
+        one_round(replace(world.context(), store=first), world.link, 1)
+    assert world.store.rounds(world.run.id)[1:] == []
+    one_round(replace(world.context(), store=second), world.link, 1)
+    with pytest.raises(RefusedError, match="another coordinator"):
+        first.abort_round(world.run.id, 1, {})
+
+
+def test_who_is_admitted_is_in_the_log_whatever_came_between(world: World) -> None:
+    world.store.log_members(world.coordinator.sites())
+    world.store.log_members(world.coordinator.sites())
+    assert [leaf.kind for leaf in world.store.leaves()] == ["policy"] + ["enrol"] * 3
+    (world.coordinator.home / "sites" / "site-2.json").unlink()
+    world.store.log_members(world.coordinator.sites())
+    assert set(membership(world.store.leaves())) == {"site-1", "site-3"}
+    assert json.loads(world.store.leaves()[-1].record) | {"at": 0} == {
+        "at": 0, "index": 4, "kind": "revoke", "log": world.store.origin, "site": "site-2",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE log_leaf SET record = x'00'",
+        "DELETE FROM log_leaf",
+        "INSERT OR REPLACE INTO log_leaf SELECT \"index\", 'x', record, key, signature FROM log_leaf",
+    ],
+)
+def test_the_log_is_only_added_to(world: World, statement: str) -> None:
+    with sqlite3.connect(world.store.home / "registry.db") as db, pytest.raises(sqlite3.Error, match="only added to"):
+        db.execute(statement)
+
+
+def test_an_unknown_kind_is_refused_and_checkpoints_are_consistent(world: World) -> None:
+    with pytest.raises(StateError, match="no such kind"):
+        world.store.log("gossip", {})
+    old = world.store.checkpoint()
+    world.store.log("incident", {"what": "x"})
+    now, tree = world.store.checkpoint(), world.store.tree()
+    check_consistency(old.size, old.root, now.size, now.root, tree.consistency(old.size), "test")
+    assert canonical(json.loads(world.store.leaves()[-1].record)) == world.store.leaves()[-1].record
+    assert SigningKey.load(world.store.home / "sign.key").verify_key == world.coordinator.signing.verify_key
