@@ -80,6 +80,11 @@ def site_home(name: str | None) -> Path:
     return found[0]
 
 
+def dumps(record: dict[str, Any]) -> str:
+    """A record as JSON for a file."""
+    return json.dumps(record, sort_keys=True, indent=1) + "\n"
+
+
 def emit(record: dict[str, Any], lines: str | Iterable[str]) -> None:
     """Prints one JSON line, or the lines."""
     if OUTPUT.json:

@@ -1,0 +1,152 @@
+"""``cloister audit export`` and ``cloister audit trust``: what this machine holds of a federation, as one file for an auditor.
+
+A site exports its own log, with hashes in the place of what says how many units it has; a coordinator exports the federation's; where both
+are here (a demo, a laptop), both. Neither command needs a server.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from cloister_shared import console
+from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog, write_bundle
+from cloister_shared.audit.sites import LEFT_OUT
+from cloister_shared.audit.trust import trust_of, write_trust
+from cloister_shared.cards import read_coordinator_card, read_site_card
+from cloister_shared.errors import InputError
+from cloister_shared.merkle import leaf_hash
+from cloister_shared.notes import Checkpoint
+from cloister_shared.signing import SigningKey, VerifyKey, read_secret
+from cloister_shared.witness import log_of_federation, log_of_site
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Home = Annotated[Path | None, typer.Option("--home", help="Folder of state.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the audit's group."""
+    app.command("export")(export)
+    app.command("trust")(trust)
+
+
+def _site_log(home: Path) -> tuple[str, SiteLog, Checkpoint]:
+    from cloister_client.data import open_ledger
+    from cloister_client.site import act_as_agent, read_site
+
+    site = read_site(home)
+    act_as_agent(site)
+    ledger, signing = open_ledger(site), SigningKey.load(site.agent_home / "sign.key")
+    origin = log_of_site(read_secret(site.agent_home / "unit.key", 32))
+    records = ledger.records()
+    head = ledger.head(origin)
+    events = tuple(leaf_hash(r).hex() if json.loads(r)["event"] in LEFT_OUT else r for r in records)
+    return signing.verify_key.id.hex(), SiteLog(events, head.signed(signing)), head
+
+
+def _federation() -> tuple[tuple[SignedLeaf, ...], str, dict[str, tuple[int, str]]]:
+    from cloister_server.store import Store
+
+    store = Store(console.coordinator_home())
+    try:
+        at = store.checkpoint()
+        leaves = tuple(SignedLeaf(one.record, one.key, one.signature) for one in store.leaves(0, at.size))
+        cosignatures = {i: (row.size, row.line) for i, row in store.witnessed().items() if row.line}
+        return leaves, store.signed_checkpoint(at), cosignatures
+    finally:
+        store.close()
+
+
+def export(
+    out: Annotated[Path, typer.Option(help="The bundle to write.")],
+    adapters: Annotated[bool, typer.Option("--adapters", help="Put the adapters of committed rounds into it.")] = False,
+    json: Json = False,
+    home: Home = None,
+) -> None:
+    """Write what this machine holds of a federation's history into one file for an auditor."""
+    console.choose(json, home)
+    coordinator, sites = console.coordinator_home(), console.site_homes()
+    here = (coordinator / "registry.db").is_file()
+    if not here and not sites:
+        raise InputError(
+            "nothing to export here", where=str(console.OUTPUT.home), mend="--home, at a site or a coordinator"
+        )
+    if out.exists():
+        raise InputError("there is a file already", where=str(out), mend="choose another --out")
+    leaves, note, cosignatures = _federation() if here else ((), "", {})
+    logs = {client: log for client, log, _ in map(_site_log, sites)}
+    files = dict[str, bytes]()
+    if adapters and here:
+        from cloister_server.store import Store
+
+        store = Store(coordinator)
+        for run in store.runs():
+            files |= {
+                r.adapter: store.adapter(r.adapter)
+                for r in store.rounds(run.id)
+                if r.adapter and r.state == "committed"
+            }
+        store.close()
+    write_bundle(out, Bundle(round(time.time()), leaves, note, cosignatures, logs, files))
+    console.emit(
+        {
+            "bundle": str(out),
+            "leaves": len(leaves),
+            "sites": len(logs),
+            "adapters": len(files),
+            "bytes": out.stat().st_size,
+        },
+        [
+            f"{out}: {len(leaves)} leaves of the federation's log, {len(logs)} sites' own logs, {len(files)} adapters,"
+            f" {out.stat().st_size:,} bytes",
+            "give it to the auditor; the trust file goes another way: cloister audit trust --out TRUST.json",
+        ],
+    )
+
+
+def trust(
+    out: Annotated[Path, typer.Option(help="The trust file to write.")],
+    site: Annotated[
+        str | None,
+        typer.Option("--site", help="The site whose pins these are; else the coordinator's, where it is here."),
+    ] = None,
+    json: Json = False,
+    home: Home = None,
+) -> None:
+    """Write the keys that this site or operator pinned at enrolment, and the heads of logs that it remembers."""
+    console.choose(json, home)
+    coordinator, heads = console.coordinator_home(), list[Checkpoint]()
+    if site is None and (coordinator / "card.json").is_file():
+        from cloister_server.store import Store
+
+        card = read_coordinator_card(coordinator / "card.json")
+        folders = [*sorted((coordinator / "sites").glob("*.json")), *sorted((coordinator / "revoked").glob("*.json"))]
+        cards = [read_site_card(path) for path in folders]
+        known = {c.verify_key.id.hex(): (c.name, c.verify_key) for c in cards}
+        if (coordinator / "registry.db").is_file():
+            store = Store(coordinator)
+            heads.append(store.checkpoint())
+            store.close()
+    else:
+        from cloister_client.data import open_ledger
+        from cloister_client.policy import read_policy
+        from cloister_client.site import act_as_agent, read_site
+
+        own = read_site(console.site_home(site))
+        card, mine = own.coordinator(), read_site_card(own.home / "card.json")
+        peers = [VerifyKey.from_hex(text, "policy.toml peers") for text in read_policy(own.home / "policy.toml").peers]
+        known = {key.id.hex(): (key.id.hex()[:16], key) for key in peers}
+        known[mine.verify_key.id.hex()] = (mine.name, mine.verify_key)
+        act_as_agent(own)
+        ledger = open_ledger(own)
+        heads.append(ledger.head(log_of_site(read_secret(own.agent_home / "unit.key", 32))))
+        seen = ledger.seen_head(log_of_federation(card.verify_key))
+        heads += [] if seen is None else [seen]
+    write_trust(out, trust_of(card.federation, card.verify_key, known, heads))
+    console.emit(
+        {"trust": str(out), "federation": card.federation, "sites": len(known), "heads": len(heads)},
+        f"{out}: the key of {card.federation} ({card.fingerprint}), {len(known)} sites' keys, {len(heads)} remembered heads",
+    )

@@ -1,0 +1,161 @@
+"""The bundle: one ZIP file with the logs that an audit reads. Names are fixed, sizes are bounded, nothing in it is executed or trusted.
+
+    bundle.json                      format and what is in it
+    federation/leaves.jsonl          {"record": text, "key": id, "signature": hex} a line: the federation's log
+    federation/head.note             its signed checkpoint
+    federation/cosignatures.json     {client: [size, line]}: what sites cosigned
+    sites/ID/events.jsonl            {"record": text} or {"hash": hex} a line: a site's own log; what says how many units it has is a hash
+    sites/ID/head.note               its signed checkpoint
+    adapters/DIGEST.safetensors      adapters, where they were asked for
+
+A record's text is the exact bytes that are hashed and signed. Writing is repeatable: same content, same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cloister_shared.encoding import canonical, no_duplicates
+from cloister_shared.errors import InputError, VerificationError
+
+FORMAT = "cloister-bundle/1"
+MAX_BYTES, MAX_FILES = 2 << 30, 100_000
+_SITE = re.compile(r"sites/([0-9a-f]{32})/(events\.jsonl|head\.note)")
+_ADAPTER = re.compile(r"adapters/([0-9a-f]{64})\.safetensors")
+_FIXED = ("bundle.json", "federation/leaves.jsonl", "federation/head.note", "federation/cosignatures.json")
+_WHEN = (2000, 1, 1, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class SignedLeaf:
+    """A leaf of the federation's log.
+
+    Attributes:
+        record: The signed bytes.
+        key: Id of the key, hex.
+        signature: Hex.
+    """
+
+    record: bytes
+    key: str
+    signature: str
+
+
+@dataclass(frozen=True)
+class SiteLog:
+    """A site's own log.
+
+    Attributes:
+        events: Each event's bytes, or its leaf hash (32 bytes) where it is left out.
+        note: The signed head.
+    """
+
+    events: tuple[bytes | str, ...]
+    note: str
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What a bundle holds.
+
+    Attributes:
+        made: When, seconds since 1970, by whoever made it.
+        leaves: The federation's log.
+        note: Its signed head; empty where there is no federation's log.
+        cosignatures: By client: size and signature line.
+        sites: Sites' own logs by client id.
+        adapters: Adapter files by digest.
+    """
+
+    made: float
+    leaves: tuple[SignedLeaf, ...] = ()
+    note: str = ""
+    cosignatures: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    sites: Mapping[str, SiteLog] = field(default_factory=dict)
+    adapters: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def write_bundle(path: Path, bundle: Bundle) -> None:
+    """Writes a bundle.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    lines = ({"record": leaf.record.decode(), "key": leaf.key, "signature": leaf.signature} for leaf in bundle.leaves)
+    parts: dict[str, bytes] = {
+        "bundle.json": canonical({"format": FORMAT, "made": bundle.made, "sites": sorted(bundle.sites)}),
+        "federation/leaves.jsonl": b"".join(canonical(line) + b"\n" for line in lines),
+        "federation/head.note": bundle.note.encode(),
+        "federation/cosignatures.json": canonical({i: list(one) for i, one in bundle.cosignatures.items()}),
+    }
+    for client, log in bundle.sites.items():
+        events = ({"hash": e} if isinstance(e, str) else {"record": e.decode()} for e in log.events)
+        parts[f"sites/{client}/events.jsonl"] = b"".join(canonical(line) + b"\n" for line in events)
+        parts[f"sites/{client}/head.note"] = log.note.encode()
+    parts |= {f"adapters/{name}.safetensors": data for name, data in bundle.adapters.items()}
+    try:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name in sorted(parts):
+                archive.writestr(zipfile.ZipInfo(name, _WHEN), parts[name], zipfile.ZIP_DEFLATED)
+    except OSError as error:
+        raise InputError("cannot write the bundle", where=str(path), got=str(error)) from error
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Reads a bundle: names, sizes and forms are checked, nothing that it says is.
+
+    Raises:
+        InputError: There is no such file, or it is no bundle.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = archive.infolist()
+            names = [info.filename for info in found]
+            odd = [n for n in names if n not in _FIXED and not _SITE.fullmatch(n) and not _ADAPTER.fullmatch(n)]
+            if odd or len(set(names)) != len(names) or len(names) > MAX_FILES:
+                raise InputError("a bundle has other files", where=str(path), got=", ".join(odd)[:200] or "one twice")
+            if (size := sum(info.file_size for info in found)) > MAX_BYTES:
+                raise InputError("a bundle is too large", where=str(path), expected=f"<= {MAX_BYTES}", got=str(size))
+            parts = {info.filename: archive.read(info) for info in found}
+    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        raise InputError("cannot read the bundle", where=str(path), got=str(error)[:200]) from error
+    try:
+        return _bundle_of(parts)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError, VerificationError) as error:
+        raise InputError("not a bundle", where=str(path), got=f"{type(error).__name__}: {error}"[:200]) from error
+
+
+def _bundle_of(parts: dict[str, bytes]) -> Bundle:
+    about = _json(parts["bundle.json"])
+    if about["format"] != FORMAT:
+        raise ValueError(f"format {about['format']!r}")
+    leaves = tuple(
+        SignedLeaf(str(one["record"]).encode(), str(one["key"]), str(one["signature"]))
+        for one in map(_json, parts["federation/leaves.jsonl"].splitlines())
+    )
+    sites = dict[str, SiteLog]()
+    for name in sorted(parts):
+        if (match := _SITE.fullmatch(name)) and match[2] == "events.jsonl":
+            lines = map(_json, parts[name].splitlines())
+            events = tuple(str(one["record"]).encode() if "record" in one else str(one["hash"]) for one in lines)
+            if not all(isinstance(e, bytes) or re.fullmatch("[0-9a-f]{64}", e) for e in events):
+                raise ValueError("an event that is left out has no hash")
+            sites[match[1]] = SiteLog(events, parts[f"sites/{match[1]}/head.note"].decode())
+    return Bundle(
+        float(about["made"]),
+        leaves,
+        parts["federation/head.note"].decode(),
+        {str(i): (int(size), str(line)) for i, (size, line) in _json(parts["federation/cosignatures.json"]).items()},
+        sites,
+        {m[1]: data for name, data in parts.items() if (m := _ADAPTER.fullmatch(name))},
+    )
+
+
+def _json(data: bytes) -> Any:
+    return json.loads(data.decode(), object_pairs_hook=no_duplicates)

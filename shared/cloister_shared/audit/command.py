@@ -1,0 +1,120 @@
+"""``cloister-verify BUNDLE --trust TRUST.json``: checks a bundle offline, with no server, no database, no torch and no network.
+
+    trust -> federation's log -> each site's log -> spends against commits -> epsilon by dp-accounting -> adapters -> report
+
+Exit codes: 0 pass, 1 violation, 2 incomplete, 3 fork or rollback. Without keys that the auditor brings nothing passes.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cloister_shared import console
+from cloister_shared.audit.budget import Block, check_budgets, check_published
+from cloister_shared.audit.bundle import Bundle, read_bundle
+from cloister_shared.audit.federation import History, check_federation
+from cloister_shared.audit.findings import Findings
+from cloister_shared.audit.report import VERDICTS, answers, as_csv, as_html, as_record
+from cloister_shared.audit.sites import Ledger, check_site, check_spends
+from cloister_shared.audit.trust import Trust, read_trust
+from cloister_shared.encoding import digest, write_durably
+from cloister_shared.errors import CloisterError
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What came of an audit.
+
+    Attributes:
+        findings: What was found, and what held.
+        history: The federation's log.
+        ledgers: Sites' ledgers by client id.
+        blocks: Budgets, recomputed.
+    """
+
+    findings: Findings
+    history: History
+    ledgers: dict[str, Ledger]
+    blocks: list[Block]
+
+
+def audit(bundle: Bundle, trust: Trust) -> Audit:
+    """Checks a bundle against what is trusted; pure, and never trusts what the bundle brings."""
+    findings = Findings()
+    history = check_federation(bundle, trust, findings)
+    ledgers = dict[str, Ledger]()
+    for client, log in sorted(bundle.sites.items()):
+        found = check_site(client, log, bundle, trust, history, findings)
+        if found is not None:
+            ledgers[client] = found
+    check_spends(ledgers, history, findings)
+    blocks = check_budgets(ledgers, findings)
+    check_published(history, findings)
+    for name, data in bundle.adapters.items():
+        if digest(data) != name:
+            findings.violation("adapter", f"adapter {name[:16]}", f"its bytes have digest {digest(data)[:16]}")
+    known = {str(c.get("adapter")) for c in history.commits} | {str(r.get("adapter")) for r in history.records}
+    for name in set(bundle.adapters) - known:
+        findings.violation("adapter", f"adapter {name[:16]}", "no round in the log has it")
+    return Audit(findings, history, ledgers, blocks)
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="The bundle: cloister audit export --out BUNDLE.")],
+    trust: Annotated[
+        Path | None,
+        typer.Option(help="Keys and heads that you trust, from somewhere else than the bundle: cloister audit trust."),
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the report: .html, .json or .csv.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False,
+) -> None:
+    """Verify a bundle offline."""
+    console.OUTPUT.json = json
+    own = read_bundle(bundle)
+    if trust is None:
+        lines = ["INCOMPLETE: nobody's keys are trusted, so nothing can be checked",
+                 "mend: --trust TRUST.json, from a site (cloister audit trust) or by hand from fingerprints"]  # fmt: skip
+        console.emit({"verdict": VERDICTS[2], "exit_code": 2, "findings": [], "held": []}, lines)
+        raise typer.Exit(2)
+    keys = read_trust(trust)
+    done = audit(own, keys)
+    said = answers(own, keys, done.history, done.ledgers, done.blocks, done.findings)
+    if report is not None:
+        title = f"Audit of {keys.name}"
+        text = {
+            ".html": lambda: as_html(said, done.findings, done.blocks, done.history, title),
+            ".csv": lambda: as_csv(done.blocks),
+        }.get(report.suffix, lambda: console.dumps(as_record(said, done.findings, done.blocks)))()
+        write_durably(report, text.encode(), mode=0o644)
+    lines = [f"{f.kind}: {f.where}: {f.what} ({f.code})" for f in done.findings.found]
+    lines += [f"held: {line}" for line in done.findings.held]
+    lines += [VERDICTS[done.findings.exit_code] + (f"; report in {report}" if report else "")]
+    console.emit(as_record(said, done.findings, done.blocks), lines)
+    raise typer.Exit(done.findings.exit_code)
+
+
+def main() -> None:
+    """The command."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(verify)
+    try:
+        code = app(standalone_mode=False)
+    except CloisterError as error:
+        code = console.fail(error)
+    except typer.Abort:
+        code = 130
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's own words on how it is used
+            print(f"error: {error.format_message()}", file=sys.stderr)
+            sys.exit(2)
+        raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

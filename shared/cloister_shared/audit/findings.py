@@ -1,0 +1,52 @@
+"""What an audit finds, and the exit code that it comes to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["violation", "incomplete", "fork"]
+_CODES: dict[Kind, int] = {"violation": 1, "incomplete": 2, "fork": 3}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that does not hold, or that could not be looked at.
+
+    Attributes:
+        kind: ``violation``, ``incomplete`` or ``fork`` (a fork or a rollback of a log).
+        code: A word for programs.
+        where: Log, leaf, client, round.
+        what: One line.
+    """
+
+    kind: Kind
+    code: str
+    where: str
+    what: str
+
+
+@dataclass
+class Findings:
+    """All of them, and what was checked and held."""
+
+    found: list[Finding] = field(default_factory=list)
+    held: list[str] = field(default_factory=list)
+
+    def violation(self, code: str, where: str, what: str) -> None:
+        """Something that may not be."""
+        self.found.append(Finding("violation", code, where, what))
+
+    def incomplete(self, code: str, where: str, what: str) -> None:
+        """Something that could not be checked."""
+        self.found.append(Finding("incomplete", code, where, what))
+
+    def fork(self, code: str, where: str, what: str) -> None:
+        """A log that went back or has two histories."""
+        self.found.append(Finding("fork", code, where, what))
+
+    @property
+    def exit_code(self) -> int:
+        """0 pass, 3 fork or rollback, 1 violation, 2 incomplete; the gravest of them."""
+        codes = {_CODES[one.kind] for one in self.found}
+        return next((code for code in (3, 1, 2) if code in codes), 0)

@@ -1,0 +1,85 @@
+"""What an auditor trusts before looking at a bundle: keys, and heads of logs that somebody remembers. It never comes from the bundle.
+
+    {"format": "cloister-trust/1",
+     "federation": {"name": "...", "key": "64 hex digits"},
+     "sites": {"site-1": {"key": "64 hex digits"}, ...},
+     "remembered": {"log name": [size, "root in hex"], ...}}
+
+``cloister audit trust`` writes what a site or an operator holds from enrolment; the same can be written by hand from fingerprints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cloister_shared.encoding import canonical, read_json, write_durably
+from cloister_shared.errors import InputError, VerificationError
+from cloister_shared.notes import Checkpoint
+from cloister_shared.signing import VerifyKey
+
+FORMAT = "cloister-trust/1"
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What is trusted.
+
+    Attributes:
+        name: The federation's name.
+        federation: The coordinator's key.
+        sites: Sites' keys, by client id; several of one name where a site joined again.
+        names: Sites' names, by client id.
+        remembered: Heads that somebody saw, by the log's name.
+    """
+
+    name: str
+    federation: VerifyKey
+    sites: Mapping[str, VerifyKey]
+    names: Mapping[str, str]
+    remembered: Mapping[str, Checkpoint] = field(default_factory=dict)
+
+
+def trust_of(
+    name: str, federation: VerifyKey, sites: Mapping[str, tuple[str, VerifyKey]], heads: list[Checkpoint]
+) -> Trust:
+    """Trust in these keys and heads; ``sites`` are names and keys by client id."""
+    return Trust(
+        name,
+        federation,
+        {i: key for i, (_, key) in sites.items()},
+        {i: named for i, (named, _) in sites.items()},
+        {head.origin: head for head in heads},
+    )
+
+
+def write_trust(path: Path, trust: Trust) -> None:
+    """Writes the file."""
+    record = {
+        "format": FORMAT,
+        "federation": {"name": trust.name, "key": trust.federation.raw.hex()},
+        "sites": {i: {"name": trust.names[i], "key": key.raw.hex()} for i, key in trust.sites.items()},
+        "remembered": {origin: [one.size, one.root.hex()] for origin, one in trust.remembered.items()},
+    }
+    write_durably(path, canonical(record) + b"\n", mode=0o644)
+
+
+def read_trust(path: Path) -> Trust:
+    """Reads the file.
+
+    Raises:
+        InputError: Missing or malformed.
+    """
+    record, where = read_json(path, "trust"), str(path)
+    try:
+        if set(record) != {"format", "federation", "sites", "remembered"} or record["format"] != FORMAT:
+            raise ValueError("other fields")
+        keys = [(str(s["name"]), VerifyKey.from_hex(str(s["key"]), where)) for s in record["sites"].values()]
+        heads = [Checkpoint(str(o), int(size), bytes.fromhex(root)) for o, (size, root) in record["remembered"].items()]
+        own = VerifyKey.from_hex(str(record["federation"]["key"]), where)
+        return trust_of(
+            str(record["federation"]["name"]), own, {key.id.hex(): (named, key) for named, key in keys}, heads
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, VerificationError) as error:
+        raise InputError("not a trust file", where=where, expected=FORMAT, got=str(error)[:200]) from error
