@@ -13,7 +13,7 @@ from cloister_model.quiet import quieten
 
 quieten()
 
-from bench import accounting, entering, ledger, sums, training, whole  # noqa: E402  # after the libraries are quiet
+from bench import accounting, audit, entering, ledger, sums, training, whole  # noqa: E402  # after the libraries are quiet
 
 
 def _cpu() -> str:
@@ -31,6 +31,7 @@ def main() -> None:
     budget = ledger.measure()
     updates = entering.measure()
     masked = sums.measure()
+    audited = audit.measure()
     demo = whole.measure()
     overhead = statistics.median(r["overhead"] for r in demo["rounds"])
     packages = ("torch", "opacus", "peft", "transformers", "flwr", "cryptography", "grpcio", "numpy")
@@ -49,6 +50,7 @@ def main() -> None:
     figures += ledger.figures(budget)
     figures += entering.figures(updates)
     figures += sums.figures(masked)
+    figures += audit.figures(audited)
     machine = f"{_cpu()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
     print(f"machine: {machine}")
     print(f"versions: {', '.join(f'{p} {version(p)}' for p in packages)}")
@@ -64,6 +66,7 @@ def main() -> None:
                 "ledger": budget,
                 "entering": updates,
                 "sums": masked,
+                "audit_seconds": audited,
             },
             indent=1,
         )

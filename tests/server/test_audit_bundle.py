@@ -1,0 +1,390 @@
+"""The tampering matrix: every way to change history, against each thing that an auditor may hold, with the detection that is expected."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cloister_server.rounds import run_rounds
+from cloister_shared.audit.budget import by_pld, by_rdp
+from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog, read_bundle, write_bundle
+from cloister_shared.audit.command import Audit, audit
+from cloister_shared.audit.report import answers, as_csv, as_html, as_record
+from cloister_shared.audit.trust import Trust, read_trust, trust_of, write_trust
+from cloister_shared.encoding import canonical, digest
+from cloister_shared.errors import InputError
+from cloister_shared.merkle import Tree, leaf_hash
+from cloister_shared.notes import Checkpoint
+from cloister_shared.privacy import DpSgd, epsilon
+from cloister_shared.signing import SigningKey
+
+from support.server_world import World, make_world
+
+LEFT_OUT = ("data", "text")
+
+
+@dataclass
+class Case:
+    """A federation's run, and what an auditor may hold of it."""
+
+    world: World
+    bundle: Bundle
+    trust: Trust
+    log: SigningKey
+    sites: dict[str, SigningKey]
+    early: Checkpoint
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Case:
+    """Three rounds of three sites."""
+    world = make_world(tmp_path_factory.mktemp("world"), tiny_bert, sites=3, rounds=3)
+    world.store.log_members(world.coordinator.sites())
+    context = world.context()
+    early = world.store.checkpoint()
+    run_rounds(context, world.link)
+    at = world.store.checkpoint()
+    leaves = tuple(SignedLeaf(one.record, one.key, one.signature) for one in world.store.leaves())
+    cosignatures = {i: (row.size, row.line) for i, row in world.store.witnessed().items()}
+    sites, keys = dict[str, SiteLog](), dict[str, SigningKey]()
+    names = {m.id: m.card.name for m in world.members}
+    for node, desk in world.desks.items():
+        records = desk.ledger.records()
+        events = tuple(leaf_hash(r).hex() if json.loads(r)["event"] in LEFT_OUT else r for r in records)
+        keys[world.id_of(node)] = desk.signing
+        sites[world.id_of(node)] = SiteLog(events, desk.ledger.head(desk.witness.name).signed(desk.signing))
+    signing = world.coordinator.signing
+    trusted = {i: (names[i], key.verify_key) for i, key in keys.items()}
+    trust = trust_of("fed", signing.verify_key, trusted, [early])
+    note = world.store.signed_checkpoint(at)
+    return Case(world, Bundle(1.0, leaves, note, cosignatures, sites), trust, signing, keys, early)
+
+
+def found(got: Audit, kind: str = "") -> set[str]:
+    return {f.code for f in got.findings.found if not kind or f.kind == kind}
+
+
+def test_an_honest_bundle_passes(case: Case, tmp_path: Path) -> None:
+    got = audit(case.bundle, case.trust)
+    assert not got.findings.found
+    assert got.findings.exit_code == 0
+    # There and back through a file, twice the same bytes.
+    write_bundle(tmp_path / "a", case.bundle)
+    write_bundle(tmp_path / "b", case.bundle)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert read_bundle(tmp_path / "a") == case.bundle
+    write_trust(tmp_path / "t", case.trust)
+    assert read_trust(tmp_path / "t") == case.trust
+    # The independent figure is that of the product's own accountant, to both's numerical error.
+    for block in got.blocks:
+        history = [DpSgd(20.0, 0.5, 6)]
+        assert block.epsilon == pytest.approx(epsilon(history, 1e-5), abs=0.02)
+        assert block.rdp >= block.epsilon - 1e-3
+
+
+Change = Callable[[Case], Bundle]
+
+
+def leaf_at(case: Case, kind: str, nth: int = 0) -> int:
+    return [i for i, one in enumerate(case.bundle.leaves) if json.loads(one.record)["kind"] == kind][nth]
+
+
+def rewritten(case: Case, records: list[dict[str, Any]]) -> Bundle:
+    """The whole log made again from ``records`` with the log's own key, with a head to match."""
+    made = []
+    for index, record in enumerate(records):
+        data = canonical(record | {"index": index})
+        made.append(SignedLeaf(data, case.log.verify_key.id.hex(), case.log.sign("log-leaf", data).hex()))
+    tree = Tree(leaf_hash(one.record) for one in made)
+    note = Checkpoint(case.world.store.origin, len(made), tree.root()).signed(case.log)
+    return replace(case.bundle, leaves=tuple(made), note=note)
+
+
+def records_of(case: Case) -> list[dict[str, Any]]:
+    return [json.loads(one.record) for one in case.bundle.leaves]
+
+
+def edited(case: Case) -> list[dict[str, Any]]:
+    records = records_of(case)
+    records[leaf_at(case, "round_commit")]["metrics"] = {"accuracy": 0.99}
+    return records
+
+
+def swapped(leaves: tuple[SignedLeaf, ...]) -> tuple[SignedLeaf, ...]:
+    return (*leaves[:-2], leaves[-1], leaves[-2])
+
+
+BY_HAND: dict[str, Change] = {
+    "edit": lambda c: replace(
+        c.bundle,
+        leaves=tuple(
+            replace(one, record=one.record.replace(b'"round":1', b'"round":9'))
+            if i == leaf_at(c, "round_commit")
+            else one
+            for i, one in enumerate(c.bundle.leaves)
+        ),
+    ),
+    "delete": lambda c: replace(c.bundle, leaves=c.bundle.leaves[:-2] + c.bundle.leaves[-1:]),
+    "reorder": lambda c: replace(c.bundle, leaves=swapped(c.bundle.leaves)),
+    "insert": lambda c: replace(c.bundle, leaves=(*c.bundle.leaves, c.bundle.leaves[-1])),
+    "missing leaf": lambda c: replace(c.bundle, leaves=c.bundle.leaves[:-1]),
+}
+WITH_THE_KEY: dict[str, Change] = {
+    "edit": lambda c: rewritten(c, edited(c)),
+    "delete": lambda c: rewritten(c, records_of(c)[:-2] + records_of(c)[-1:]),
+    "reorder": lambda c: rewritten(c, [*records_of(c)[:-2], records_of(c)[-1], records_of(c)[-2]]),
+    "insert": lambda c: rewritten(c, [*records_of(c)[:3], {**records_of(c)[3]}, *records_of(c)[3:]]),
+    "older backup": lambda c: rewritten(c, records_of(c)[:-1]),
+}
+
+
+@pytest.mark.parametrize("change", BY_HAND)
+def test_chain_and_signature_see_what_was_changed_without_the_key(case: Case, change: str) -> None:
+    """Nobody remembers, nobody witnessed, no site's log is there: the signed head and the leaves' signatures alone."""
+    bare = replace(BY_HAND[change](case), cosignatures={}, sites={})
+    got = audit(bare, replace(case.trust, remembered={}))
+    assert got.findings.exit_code in (1, 3)
+    assert found(got) & {"head", "leaf-signature", "leaf-order", "rounds"}
+
+
+def late(case: Case) -> Checkpoint:
+    """The head that somebody saw last."""
+    tree = Tree(leaf_hash(one.record) for one in case.bundle.leaves)
+    return Checkpoint(case.world.store.origin, len(tree), tree.root())
+
+
+@pytest.mark.parametrize("change", WITH_THE_KEY)
+def test_a_rewrite_with_the_logs_own_key_is_seen_by_whoever_remembers(case: Case, change: str) -> None:
+    bare = replace(WITH_THE_KEY[change](case), cosignatures={}, sites={})
+    remembering = replace(case.trust, remembered={case.world.store.origin: late(case)})
+    got = audit(bare, remembering)
+    assert got.findings.exit_code == 3
+    assert "remembered" in found(got, "fork")
+
+
+@pytest.mark.parametrize("change", WITH_THE_KEY)
+def test_a_rewrite_is_seen_by_witnesses_alone(case: Case, change: str) -> None:
+    """After a witness saw the head; what came after every witness's last head is nobody's to see."""
+    bare = replace(WITH_THE_KEY[change](case), sites={})
+    got = audit(bare, replace(case.trust, remembered={}))
+    seen = max(size for size, _ in case.bundle.cosignatures.values())
+    if change == "older backup":
+        # The last commit was cosigned by nobody yet: the closing message's cosignature stays at the site.
+        assert seen == len(case.bundle.leaves) - 1
+        assert got.findings.exit_code == 2
+    elif change in ("delete", "reorder"):
+        assert got.findings.exit_code == 3
+        assert "witness" in found(got, "fork")
+    else:
+        assert "witness" in found(got, "fork")
+
+
+@pytest.mark.parametrize("change", WITH_THE_KEY)
+def test_a_rewrite_is_seen_by_receipts_and_by_what_sites_saw(case: Case, change: str) -> None:
+    got = audit(replace(WITH_THE_KEY[change](case), cosignatures={}), replace(case.trust, remembered={}))
+    assert got.findings.exit_code == 3
+    assert found(got, "fork") & {"receipt", "witnessed"}
+
+
+def test_a_rewrite_before_anybody_saw_anything_is_not_seen(case: Case) -> None:
+    """With nobody's memory, no witness and no site's log, whoever has the key writes what it likes: said, not hidden."""
+    bare = replace(WITH_THE_KEY["edit"](case), cosignatures={}, sites={})
+    got = audit(bare, replace(case.trust, remembered={}))
+    assert got.findings.exit_code == 2
+    assert {"nothing-remembered", "no-witness", "no-site-log"} <= found(got, "incomplete")
+
+
+def site_of(case: Case) -> str:
+    return min(case.bundle.sites)
+
+
+def with_events(case: Case, events: tuple[bytes | str, ...]) -> Bundle:
+    """A site's log made again by the site itself, with a head to match."""
+    client = site_of(case)
+    tree = Tree(leaf_hash(e) if isinstance(e, bytes) else bytes.fromhex(e) for e in events)
+    origin = case.bundle.sites[client].note.split("\n", 1)[0]
+    note = Checkpoint(origin, len(events), tree.root()).signed(case.sites[client])
+    return replace(case.bundle, sites={**case.bundle.sites, client: SiteLog(events, note)})
+
+
+def without(case: Case, kind: str, nth: int) -> tuple[bytes | str, ...]:
+    events = case.bundle.sites[site_of(case)].events
+    places = [i for i, e in enumerate(events) if isinstance(e, bytes) and json.loads(e)["event"] == kind]
+    return events[: places[nth]] + events[places[nth] + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("kind", "nth"), [("reserve", 0), ("reserve", -1), ("spend", 0), ("spend", -1), ("receipt", 0), ("witness", 1)]
+)
+def test_a_site_that_takes_something_out_of_its_own_log_is_seen_by_the_federations(
+    case: Case, kind: str, nth: int
+) -> None:
+    got = audit(with_events(case, without(case, kind, nth)), case.trust)
+    assert got.findings.exit_code == 3
+    assert "anchored-head" in found(got, "fork")
+    if kind in ("reserve", "spend"):
+        assert found(got, "violation") & {"unspent", "counter", "order"}
+
+
+def test_a_site_that_understates_what_it_did_is_seen(case: Case) -> None:
+    events = case.bundle.sites[site_of(case)].events
+    places = [i for i, e in enumerate(events) if isinstance(e, bytes) and json.loads(e)["event"] == "reserve"]
+    quiet = canonical(json.loads(events[places[1]]) | {"noise_multiplier": 40.0})
+    got = audit(with_events(case, (*events[: places[1]], quiet, *events[places[1] + 1 :])), case.trust)
+    assert {"terms", "anchored-head"} <= found(got)
+    above = canonical(json.loads(events[places[1]]) | {"cap": 0.001})
+    got = audit(with_events(case, (*events[: places[1]], above, *events[places[1] + 1 :])), case.trust)
+    assert "cap" in found(got, "violation")
+
+
+def test_a_forged_receipt_and_a_void_without_the_sites_word_are_seen(case: Case) -> None:
+    events = case.bundle.sites[site_of(case)].events
+    place = next(i for i, e in enumerate(events) if isinstance(e, bytes) and json.loads(e)["event"] == "receipt")
+    forged = canonical(json.loads(events[place]) | {"adapter": "00" * 32})
+    got = audit(with_events(case, (*events[:place], forged, *events[place + 1 :])), case.trust)
+    assert "receipt" in found(got, "violation")
+    reserve = next(json.loads(e) for e in events if isinstance(e, bytes) and json.loads(e)["event"] == "reserve")
+    again = reserve | {"entry": 4, "plan": "ab" * 32}
+    void = {"event": "void", "entry": 4, "plan": "ab" * 32, "left": "nothing", "at": 1.0, "signature": "00" * 64}
+    got = audit(with_events(case, (*events, canonical(again), canonical(void))), case.trust)
+    assert "void" in found(got, "violation")
+    statement = {k: v for k, v in void.items() if k != "signature"}
+    void["signature"] = case.sites[site_of(case)].sign("nothing-left", canonical(statement)).hex()
+    assert audit(with_events(case, (*events, canonical(again), canonical(void))), case.trust).findings.exit_code == 0
+
+
+def test_another_sites_update_in_a_commit_and_a_stranger_are_seen(case: Case) -> None:
+    records = records_of(case)
+    commit = records[leaf_at(case, "round_commit", 1)]
+    commit["clients"][0]["update"] = "ab" * 32
+    commit["clients"][1]["plan"] = "cd" * 32
+    got = audit(replace(rewritten(case, records), cosignatures={}), replace(case.trust, remembered={}))
+    assert {"update", "unspent"} <= found(got, "violation")
+    stranger = records_of(case)
+    stranger[leaf_at(case, "enrol")]["card"]["key"] = SigningKey.generate().verify_key.raw.hex()
+    got = audit(rewritten(case, stranger), replace(case.trust, remembered={}))
+    assert "not-enrolled" in found(got, "violation")
+
+
+def test_less_epsilon_than_was_spent_is_seen(case: Case) -> None:
+    records = records_of(case)
+    for client in records[leaf_at(case, "round_commit", 2)]["clients"]:
+        client["epsilon"] = 0.01
+    got = audit(rewritten(case, records), replace(case.trust, remembered={}))
+    assert "published" in found(got, "violation")
+
+
+def test_a_swapped_adapter_is_seen(case: Case) -> None:
+    name = records_of(case)[-1]["adapter"]
+    data = case.world.store.adapter(name)
+    assert audit(replace(case.bundle, adapters={name: data}), case.trust).findings.exit_code == 0
+    for adapters in ({name: data[:-1] + b"\0"}, {digest(b"x"): b"x"}):
+        assert "adapter" in found(audit(replace(case.bundle, adapters=adapters), case.trust), "violation")
+
+
+def test_somebody_elses_key_passes_nothing(case: Case) -> None:
+    other = replace(case.trust, federation=SigningKey.generate().verify_key, remembered={})
+    assert audit(case.bundle, other).findings.exit_code in (1, 3)
+    nobody = replace(case.trust, sites={}, names={}, remembered={})
+    got = audit(case.bundle, nobody)
+    assert got.findings.exit_code == 2
+    assert "unknown-site" in found(got)
+
+
+def test_only_a_sites_own_log_is_incomplete(case: Case) -> None:
+    client = site_of(case)
+    alone = Bundle(1.0, sites={client: case.bundle.sites[client]})
+    got = audit(alone, case.trust)
+    assert (got.findings.exit_code, found(got)) == (2, {"no-federation-log"})
+    assert len(got.blocks) == 1
+
+
+@pytest.mark.parametrize("suffix", [".html", ".json", ".csv"])
+def test_the_command_reports_and_needs_nothing_but_the_shared_package(case: Case, tmp_path: Path, suffix: str) -> None:
+    write_bundle(tmp_path / "b.zip", case.bundle)
+    write_trust(tmp_path / "trust.json", case.trust)
+    program = (
+        "import sys, importlib.abc\n"
+        "class No(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'flwr', 'sqlmodel', 'sqlalchemy', 'cloister_client', 'cloister_server'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, No())\n"
+        "import socket\n"
+        "def no(*a, **k): raise OSError('no network')\n"
+        "socket.socket.connect = no\n"
+        "from cloister_shared.audit.command import main\n"
+        "main()\n"
+    )
+    out = tmp_path / f"report{suffix}"
+    arguments = [str(tmp_path / "b.zip"), "--trust", str(tmp_path / "trust.json"), "--report", str(out)]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PASS" in done.stdout
+    text = out.read_text()
+    if suffix == ".html":
+        assert "16. What does this not prove?" in text
+        assert "<script" not in text
+    elif suffix == ".csv":
+        assert len(text.splitlines()) == 1 + 9
+    else:
+        assert json.loads(text)["exit_code"] == 0
+    untrusted = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "b.zip")], capture_output=True, text=True, timeout=120
+    )
+    assert untrusted.returncode == 2
+    assert "INCOMPLETE" in untrusted.stdout
+
+
+def test_what_a_bundle_says_cannot_write_into_the_page(case: Case) -> None:
+    records = records_of(case)
+    records[leaf_at(case, "round_commit")]["clients"][0]["name"] = "<script>alert(1)</script>"
+    bundle = rewritten(case, records)
+    done = audit(bundle, case.trust)
+    said = answers(bundle, case.trust, done.history, done.ledgers, done.blocks, done.findings)
+    page = as_html(said, done.findings, done.blocks, done.history, "x")
+    assert "<script" not in page
+    assert as_record(said, done.findings, done.blocks)["exit_code"] == 3
+    assert as_csv(done.blocks).startswith("site,block")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda parts: parts | {"../evil": b"x"},
+        lambda parts: parts | {"bundle.json": b"{}"},
+        lambda parts: parts | {"federation/leaves.jsonl": b"nonsense\n"},
+        lambda parts: {k: v for k, v in parts.items() if not k.endswith("head.note")},
+        lambda parts: (
+            parts | {f"sites/{'a' * 32}/events.jsonl": b'{"hash":"zz"}\n', f"sites/{'a' * 32}/head.note": b""}
+        ),
+    ],
+)
+def test_what_is_no_bundle_is_told(
+    case: Case, tmp_path: Path, spoil: Callable[[dict[str, bytes]], dict[str, bytes]]
+) -> None:
+    import zipfile
+
+    write_bundle(tmp_path / "good", case.bundle)
+    with zipfile.ZipFile(tmp_path / "good") as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "bad", "w") as archive:
+        for name, data in spoil(parts).items():
+            archive.writestr(name, data)
+    with pytest.raises(InputError):
+        read_bundle(tmp_path / "bad")
+    (tmp_path / "text").write_text("no zip")
+    for path in (tmp_path / "text", tmp_path / "missing"):
+        with pytest.raises(InputError):
+            read_bundle(path)
+
+
+def test_rdp_bounds_pld() -> None:
+    for steps in ((((1.1, 0.01), 1000),), (((4.0, 0.25), 30), ((10.0, 1.0), 3))):
+        assert by_rdp(steps, 1e-5) >= by_pld(steps, 1e-5) - 1e-3
