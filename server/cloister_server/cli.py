@@ -16,6 +16,7 @@ from cloister_shared.cards import SiteCard, split_address
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.processes import Group, check_port
 
+from cloister_server import release_commands
 from cloister_server.accounting import client_level_line, client_level_statement
 from cloister_server.federation import admit_site, open_coordinator, read_federation
 from cloister_server.federation import init as make_coordinator
@@ -33,6 +34,7 @@ def register(app: typer.Typer) -> None:
     """Adds the coordinator's commands."""
     app.add_typer(coordinator_app, name="coordinator")
     app.add_typer(rounds_app, name="rounds")
+    release_commands.register(rounds_app)
     app.command("run")(run)
 
 
@@ -486,6 +488,8 @@ def export(
         chosen,
         out or console.OUTPUT.home / "exports" / f"{found.federation}-{found.id[:8]}-round-{chosen}",
     )
+    body = {"run": found.id, "round": chosen, "adapter": store.rounds(found.id)[chosen].adapter}
+    store.log("export", body)
     console.emit(
         {"run": found.id, "round": chosen, "path": str(folder)}, f"round {chosen} of run {found.id[:8]}: {folder}"
     )

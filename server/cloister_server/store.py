@@ -180,6 +180,31 @@ class Judgement(SQLModel, table=True):
     shares: str  # what each client's update brought, JSON by client id; null where the rule goes by coordinate
 
 
+class Alias(SQLModel, table=True):
+    """A name that points at a committed round; moved by compare-and-set on ``version``."""
+
+    name: str = Field(primary_key=True)
+    run: str = Field(foreign_key="run.id")
+    number: int
+    adapter: str
+    version: int
+
+
+class AliasEvent(SQLModel, table=True):
+    """One move of an alias. Never changed."""
+
+    __tablename__ = "alias_event"
+    name: str = Field(primary_key=True)
+    version: int = Field(primary_key=True)
+    run: str
+    number: int
+    adapter: str
+    rollback: bool
+    why: str
+    at: float
+    leaf: int
+
+
 class Fence(SQLModel, table=True):
     """The newest coordinator's number: whoever holds a lower one writes no rounds."""
 
@@ -205,6 +230,11 @@ def _triggers() -> Iterator[str]:
         yield (
             f"CREATE TRIGGER IF NOT EXISTS noised_sum_{deed.lower()} BEFORE {deed} ON noised_sum {when}"
             " BEGIN SELECT RAISE(ABORT, 'UNIQUE: what was charged stays'); END"
+        )
+    for deed in ("UPDATE", "DELETE"):
+        yield (
+            f"CREATE TRIGGER IF NOT EXISTS alias_event_{deed.lower()} BEFORE {deed} ON alias_event"
+            " BEGIN SELECT RAISE(ABORT, 'what an alias did stays'); END"
         )
     for deed in ("UPDATE", "DELETE", "INSERT"):
         known = "" if deed != "INSERT" else 'WHEN EXISTS (SELECT 1 FROM log_leaf WHERE "index" = NEW."index")'
@@ -328,6 +358,45 @@ class Store:
         """Leaves of the log from ``start`` up to ``end``."""
         with Session(self._engine) as session:
             return leaves(session, start, end)
+
+    def alias(self, name: str) -> Alias | None:
+        """Where an alias points now."""
+        with Session(self._engine) as session:
+            return session.get(Alias, name)
+
+    def aliases(self) -> list[Alias]:
+        """Every alias, by name."""
+        with Session(self._engine) as session:
+            return list(session.exec(select(Alias).order_by(Alias.name)))
+
+    def alias_events(self, name: str) -> list[AliasEvent]:
+        """Every move of an alias, oldest first."""
+        with Session(self._engine) as session:
+            found = select(AliasEvent).where(AliasEvent.name == name).order_by(AliasEvent.version)  # type: ignore[arg-type]
+            return list(session.exec(found))
+
+    def set_alias(
+        self, name: str, run: str, number: int, adapter: str, expected: int, why: str, *, rollback: bool = False
+    ) -> Alias:
+        """Moves an alias, where it is at the version that the caller saw; the move is a leaf in the same transaction.
+
+        Raises:
+            StateError: Somebody moved it meanwhile, or the round is not committed with that adapter.
+        """
+        with self._session() as session:
+            row, target = session.get(Alias, name), session.get(Round, (run, number))
+            if (0 if row is None else row.version) != expected:
+                got = "none" if row is None else f"move {row.version}, round {row.number} of run {row.run[:8]}"
+                raise StateError("the alias was moved meanwhile", where=name, expected=f"move {expected}", got=got)
+            if target is None or target.state != "committed" or target.adapter != adapter:
+                raise StateError("only a committed round can be released", where=f"run {run[:8]} round {number}")
+            row = row or Alias(name=name, run=run, number=number, adapter=adapter, version=0)
+            row.run, row.number, row.adapter, row.version = run, number, adapter, expected + 1
+            body = {"alias": name, "run": run, "round": number, "adapter": adapter, "version": row.version}
+            leaf = append(session, "alias_set", body | {"rollback": rollback, "why": why}, self._signing)
+            session.add(row)
+            session.add(AliasEvent(**row.model_dump(), rollback=rollback, why=why, at=time.time(), leaf=leaf.index))
+        return row
 
     def commit_leaf(self, run: str, number: int) -> Leaf | None:
         """The leaf of a round's commit; None for round 0, which is none."""

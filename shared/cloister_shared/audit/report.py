@@ -257,11 +257,17 @@ def _plot(blocks: Sequence[Block]) -> str:
         path = " ".join(f"{left + x * wide / count:.1f},{tall + 20 - y / most * tall:.1f}" for x, y in xy)
         cap, colour = tall + 20 - b.cap / most * tall, colours[i % len(colours)]
         lines.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        lines.append(
+            f'<circle cx="{left + wide}" cy="{tall + 20 - b.epsilon / most * tall:.1f}" r="4" fill="{colour}"/>'
+        )
         dashed = f'stroke="{colour}" stroke-dasharray="4 4"'
         lines.append(f'<line x1="{left}" x2="{left + wide}" y1="{cap:.1f}" y2="{cap:.1f}" {dashed}/>')
         place = f'x="{left + 8 + 150 * (i % 4)}" y="{tall + 60 + 18 * (i // 4)}"'
         lines.append(f'<text {place} fill="{colour}">{escape(b.site)} block {b.block}</text>')
-    height, top = tall + 70 + 18 * (len(drawn) // 4), "epsilon (RDP); dashed: cap"
+    height, top = (
+        tall + 70 + 18 * (len(drawn) // 4),
+        "epsilon by RDP, an upper bound; dot: by PLD, which decides; dashed: cap",
+    )
     return "<h2>Budget over time</h2>" + _frame(
         wide, tall, left, f"{most:.3g}", "rounds charged", top, "".join(lines), height
     )

@@ -1,0 +1,182 @@
+"""Rounds as releases: ``cloister rounds promote | rollback | aliases | diff``.
+
+An alias is a name that points at a committed round. It moves by compare-and-set, each move is an event that stays and a leaf of the log. A
+rollback moves it back and refunds no privacy: what was spent on a round is spent, whoever uses it.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from cloister_shared import console
+from cloister_shared.cards import check_name
+from cloister_shared.errors import InputError, StateError
+from cloister_shared.vectors import Schema, from_safetensors
+
+from cloister_server.compare import fields, modules
+from cloister_server.store import Round, Run, Store
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Home = Annotated[Path | None, typer.Option("--home", help="Folder of state.")]
+RunName = Annotated[str | None, typer.Option("--run", help="Beginning of the run's id; the newest by default.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the rounds' group."""
+    app.command()(promote)
+    app.command()(rollback)
+    app.command()(aliases)
+    app.command()(diff)
+
+
+def _store() -> Store:
+    home = console.coordinator_home()
+    if not (home / "registry.db").is_file():
+        raise StateError("no registry here", where=str(home), mend="cloister demo, cloister run, or --home")
+    return Store(home)
+
+
+def _committed(store: Store, run: Run, number: int) -> Round:
+    row = next((r for r in store.rounds(run.id) if r.number == number), None)
+    if row is None or row.state != "committed" or not row.adapter:
+        got = "no such round" if row is None else row.state
+        raise StateError("only a committed round can be released", where=f"run {run.id[:8]} round {number}", got=got)
+    store.adapter(row.adapter)  # digest checked before anything points at it
+    return row
+
+
+def promote(
+    alias: Annotated[str, typer.Argument(help="The alias, for example production.")],
+    number: Annotated[int, typer.Argument(help="The round.")],
+    expect: Annotated[
+        int | None, typer.Option(help="Only if it points at this round of the run now; 0 or more.")
+    ] = None,
+    why: Annotated[str, typer.Option(help="A word for whoever reads the log.")] = "",
+    run_name: RunName = None,
+    json: Json = False,
+    home: Home = None,
+) -> None:
+    """Point an alias at a committed round."""
+    console.choose(json, home)
+    store = _store()
+    run = store.find_run(run_name)
+    row = _committed(store, run, number)
+    now = store.alias(check_name(alias, "alias"))
+    if expect is not None and (now is None or (now.run, now.number) != (run.id, expect)):
+        got = "nothing" if now is None else f"round {now.number} of run {now.run[:8]}"
+        raise StateError("the alias points elsewhere", where=alias, expected=f"round {expect}", got=got)
+    made = store.set_alias(alias, run.id, number, row.adapter or "", 0 if now is None else now.version, why)
+    before = "nothing" if now is None else f"round {now.number} of run {now.run[:8]}"
+    console.emit(
+        {"alias": alias, "run": run.id, "round": number, "adapter": row.adapter, "version": made.version},
+        f"{alias}: round {number} of run {run.id[:8]}, adapter {(row.adapter or '')[:16]}, digest checked (before: {before})",
+    )
+
+
+def rollback(
+    alias: Annotated[str, typer.Argument(help="The alias.")],
+    why: Annotated[str, typer.Option(help="A word for whoever reads the log.")] = "",
+    json: Json = False,
+    home: Home = None,
+) -> None:
+    """Point an alias at the round that it pointed at before. No privacy is refunded."""
+    console.choose(json, home)
+    store = _store()
+    now, events = store.alias(check_name(alias, "alias")), store.alias_events(alias)
+    if now is None or len(events) < 2:
+        raise StateError("there is nothing to go back to", where=alias, got=f"{len(events)} moves")
+    # Back over what was gone back to already: each rollback goes one release further.
+    stack = list[tuple[str, int, str]]()
+    for event in events:
+        if event.rollback:
+            stack.pop()
+        else:
+            stack.append((event.run, event.number, event.adapter))
+    if len(stack) < 2:
+        raise StateError("there is nothing to go back to", where=alias, got="its first round")
+    run, number, adapter = stack[-2]
+    store.adapter(adapter)
+    made = store.set_alias(alias, run, number, adapter, now.version, why, rollback=True)
+    console.emit(
+        {"alias": alias, "run": run, "round": number, "adapter": adapter, "version": made.version, "refunded": 0.0},
+        [
+            f"{alias}: back to round {number} of run {run[:8]}, adapter {adapter[:16]}, digest checked",
+            "no privacy is refunded: what its sites spent on the later rounds stays spent",
+        ],
+    )
+
+
+def aliases(json: Json = False, home: Home = None) -> None:
+    """List aliases and how they moved."""
+    console.choose(json, home)
+    store = _store()
+    now = store.aliases()
+    events = {one.name: store.alias_events(one.name) for one in now}
+    cells = [
+        [one.name, one.run[:8], one.number, one.adapter[:12], one.version, events[one.name][-1].why] for one in now
+    ]
+    record = {
+        "aliases": [one.model_dump() for one in now],
+        "events": [e.model_dump() for name in sorted(events) for e in events[name]],
+    }
+    console.table(record, "aliases", ["alias", "run", "round", "adapter", "moves", "why"], cells)
+
+
+def _facts(store: Store, run: Run, number: int) -> dict[str, Any]:
+    clients = store.clients(run.id, number)
+    settings = jsonlib.loads(run.config)
+    return {
+        "run": run.id[:16],
+        "base": run.base[:16],
+        "rule": run.rule,
+        "code": run.code,
+        "task": run.task,
+        "settings": settings["settings"],
+        "participants": ", ".join(sorted(c.name for c in clients if c.verdict == "accepted")),
+        "refused": ", ".join(sorted(f"{c.name} ({c.verdict})" for c in clients if c.verdict != "accepted")),
+        **{f"weight of {c.name}": c.weight for c in clients},
+        **{f"epsilon of {c.name}": round(c.epsilon, 4) for c in clients},
+        **{name: round(value, 4) for name, value in store.metrics(run.id, number).items()},
+    }
+
+
+def diff(
+    first: Annotated[int, typer.Argument(help="A round.")],
+    second: Annotated[int, typer.Argument(help="Another.")],
+    run_name: RunName = None,
+    other_run: Annotated[
+        str | None, typer.Option("--other-run", help="The second round's run, where it is another.")
+    ] = None,
+    json: Json = False,
+    home: Home = None,
+) -> None:
+    """What two registered rounds differ in: settings, participants, scores, epsilon, and the adapters module by module."""
+    console.choose(json, home)
+    store = _store()
+    runs = store.find_run(run_name), store.find_run(other_run or run_name)
+    rows = [_committed(store, run, number) for run, number in zip(runs, (first, second), strict=True)]
+    schemas = [Schema.from_list(jsonlib.loads(run.tensors), "registry") for run in runs]
+    changed = fields(_facts(store, runs[0], first), _facts(store, runs[1], second))
+    moved = []
+    if schemas[0].digest == schemas[1].digest:
+        vectors = [from_safetensors(store.adapter(row.adapter or ""), schemas[0], "adapter") for row in rows]
+        moved = list(modules(vectors[0], vectors[1], schemas[0]))
+    elif runs[0].id == runs[1].id:
+        raise InputError("a run has two schemas", where=f"run {runs[0].id[:8]}")
+    record = {
+        "changed": [{"name": n, "first": a, "second": b} for n, a, b in changed],
+        "modules": [vars(one) for one in moved],
+        "same_schema": bool(moved),
+    }
+    if console.OUTPUT.json:
+        console.emit(record, "")
+        return
+    short = [[n, str(a)[:60].replace("\n", " "), str(b)[:60].replace("\n", " ")] for n, a, b in changed]
+    console.table(record, f"round {first} and round {second}", ["what", f"round {first}", f"round {second}"], short)
+    cells = [[m.module, f"{m.before:.4g}", f"{m.after:.4g}", f"{m.between:.4g}", f"{m.cosine:.4f}"] for m in moved]
+    console.table(
+        record, "norms of products B A, and of the head", ["module", "first", "second", "between", "cosine"], cells
+    )
