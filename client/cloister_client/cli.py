@@ -14,9 +14,11 @@ import typer
 from cloister_model.text import Source, read
 from cloister_shared import console
 from cloister_shared.cards import read_coordinator_card, read_site_card
+from cloister_shared.encoding import canonical, write_durably
 from cloister_shared.errors import CloisterError, InputError, StateError
 from cloister_shared.invitation import Invitation
 from cloister_shared.processes import Group, free_port
+from cloister_shared.witness import log_of_federation
 
 from cloister_client import audit_command
 from cloister_client.data import add as add_text
@@ -201,6 +203,36 @@ def registered(
     title = f"site {own.name}: what the coordinator registered of it; the ledger here is the authority on epsilon"
     columns = ["run", "round", "state", "verdict", "epsilon", "delta", "reason"]
     console.table({"site": own.name, "rounds": found}, title, columns, cells)
+
+
+@site_app.command()
+def pull(
+    alias: Annotated[str, typer.Argument(help="The alias that the coordinator promoted.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to make; pulled/ALIAS in the site's folder by default.")
+    ] = None,
+    site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
+    json: Json = False,
+    home: Home = None,
+) -> None:
+    """Fetch the adapter that an alias points at, its place in the log proven before anything is kept."""
+    console.choose(json, home)
+    from cloister_client.registry import fetch_release
+
+    own = read_site(console.site_home(site))
+    ledger = open_ledger(own)
+    got = fetch_release(own, alias, ledger.seen_head(log_of_federation(own.coordinator().verify_key)))
+    folder = out or own.home / "pulled" / f"{alias}-{got.run[:8]}-{got.number}"
+    if folder.exists():
+        raise InputError("there is a folder already", where=str(folder), mend="choose another --out")
+    folder.mkdir(parents=True)
+    write_durably(folder / "adapter.safetensors", got.adapter, mode=0o644)
+    write_durably(folder / "release.json", canonical(got.record) + b"\n", mode=0o644)
+    name = got.record["commit"]["adapter"]
+    console.emit(
+        {"alias": alias, "run": got.run, "round": got.number, "adapter": name, "path": str(folder)},
+        f"{alias}: round {got.number} of run {got.run[:8]}, adapter {name[:16]}, in the log and by its digest: {folder}",
+    )
 
 
 @site_app.command()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import hmac
+import json
 import random
 import socket
 import ssl
@@ -22,13 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from cloister_shared.audit.federation import PURPOSE as LEAF_PURPOSE
 from cloister_shared.cards import CoordinatorCard, coordinator_card_of, split_address
-from cloister_shared.encoding import parse_record, write_durably
+from cloister_shared.encoding import digest, parse_record, write_durably
 from cloister_shared.errors import CloisterError, RefusedError, StateError, VerificationError
 from cloister_shared.invitation import Invitation
+from cloister_shared.merkle import check_consistency, check_inclusion, leaf_hash
+from cloister_shared.notes import Checkpoint, checkpoint_of, read_checkpoint
 from cloister_shared.signing import read_secret
 from cloister_shared.tls import make_request
 from cloister_shared.v1 import registry_pb2, registry_pb2_grpc
+from cloister_shared.vectors import Schema, from_safetensors
+from cloister_shared.witness import log_of_federation
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
@@ -36,7 +42,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from cloister_client.site import Site
 
 IDENTITY = "identity.pem"
-CALL_SECONDS = 20.0
+CALL_SECONDS, LONG_SECONDS = 20.0, 59.0
 _MESSAGE_BYTES = 4 * 1024 * 1024
 # A certificate is renewed after this share of its life.
 RENEW_AT = 2 / 3
@@ -295,3 +301,104 @@ class Renewer:
             self._tell(f"certificate renewed, good until {until:%F %T} UTC")
         except CloisterError as error:
             self._tell(f"certificate not renewed: {error}")
+
+
+def fetch_log(site: Site) -> tuple[list[tuple[bytes, str, str]], str, dict[str, tuple[int, str]]]:
+    """The federation's whole log as the coordinator has it: leaves (record, key, signature), signed head, cosignatures.
+
+    Nothing of it is believed here: whoever reads it checks it against keys of its own (``cloister_shared.audit``).
+
+    Raises:
+        CloisterError: Nobody answers, or the coordinator refuses.
+    """
+    leaves = list[tuple[bytes, str, str]]()
+    with _registry(site) as stub:
+        head = stub.Head(registry_pb2.HeadRequest(), timeout=CALL_SECONDS)
+        size = checkpoint_of(head.note.partition("\n\n")[0] + "\n", "head of the log").size
+        while len(leaves) < size:
+            page = [
+                (o.record, o.key, o.signature)
+                for o in stub.Log(registry_pb2.LogRequest(start=len(leaves)), timeout=LONG_SECONDS)
+            ]
+            if not page:
+                raise VerificationError(
+                    "the log is shorter than its head says", expected=str(size), got=str(len(leaves))
+                )
+            leaves += page
+    said = parse_record(head.cosignatures, "cosignatures")
+    return leaves[:size], head.note, {str(i): (int(one[0]), str(one[1])) for i, one in said.items()}
+
+
+@dataclass(frozen=True)
+class Release:
+    """What an alias points at, proven.
+
+    Attributes:
+        run: The run.
+        number: The round.
+        adapter: The adapter's safetensors file, digest checked.
+        record: What was proven, for a file beside it.
+    """
+
+    run: str
+    number: int
+    adapter: bytes
+    record: dict[str, Any]
+
+
+def fetch_release(site: Site, alias: str, seen: Checkpoint | None) -> Release:
+    """Fetches what an alias points at, after its proofs were checked and before anything of it is loaded.
+
+    Head signed by the pinned key -> consistent with what this site saw -> the alias' move and the round's commit are leaves of it ->
+    they name one adapter -> its bytes have that digest, and its tensors are those that the commit's run has.
+
+    Args:
+        site: The site.
+        alias: The alias.
+        seen: The newest head of the log that this site saw.
+
+    Raises:
+        VerificationError: A proof does not hold.
+        RollbackError: The log shrank or forked.
+        CloisterError: Nobody answers, or the coordinator refuses.
+    """
+    card, where = site.coordinator(), f"alias {alias}"
+    origin = log_of_federation(card.verify_key)
+    with _registry(site) as stub:
+        asked = registry_pb2.ReleasedRequest(alias=alias, seen=0 if seen is None else seen.size)
+        got = stub.Released(asked, timeout=CALL_SECONDS)
+        head = read_checkpoint(got.note, card.verify_key, origin, where).checkpoint
+        if seen is not None:
+            check_consistency(seen.size, seen.root, head.size, head.root, list(got.consistency), where)
+        move, commit = (_proven(one, head, card, where) for one in (got.alias, got.commit))
+        wanted = ("alias_set", alias, commit.get("run"), commit.get("adapter"))
+        if (move.get("kind"), move.get("alias"), move.get("run"), move.get("adapter")) != wanted:
+            raise VerificationError("the alias points at another round than its proof", where=where)
+        if commit.get("kind") not in ("round_commit", "policy") or commit.get("round", 0) != move.get("round"):
+            raise VerificationError("what the alias points at is no commit of that round", where=where)
+        for name in ("task", "tensors", "config"):
+            if digest(getattr(got, name)) != commit.get(name):
+                raise VerificationError(f"the run's {name} is not what its commit says", where=where)
+        name = str(commit["adapter"])
+        pieces = [o.data for o in stub.Adapter(registry_pb2.AdapterRequest(digest=name), timeout=LONG_SECONDS)]
+    data = b"".join(pieces)
+    if digest(data) != name:
+        raise VerificationError(
+            "the adapter has another digest", where=where, expected=name[:16], got=digest(data)[:16]
+        )
+    tensors = json.loads(got.tensors)
+    from_safetensors(data, Schema.from_list(tensors, where), where)
+    record = {"alias": move, "commit": commit, "head": got.note, "task": json.loads(got.task), "tensors": tensors}
+    return Release(str(commit["run"]), int(move["round"]), data, record | {"config": json.loads(got.config)})
+
+
+def _proven(one: Any, head: Checkpoint, card: CoordinatorCard, where: str) -> dict[str, Any]:
+    """A leaf that is in the log at this head and signed by its keeper, read."""
+    leaf = one.leaf
+    check_inclusion(leaf_hash(leaf.record), one.index, head.size, list(one.path), head.root, where)
+    try:
+        signature = bytes.fromhex(leaf.signature)
+    except ValueError as error:
+        raise VerificationError("a leaf's signature is no hex", where=where) from error
+    card.verify_key.verify(LEAF_PURPOSE, leaf.record, signature, where)
+    return parse_record(leaf.record, where)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from cloister_shared.encoding import canonical
 from cloister_shared.errors import CloisterError, StateError
 from cloister_shared.processes import die_with_parent
 from cloister_shared.v1 import registry_pb2, registry_pb2_grpc
@@ -37,6 +38,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from cloister_server.enrolment import Caller, caller, invited, redeem, renew
 from cloister_server.federation import Coordinator, open_coordinator
+from cloister_server.log import Leaf
 from cloister_server.store import Store
 
 ENROLMENT, REGISTRY = "enrolment", "registry"
@@ -52,6 +54,7 @@ _OPTIONS = [
     ("grpc.so_reuseport", 0),
 ]
 _MOST_ROUNDS = 1000
+_MOST_LEAVES, _PIECE_BYTES = 2000, 128 * 1024
 
 
 class Quota:
@@ -127,6 +130,10 @@ def _host(context: Any) -> str:
     return str(context.peer()).rsplit(":", 1)[0]
 
 
+def _leaf(leaf: Leaf) -> Any:
+    return registry_pb2.LogLeaf(record=leaf.record, key=leaf.key, signature=leaf.signature)
+
+
 class Registry(registry_pb2_grpc.RegistryServicer):  # type: ignore[misc]
     """For enrolled sites."""
 
@@ -157,6 +164,66 @@ class Registry(registry_pb2_grpc.RegistryServicer):  # type: ignore[misc]
                 # A run that is not there, and one that is another's, are one answer.
                 await context.abort(grpc.StatusCode.NOT_FOUND, "no such run")
             return registry_pb2.RoundsReply(rounds=found)
+
+    async def Log(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        """Leaves from a place on, at most ``_MOST_LEAVES`` a call."""
+        async with self._call(context):
+            found = await _answer(context, lambda: self._store.leaves(request.start, request.start + _MOST_LEAVES))
+            for leaf in found:
+                yield _leaf(leaf)
+
+    async def Head(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """The newest head and its cosignatures."""
+        async with self._call(context):
+            note, known = await _answer(context, lambda: (self._signed(), self._store.witnessed()))
+            lines = {client: [row.size, row.line] for client, row in known.items() if row.line}
+            return registry_pb2.HeadReply(note=note, cosignatures=canonical(lines))
+
+    def _signed(self) -> str:
+        return self._store.signed_checkpoint(self._store.checkpoint())
+
+    async def Released(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Where an alias points, with proofs."""
+        async with self._call(context):
+            made = await _answer(context, lambda: self._released(request.alias, request.seen))
+            if made is None:
+                await context.abort(grpc.StatusCode.NOT_FOUND, "no such alias")
+            return made
+
+    def _released(self, alias: str, seen: int) -> Any:
+        moves = self._store.alias_events(alias)
+        if not moves:
+            return None
+        last, at = moves[-1], self._store.checkpoint()
+        run = self._store.find_run(last.run)
+        commit = self._store.commit_leaf(last.run, last.number) or self._store.policy_leaf(last.run)
+        tree = self._store.tree()
+
+        def proven(leaf: Leaf) -> Any:
+            return registry_pb2.Proven(leaf=_leaf(leaf), index=leaf.index, path=tree.inclusion(leaf.index, at.size))
+
+        return registry_pb2.ReleasedReply(
+            note=self._store.signed_checkpoint(at),
+            consistency=tree.consistency(min(seen, at.size), at.size),
+            alias=proven(self._store.leaves(last.leaf, last.leaf + 1)[0]),
+            commit=proven(commit),
+            task=run.task.encode(),
+            tensors=run.tensors.encode(),
+            config=run.config.encode(),
+        )
+
+    async def Adapter(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        """An adapter of a committed round, in pieces."""
+        async with self._call(context):
+            data = await _answer(context, lambda: self._adapter(request.digest))
+            if data is None:
+                await context.abort(grpc.StatusCode.NOT_FOUND, "no such adapter")
+            for start in range(0, len(data), _PIECE_BYTES):
+                yield registry_pb2.AdapterPiece(data=data[start : start + _PIECE_BYTES])
+
+    def _adapter(self, name: str) -> bytes | None:
+        # Of committed rounds alone: means of groups lie in the same place.
+        return self._store.adapter(name) if self._store.is_committed(name) else None
 
     def _rounds(self, who: Caller, run: str) -> list[Any]:
         mine = [c for c in self._store.asked(who.card.verify_key.id.hex()) if run in ("", c.run)]

@@ -404,6 +404,18 @@ class Store:
             row = session.get(Round, (run, number))
             return None if row is None or row.leaf is None else session.get(Leaf, row.leaf)
 
+    def policy_leaf(self, run: str) -> Leaf:
+        """The leaf that a run began with."""
+        with Session(self._engine) as session:
+            found = session.exec(select(Leaf).where(Leaf.kind == "policy"))
+            return next(leaf for leaf in found if json.loads(leaf.record)["run"] == run)
+
+    def is_committed(self, adapter: str) -> bool:
+        """Whether a committed round has this adapter."""
+        with Session(self._engine) as session:
+            chosen = select(Round).where(Round.adapter == adapter, Round.state == "committed")
+            return session.exec(chosen).first() is not None
+
     def tree(self) -> Tree:
         """The log's tree, as far as it goes now."""
         for leaf in self.leaves(len(self._tree)):

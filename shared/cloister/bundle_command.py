@@ -60,6 +60,18 @@ def _federation() -> tuple[tuple[SignedLeaf, ...], str, dict[str, tuple[int, str
         store.close()
 
 
+def _fetched(sites: list[Path]) -> tuple[tuple[SignedLeaf, ...], str, dict[str, tuple[int, str]]]:
+    """The federation's log from its coordinator, for a site that joined by token; nothing where none can be asked."""
+    from cloister_client.registry import IDENTITY, fetch_log
+    from cloister_client.site import read_site
+
+    joined = [home for home in sites if (home / IDENTITY).is_file()]
+    if not joined:
+        return (), "", {}
+    leaves, note, cosignatures = fetch_log(read_site(joined[0]))
+    return tuple(SignedLeaf(*one) for one in leaves), note, cosignatures
+
+
 def export(
     out: Annotated[Path, typer.Option(help="The bundle to write.")],
     adapters: Annotated[bool, typer.Option("--adapters", help="Put the adapters of committed rounds into it.")] = False,
@@ -76,7 +88,7 @@ def export(
         )
     if out.exists():
         raise InputError("there is a file already", where=str(out), mend="choose another --out")
-    leaves, note, cosignatures = _federation() if here else ((), "", {})
+    leaves, note, cosignatures = _federation() if here else _fetched(sites)
     logs = {client: log for client, log, _ in map(_site_log, sites)}
     files = dict[str, bytes]()
     if adapters and here:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 from support.federation import bring_up, make_federation, wait_for
@@ -25,6 +28,25 @@ def test_sites_join_by_token_and_one_is_put_out_while_a_run_goes_on(tiny_bert: P
         assert [c["name"] for c in lab.done("rounds", "show", str(after))["clients"]] == ["site-1", "site-2"]
         run.terminate()
         wait_for("the run to end", lambda: run.poll() is not None)
+        # A site fetches what was promoted, proven, and whoever is enrolled can have the whole log audited; not who was put out.
+        lab.done("rounds", "promote", "production", "1")
+        pulled = lab.done("site", "pull", "production", "--site", "site-1")
+        assert sorted(p.name for p in Path(pulled["path"]).iterdir()) == ["adapter.safetensors", "release.json"]
+        assert lab.command("site", "pull", "production", "--site", "site-3").returncode == 1
+        assert lab.command("site", "pull", "nothing", "--site", "site-1").returncode == 1
+        alone = lab.home / "alone"
+        (alone / "sites").mkdir(parents=True)
+        (alone / "sites" / "site-1").symlink_to(lab.home / "sites" / "site-1")
+        exported = lab.done("--home", str(alone), "audit", "export", "--out", str(lab.home / "bundle.zip"))
+        assert (exported["sites"], exported["leaves"] >= 5) == (1, True)
+        lab.done("--home", str(alone), "audit", "trust", "--out", str(lab.home / "trust.json"))
+        verify = [sys.executable, "-m", "cloister_shared.audit.command", str(lab.home / "bundle.zip"), "--json"]
+        audited = subprocess.run(
+            [*verify, "--trust", str(lab.home / "trust.json")], capture_output=True, text=True, timeout=60
+        )
+        found = json.loads(audited.stdout.splitlines()[-1])
+        # The other sites' own logs are not in one site's bundle: incomplete, and nothing else.
+        assert (audited.returncode, {f["code"] for f in found["findings"]}) == (2, {"no-site-log"}), audited.stdout
         # It joins again under fresh keys and with its old ledger, once it is down; a token is good once.
         token = str(lab.done("coordinator", "invite", "site-3")["token"])
         own = lab.home / "sites" / "site-3"

@@ -165,6 +165,26 @@ class RegistryStub:
                 request_serializer=cloister__shared_dot_v1_dot_registry__pb2.RoundsRequest.SerializeToString,
                 response_deserializer=cloister__shared_dot_v1_dot_registry__pb2.RoundsReply.FromString,
                 _registered_method=True)
+        self.Log = channel.unary_stream(
+                '/cloister.v1.Registry/Log',
+                request_serializer=cloister__shared_dot_v1_dot_registry__pb2.LogRequest.SerializeToString,
+                response_deserializer=cloister__shared_dot_v1_dot_registry__pb2.LogLeaf.FromString,
+                _registered_method=True)
+        self.Head = channel.unary_unary(
+                '/cloister.v1.Registry/Head',
+                request_serializer=cloister__shared_dot_v1_dot_registry__pb2.HeadRequest.SerializeToString,
+                response_deserializer=cloister__shared_dot_v1_dot_registry__pb2.HeadReply.FromString,
+                _registered_method=True)
+        self.Released = channel.unary_unary(
+                '/cloister.v1.Registry/Released',
+                request_serializer=cloister__shared_dot_v1_dot_registry__pb2.ReleasedRequest.SerializeToString,
+                response_deserializer=cloister__shared_dot_v1_dot_registry__pb2.ReleasedReply.FromString,
+                _registered_method=True)
+        self.Adapter = channel.unary_stream(
+                '/cloister.v1.Registry/Adapter',
+                request_serializer=cloister__shared_dot_v1_dot_registry__pb2.AdapterRequest.SerializeToString,
+                response_deserializer=cloister__shared_dot_v1_dot_registry__pb2.AdapterPiece.FromString,
+                _registered_method=True)
 
 
 class RegistryServicer:
@@ -185,6 +205,34 @@ class RegistryServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Log(self, request, context):
+        """The federation's log from a place on: every enrolled site may read all of it, so that each can hold it to account.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Head(self, request, context):
+        """The log's newest head, signed, and what sites cosigned.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Released(self, request, context):
+        """What an alias points at, with proofs that log and commit say so.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Adapter(self, request, context):
+        """A committed round's adapter, in pieces.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegistryServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -197,6 +245,26 @@ def add_RegistryServicer_to_server(servicer, server):
                     servicer.Rounds,
                     request_deserializer=cloister__shared_dot_v1_dot_registry__pb2.RoundsRequest.FromString,
                     response_serializer=cloister__shared_dot_v1_dot_registry__pb2.RoundsReply.SerializeToString,
+            ),
+            'Log': grpc.unary_stream_rpc_method_handler(
+                    servicer.Log,
+                    request_deserializer=cloister__shared_dot_v1_dot_registry__pb2.LogRequest.FromString,
+                    response_serializer=cloister__shared_dot_v1_dot_registry__pb2.LogLeaf.SerializeToString,
+            ),
+            'Head': grpc.unary_unary_rpc_method_handler(
+                    servicer.Head,
+                    request_deserializer=cloister__shared_dot_v1_dot_registry__pb2.HeadRequest.FromString,
+                    response_serializer=cloister__shared_dot_v1_dot_registry__pb2.HeadReply.SerializeToString,
+            ),
+            'Released': grpc.unary_unary_rpc_method_handler(
+                    servicer.Released,
+                    request_deserializer=cloister__shared_dot_v1_dot_registry__pb2.ReleasedRequest.FromString,
+                    response_serializer=cloister__shared_dot_v1_dot_registry__pb2.ReleasedReply.SerializeToString,
+            ),
+            'Adapter': grpc.unary_stream_rpc_method_handler(
+                    servicer.Adapter,
+                    request_deserializer=cloister__shared_dot_v1_dot_registry__pb2.AdapterRequest.FromString,
+                    response_serializer=cloister__shared_dot_v1_dot_registry__pb2.AdapterPiece.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -254,6 +322,114 @@ class Registry:
             '/cloister.v1.Registry/Rounds',
             cloister__shared_dot_v1_dot_registry__pb2.RoundsRequest.SerializeToString,
             cloister__shared_dot_v1_dot_registry__pb2.RoundsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Log(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cloister.v1.Registry/Log',
+            cloister__shared_dot_v1_dot_registry__pb2.LogRequest.SerializeToString,
+            cloister__shared_dot_v1_dot_registry__pb2.LogLeaf.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Head(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.v1.Registry/Head',
+            cloister__shared_dot_v1_dot_registry__pb2.HeadRequest.SerializeToString,
+            cloister__shared_dot_v1_dot_registry__pb2.HeadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Released(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.v1.Registry/Released',
+            cloister__shared_dot_v1_dot_registry__pb2.ReleasedRequest.SerializeToString,
+            cloister__shared_dot_v1_dot_registry__pb2.ReleasedReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Adapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cloister.v1.Registry/Adapter',
+            cloister__shared_dot_v1_dot_registry__pb2.AdapterRequest.SerializeToString,
+            cloister__shared_dot_v1_dot_registry__pb2.AdapterPiece.FromString,
             options,
             channel_credentials,
             insecure,
