@@ -16,7 +16,7 @@ from cloister_shared.cards import SiteCard, split_address
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.processes import Group, check_port
 
-from cloister_server import release_commands
+from cloister_server import release_commands, upkeep
 from cloister_server.accounting import client_level_line, client_level_statement
 from cloister_server.federation import admit_site, open_coordinator, read_federation
 from cloister_server.federation import init as make_coordinator
@@ -35,6 +35,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(coordinator_app, name="coordinator")
     app.add_typer(rounds_app, name="rounds")
     release_commands.register(rounds_app)
+    app.add_typer(upkeep.registry_app, name="registry")
     app.command("run")(run)
 
 

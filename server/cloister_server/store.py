@@ -472,6 +472,12 @@ class Store:
         with Session(self._engine) as session:
             return list(session.exec(select(SiteHead).where(SiteHead.run == run).order_by(SiteHead.number)))  # type: ignore[arg-type]
 
+    def triggers(self) -> set[str]:
+        """The triggers that the database has, as they were made."""
+        with Session(self._engine) as session:
+            found = session.connection().exec_driver_sql("SELECT sql FROM sqlite_master WHERE type = 'trigger'")
+            return {str(row[0]) for row in found}
+
     def close(self) -> None:
         """Closes every connection."""
         self._engine.dispose()
@@ -740,3 +746,8 @@ def _run_facts(run: Run) -> dict[str, Any]:
         "config": digest(run.config.encode()),
         "code": run.code,
     }
+
+
+def triggers() -> set[str]:
+    """The triggers of this version, as a database keeps them."""
+    return {statement.replace("IF NOT EXISTS ", "", 1).strip() for statement in _triggers()}

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from cloister_server.compare import fields, modules
 from cloister_server.release_commands import aliases, diff, promote, rollback
 from cloister_server.rounds import run_rounds
 from cloister_server.store import Store
+from cloister_server.upkeep import check, fsck, gc, unreachable
 from cloister_shared import console
 from cloister_shared.errors import CloisterError, StateError, VerificationError
 from cloister_shared.vectors import Schema
@@ -142,3 +146,61 @@ def test_products_are_compared_as_if_they_were_made(seed: int) -> None:
     assert np.isnan(next(modules(np.zeros_like(one), two, SCHEMA)).cosine)
     assert fields({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == [("b", 2, 3), ("c", None, 4)]
     assert replace(got, module="y").module == "y"
+
+
+# Opening a registry makes triggers that are missing; one that was exchanged for an idle one is named.
+_IDLE = "CREATE TRIGGER round_update BEFORE UPDATE ON round WHEN 0 BEGIN SELECT 1; END"
+
+
+def whole(world: World) -> list[str]:
+    return [f"{one.where}: {one.what}" for one in check(world.store)]
+
+
+def test_a_whole_registry_is_whole_and_what_nothing_names_goes(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    promote("production", 2)
+    assert whole(world) == []
+    lone = world.store.blobs.put(b"nobody names me")
+    assert unreachable(world.store, time.time(), 1.0) == []  # it may be about to be named
+    os.utime(world.store.blobs.path(lone), (1.0, 1.0))
+    gc(dry_run=True)
+    assert said(capsys)["blobs"] == [lone]
+    assert world.store.blobs.path(lone).exists()
+    gc()
+    assert not world.store.blobs.path(lone).exists()
+    gc(grace_days=0.0)
+    assert said(capsys)["blobs"] == []
+    fsck()
+    assert said(capsys) == {"wrong": []}
+    assert whole(world) == []
+
+
+@pytest.mark.parametrize(
+    ("statements", "what"),
+    [
+        (["DROP TRIGGER round_update", _IDLE], "triggers are missing"),
+        (["DROP TRIGGER log_leaf_delete", 'DELETE FROM log_leaf WHERE "index" = 1'], "stands at place"),
+        (["DROP TRIGGER log_leaf_update", "UPDATE log_leaf SET record = x'7b7d' WHERE \"index\" = 2"], "signature"),
+        (["DROP TRIGGER round_update", "UPDATE round SET adapter = '" + "00" * 32 + "' WHERE number = 1"], "its leaf"),
+        (["UPDATE alias SET number = 1"], "points elsewhere"),
+    ],
+)
+def test_what_was_changed_by_hand_is_named(
+    world: World, statements: list[str], what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    promote("production", 2)
+    with sqlite3.connect(world.store.home / "registry.db") as db:
+        for statement in statements:
+            db.execute(statement)
+    with pytest.raises(typer.Exit):
+        fsck()
+    assert any(what in one["what"] for one in said(capsys)["wrong"])
+
+
+def test_a_missing_and_a_changed_blob_are_named(world: World) -> None:
+    first, second = (world.store.blobs.path(world.store.rounds(world.run.id)[n].adapter or "") for n in (1, 2))
+    first.unlink()
+    second.chmod(0o600)
+    second.write_bytes(b"x")
+    assert {one.split(": ")[1] for one in whole(world)} == {"blob is missing", "blob was changed"}
