@@ -27,17 +27,28 @@ def make(count: int = RECORDS) -> tuple[Bundle, SigningKey, SigningKey]:
         leaves.append(SignedLeaf(record, keeper.verify_key.id.hex(), keeper.sign("log-leaf", record).hex()))
     tree = Tree(leaf_hash(leaf.record) for leaf in leaves)
     head = Checkpoint(origin, half, tree.root())
-    events = list[bytes | str]()
+    events = list[bytes]()
     for entry in range(1, 61):
         facts = {"run": "ab" * 16, "round": entry, "plan": f"{entry:064x}", "base": "cd" * 32, "steps": 10}
-        facts |= {"noise_multiplier": 1.1, "sample_rate": 0.01, "entry": entry, "blocks": [1], "admitted": [1.0]}
+        facts |= {
+            "noise_multiplier": 1.1,
+            "sample_rate": 0.01,
+            "entry": entry,
+            "blocks": [1],
+            "admitted": [1.0],
+            "secure": "",
+        }
         events.append(canonical({"event": "reserve", "at": 1.0, "cap": 8.0, "delta": 1e-5, "noised": []} | facts))
-        events.append(canonical({"event": "spend", "entry": entry, "update": "ef" * 32, "at": 1.0}))
+        events.append(
+            canonical({"event": "spend", "entry": entry, "update": "ef" * 32, "vector": "ef" * 32, "at": 1.0})
+        )
     while len(events) < half:
-        events.append(canonical({"event": "witness", "at": 1.0, "log": origin, "size": half, "root": head.root.hex()}))
+        events.append(
+            canonical({"event": "witness", "at": 1.0, "log": origin, "size": half, "root": head.root.hex(), "note": ""})
+        )
     own = log_of_site(b"bench")
-    note = Checkpoint(own, len(events), Tree(leaf_hash(e) for e in events if isinstance(e, bytes)).root()).signed(site)
-    cosigned = {client: (half, head.cosigned(client, site, 1))}
+    note = Checkpoint(own, len(events), Tree(leaf_hash(e) for e in events).root()).signed(site)
+    cosigned = {client: (half, head.root.hex(), head.cosigned(client, site, 1))}
     bundle = Bundle(1.0, tuple(leaves), head.signed(keeper), cosigned, {client: SiteLog(tuple(events), note)})
     return bundle, keeper, site
 

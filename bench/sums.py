@@ -66,7 +66,7 @@ def measure() -> dict[str, float]:
         for i in members:
             cores[i] = PlanCore(
                 "bench", run, 1, 1, i, members, 1.0, "average", "ab" * 32, SCHEMA.digest, "cd" * 32, TASK, TRAINING,
-                secure=SecureSum(members, 0.01, 1.0, (0.1,) * CLIENTS),
+                secure=SecureSum(members, 0.01, 1.0, (0.1,) * CLIENTS, (("record", 1),) * CLIENTS),
             )  # fmt: skip
         works = {i: core.digest for i, core in cores.items()}
         for i in alive:
@@ -85,7 +85,11 @@ def measure() -> dict[str, float]:
         with seconds:
             name, work = attempt_name(run, groups, 1, 1), work_name(cores[members[0]].common, works)
             total, _ = unmasked(name, work, members, alive, dead, keys, before, masked, given)
-        mean = SecureSum(members, 0.01, 1.0, (0.1,) * CLIENTS).fixed(SCHEMA).mean(total, len(alive))
+        mean = (
+            SecureSum(members, 0.01, 1.0, (0.1,) * CLIENTS, (("record", 1),) * CLIENTS)
+            .fixed(SCHEMA)
+            .mean(total, len(alive))
+        )
     if float(np.abs(mean - vector).max()) > 1e-8:
         raise SystemExit("the sum is not the sum")
     of_living = [clock[i].seconds for i in alive]

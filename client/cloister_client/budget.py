@@ -13,11 +13,13 @@ was admitted plus PRV's numerical error.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import sqlite3
 import time
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from cloister_model.text import Source
 from cloister_shared.encoding import canonical, digest
@@ -27,7 +29,7 @@ from cloister_shared.plan import PlanCore
 from cloister_shared.privacy import DpSgd, admit, epsilon
 from cloister_shared.signing import SigningKey
 
-from cloister_client.chain import Chain, digest_of
+from cloister_client.chain import PRIVATE, Chain, digest_of
 from cloister_client.standing import CHARGED, Limits, Reservation, Share, Standing, history_of, shares_of
 
 VOID_PURPOSE = "nothing-left"
@@ -129,17 +131,8 @@ class Ledger:
             now = time.time()
             db.execute("INSERT INTO block VALUES (?, ?, ?, ?)", (block, name, source.unit, now))
             db.executemany("INSERT INTO unit VALUES (?, ?)", ((tag, block) for tag in new))
-            events.append(
-                {
-                    "event": "data",
-                    "block": block,
-                    "name": name,
-                    "field": source.unit,
-                    "units": len(new),
-                    "tags": digest(b"".join(new)),
-                    "at": now,
-                }
-            )
+            private = {"name": name, "field": source.unit, "units": len(new), "tags": digest(b"".join(new))}
+            events.append({"event": "data", "block": block, "at": now, PRIVATE: private})
             _keep_texts(db, events, known | dict.fromkeys(new, block), seen, texts or {})
         return name, len(new)
 
@@ -296,24 +289,27 @@ class Ledger:
             "cap": self.limits.cap,
             "delta": self.limits.delta,
             "noised": [list(number) for number in numbers],
+            "secure": "" if core.secure is None else digest(canonical(core.secure.members)),
         }
         events.append({"event": "reserve", "at": now} | charged | dict(zip(names, values, strict=True)))
         return Reservation(entry, tuple(sorted(admitted)), left_out)
 
-    def spend(self, entry: int, update_digest: str) -> None:
-        """Marks a reservation as spent, before its update leaves.
+    def spend(self, entry: int, update_digest: str, vector_digest: str = "") -> None:
+        """Marks a reservation as spent, before its update leaves; ``vector_digest`` is of the update without numbers beside it.
 
         Raises:
             StateError: There is no such open reservation.
         """
         with self._chain.transaction() as (db, events):
-            self._spend(db, events, entry, update_digest)
+            self._spend(db, events, entry, update_digest, vector_digest)
 
-    def _spend(self, db: sqlite3.Connection, events: list[dict[str, object]], entry: int, update_digest: str) -> None:
+    def _spend(
+        self, db: sqlite3.Connection, events: list[dict[str, object]], entry: int, update_digest: str, vector: str = ""
+    ) -> None:
         now = time.time()
         if not self._close(db, entry, "spent", update_digest, now):
             raise StateError("no open reservation to spend", where=str(self.path), got=f"entry {entry}")
-        events.append({"event": "spend", "entry": entry, "update": update_digest, "at": now})
+        events.append({"event": "spend", "entry": entry, "update": update_digest, "vector": vector, "at": now})
 
     def lose(self, entry: int) -> None:
         """Closes a reservation whose training failed; it stays charged."""
@@ -347,14 +343,28 @@ class Ledger:
             row = db.execute("SELECT size, root FROM seen WHERE log = ? ORDER BY seq DESC LIMIT 1", (log,)).fetchone()
         return None if row is None else Checkpoint(log, row[0], bytes.fromhex(row[1]))
 
-    def witness(self, head: Checkpoint) -> None:
-        """Chains a head of another's log that this site saw, before it is cosigned."""
+    def unacknowledged(self, run: str, number: int) -> list[int]:
+        """Rounds of a run before ``number`` that this site spent on and has no receipt for."""
+        with self._chain.reading() as db:
+            found = db.execute(
+                "SELECT round FROM entry WHERE run = ? AND round < ? AND state = 'spent'"
+                " AND plan NOT IN (SELECT plan FROM receipt) ORDER BY round",
+                (run, number),
+            )
+            return [int(row[0]) for row in found]
+
+    def receipts_of(self, run: str) -> list[dict[str, Any]]:
+        """Receipts of a run, oldest first."""
+        events = (json.loads(record) for record in self._chain.records())
+        return [e for e in events if e["event"] == "receipt" and e["run"] == run]
+
+    def witness(self, head: Checkpoint, note: str) -> None:
+        """Chains a head of another's log that this site saw, with its keeper's signature, before it is cosigned."""
         with self._chain.transaction() as (db, events):
             values = (head.origin, head.size, head.root.hex())
             db.execute("INSERT INTO seen (log, size, root) VALUES (?, ?, ?)", values)
-            events.append(
-                {"event": "witness", "at": time.time()} | dict(zip(("log", "size", "root"), values, strict=True))
-            )
+            named = dict(zip(("log", "size", "root"), values, strict=True))
+            events.append({"event": "witness", "at": time.time(), "note": note} | named)
 
     def receipt(self, record: dict[str, object]) -> None:
         """Chains what the coordinator says became of an update, once for each work."""
@@ -383,10 +393,11 @@ class Ledger:
         """Every event's canonical bytes, oldest first: the leaves."""
         return self._chain.records()
 
-    def note(self, record: dict[str, object]) -> None:
-        """Chains a record of something that left without being private, before it leaves."""
+    def note(self, record: dict[str, object], numbers: Mapping[str, float]) -> None:
+        """Chains a record of numbers that left without being private, before they leave; their values stay in the ledger."""
         with self._chain.transaction() as (_, events):
-            events.append({"event": "nonprivate_release"} | record)
+            public = {"event": "nonprivate_release", "numbers": sorted(numbers)}
+            events.append(public | record | {PRIVATE: dict(numbers)})
 
     @staticmethod
     def _close(db: sqlite3.Connection, entry: int, state: str, update_digest: str | None, now: float) -> bool:
@@ -468,10 +479,12 @@ def _keep_texts(
     seen: set[bytes],
     texts: Mapping[bytes, Collection[bytes]],
 ) -> None:
-    new = {text: blocks[unit] for unit in sorted(texts) if unit in blocks for text in texts[unit] if text not in seen}
-    if not new:
+    if not texts:
         return
-    batch = db.execute("SELECT COALESCE(MAX(batch), 0) + 1 FROM text").fetchone()[0]
+    new = {text: blocks[unit] for unit in sorted(texts) if unit in blocks for text in texts[unit] if text not in seen}
+    # Also where none is new: how many events there are must be the owner's doing and not one text's.
+    batch = db.execute("SELECT COUNT(*) + 1 FROM fact WHERE kind = 'text'").fetchone()[0]
     rows = sorted(new.items())
     db.executemany("INSERT INTO text VALUES (?, ?, ?)", ((text, block, batch) for text, block in rows))
-    events.append({"event": "text", "batch": batch, "texts": len(rows), "tags": digest_of(rows), "at": time.time()})
+    private = {"texts": len(rows), "tags": digest_of(rows)}
+    events.append({"event": "text", "batch": batch, "at": time.time(), PRIVATE: private})

@@ -1,6 +1,8 @@
 """The ledger's file: schema, transactions, the hash chain of its events, and the counter kept apart from it.
 
 Every change of the ledger appends one event in the same SQLite transaction: ``head = SHA-256(head before || canonical record)``.
+What an event has that says something of the text (how many units, their tags, un-noised numbers) is kept in a table beside it and stands
+in it as a salted hash, so that events can be shown to an auditor whole.
 After COMMIT the event's number and head go to a small file in another folder. Opening replays the events: a chain that does not hold,
 rows other than the events tell, or a ledger that does not contain the counter's point is refused with exit code 3; each later
 transaction checks the counter's point again, so that a file put back under a running agent is found before it is used.
@@ -35,6 +37,12 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS event (
   seq INTEGER PRIMARY KEY CHECK (seq >= 1),
   head BLOB NOT NULL CHECK (length(head) = 32),
+  record BLOB NOT NULL
+);
+CREATE TABLE IF NOT EXISTS fact (
+  seq INTEGER PRIMARY KEY REFERENCES event (seq),
+  kind TEXT NOT NULL,
+  salt BLOB NOT NULL CHECK (length(salt) = 32),
   record BLOB NOT NULL
 );
 CREATE TABLE IF NOT EXISTS source (
@@ -111,6 +119,7 @@ CREATE TRIGGER IF NOT EXISTS entry_only_closes BEFORE UPDATE ON entry WHEN OLD.s
 """
 for _table, _key in (
     ("event", "seq = NEW.seq"),
+    ("fact", "seq = NEW.seq"),
     ("unit", "tag = NEW.tag"),
     ("text", "tag = NEW.tag"),
     ("block", "id = NEW.id OR name = NEW.name"),
@@ -124,6 +133,10 @@ CREATE TRIGGER IF NOT EXISTS {_table}_fixed BEFORE UPDATE ON {_table} BEGIN SELE
 CREATE TRIGGER IF NOT EXISTS {_table}_not_replaced BEFORE INSERT ON {_table} WHEN EXISTS (SELECT 1 FROM {_table} WHERE {_key})
   BEGIN SELECT RAISE(ABORT, 'for good'); END;
 """  # noqa: S608  # our own names
+
+
+# What stands under this name in an event is kept beside it and chained as a salted hash.
+PRIVATE = "private"
 
 
 class Chain:
@@ -243,9 +256,15 @@ class Chain:
             last = self._newest(db, self.counter.read())
             yield db, events
             for record in events:
+                private = record.pop(PRIVATE, None)
+                if private is not None:
+                    salt, facts = os.urandom(32), canonical(private)
+                    record["facts"] = committed(salt, facts)
                 data = canonical(record)
                 last = Point(last.seq + 1, link(last.head, data))
                 db.execute("INSERT INTO event (seq, head, record) VALUES (?, ?, ?)", (last.seq, last.head, data))
+                if private is not None:
+                    db.execute("INSERT INTO fact VALUES (?, ?, ?, ?)", (last.seq, record["event"], salt, facts))
         if events:
             self.counter.advance(last, sync=sync)
         self._last = last
@@ -277,7 +296,11 @@ class Chain:
     def _verify(self, db: sqlite3.Connection, known: Point | None) -> Point:
         point, story = ORIGIN, _Story()
         found = known == point
-        for seq, head, data in db.execute("SELECT seq, head, record FROM event ORDER BY seq"):
+        whole = (
+            "SELECT event.seq, head, event.record, salt, fact.record FROM event LEFT JOIN fact ON fact.seq = event.seq"
+            " ORDER BY event.seq"
+        )
+        for seq, head, data, salt, facts in db.execute(whole):
             if not isinstance(data, bytes):
                 raise self._broken(f"event {seq}", "bytes")
             point = Point(point.seq + 1, link(point.head, data))
@@ -285,7 +308,7 @@ class Chain:
                 raise self._broken(f"event {seq}", "the chain of hashes")
             found = found or point == known
             try:
-                story.tell(json.loads(data))
+                story.tell(_whole(json.loads(data), salt, facts))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise self._broken(f"event {seq}", "an event that may follow those before it") from error
         if known is None and point.seq:
@@ -343,6 +366,26 @@ def _expected() -> set[tuple[str, str, str | None]]:
         db.close()
 
 
+def committed(salt: bytes, facts: bytes) -> str:
+    """What an event says of its private part: a salted hash, hex. The event itself may be shown to an auditor."""
+    return hashlib.sha256(b"cloister facts\0" + salt + facts).hexdigest()
+
+
+def _whole(record: dict[str, Any], salt: bytes | None, facts: bytes | None) -> dict[str, Any]:
+    """An event with its private part.
+
+    Raises:
+        ValueError: The part is missing, or another than the event says.
+    """
+    if ("facts" in record) != (facts is not None):
+        raise ValueError("a private part is missing")
+    if facts is None or salt is None:
+        return record
+    if committed(salt, facts) != record["facts"]:
+        raise ValueError("another private part")
+    return record | dict(json.loads(facts))
+
+
 class _Story:
     """What the events tell that the tables must hold."""
 
@@ -355,6 +398,7 @@ class _Story:
         self.noised: dict[tuple[int, str], float] = {}
         self.blocks: dict[int, tuple[Any, ...]] = {}
         self.texts: dict[int, str] = {}
+        self.batches = 0
         self.seen: list[tuple[str, int, str]] = []
         self.receipts: dict[str, str] = {}
 
@@ -375,8 +419,11 @@ class _Story:
                 record["tags"],
             )
         elif kind == "text":
-            _next(record["batch"], self.texts)
-            self.texts[record["batch"]] = record["tags"]
+            self.batches += 1
+            if record["batch"] != self.batches:
+                raise ValueError("numbers do not follow")
+            if record["texts"]:
+                self.texts[record["batch"]] = record["tags"]
         elif kind == "witness":
             self.seen.append((record["log"], record["size"], record["root"]))
         elif kind == "receipt":

@@ -303,7 +303,7 @@ class Renewer:
             self._tell(f"certificate not renewed: {error}")
 
 
-def fetch_log(site: Site) -> tuple[list[tuple[bytes, str, str]], str, dict[str, tuple[int, str]]]:
+def fetch_log(site: Site) -> tuple[list[tuple[bytes, str, str]], str, dict[str, tuple[int, str, str]]]:
     """The federation's whole log as the coordinator has it: leaves (record, key, signature), signed head, cosignatures.
 
     Nothing of it is believed here: whoever reads it checks it against keys of its own (``cloister_shared.audit``).
@@ -326,7 +326,7 @@ def fetch_log(site: Site) -> tuple[list[tuple[bytes, str, str]], str, dict[str, 
                 )
             leaves += page
     said = parse_record(head.cosignatures, "cosignatures")
-    return leaves[:size], head.note, {str(i): (int(one[0]), str(one[1])) for i, one in said.items()}
+    return leaves[:size], head.note, {str(i): (int(a), str(b), str(c)) for i, (a, b, c) in said.items()}
 
 
 @dataclass(frozen=True)

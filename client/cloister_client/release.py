@@ -213,5 +213,5 @@ def release(
     told = {one.name: one.value for one in others if math.isfinite(one.value)}
     if not told:
         return Codec.UPDATE_F32, preface().before(update.data)
-    ledger.note({"plan": core.digest, "run": core.run, "round": core.round, "to": "coordinator", "numbers": told})
+    ledger.note({"plan": core.digest, "run": core.run, "round": core.round, "to": "coordinator"}, told)
     return Codec.UPDATE_F32, preface().before(update.data + canonical({"nonprivate": told}))

@@ -142,6 +142,7 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
         before, cosignature = desk.witness.look(plan.view, plan.own_head)
         preface = partial(desk.witness.preface, cosignature)
         desk.witness.enough(plan.view, before)
+        desk.witness.acknowledged(plan.view, core.run, core.round)
         # Policy first: what the data owner forbids by now does not leave, kept or not.
         check(desk.policy, core, time.gmtime().tm_hour)
         if abs(time.time() - plan.issued) > PLAN_SECONDS:
@@ -302,7 +303,7 @@ def work(desk: Desk, core: PlanCore, rest: bytes) -> tuple[bytes, tuple[NonPriva
         vector, loss = _train(desk, trainer, core, parent, data)
         update = with_numbers(vector_to_bytes(vector), noised_numbers(trainer, core, parent, data))
         write_durably(desk.kept / f"{core.digest}.f32", update)
-        desk.ledger.spend(entry, digest(update))
+        desk.ledger.spend(entry, digest(update), digest(vector_to_bytes(vector)))
     except BaseException as error:
         desk.ledger.lose(entry)
         desk.cool()

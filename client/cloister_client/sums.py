@@ -232,6 +232,9 @@ class Sums:
         self._all_filled(now, core.secure, core.training.expected_batch)
         if sharers.get(self._own) != core.digest or not set(sharers) <= set(now.keys) or not now.own_share:
             raise _refused("secure.group", "the plan's sharers are not those whose keys came")
+        # Two works of one member that differ in anything would bring one update of the others into two unlike sums.
+        if odd := [name for name, work in sharers.items() if core.of_member(name).digest != work]:
+            raise _refused("secure.group", "a member's work is not what follows from this site's", got=odd[0][:16])
         if now.sharers:
             raise _refused("secure.again", "this attempt's update was masked before")
         self._among(now, sharers, "share")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from cloister_shared.answers import Preface
 from cloister_shared.errors import RefusedError, RollbackError, VerificationError
-from cloister_shared.notes import Checkpoint, read_checkpoint
+from cloister_shared.notes import Checkpoint, own_note, read_checkpoint
 from cloister_shared.signing import SigningKey, VerifyKey
 from cloister_shared.witness import View, follow, log_of_federation, witnesses
 
@@ -67,13 +67,14 @@ class Witness:
             now = follow(view, self.coordinator, self.origin, before, "the coordinator's log")
         except RollbackError as error:
             seen = "" if before is None else before.text
-            self.ledger.incident({"what": error.what, "log": self.origin, "seen": seen, "shown": view.note[:2000]})
+            shown = own_note(view.note, self.coordinator, self.origin)
+            self.ledger.incident({"what": error.what, "log": self.origin, "seen": seen, "shown": shown})
             raise RefusedError("witness.history", error.what, expected=error.expected, got=error.got) from error
         except VerificationError as error:
             raise RefusedError("witness.view", error.what, expected=error.expected, got=error.got) from error
         self._own(own_head)
         if before != now:
-            self.ledger.witness(now)
+            self.ledger.witness(now, own_note(view.note, self.coordinator, self.origin))
         name = self.signing.verify_key.id.hex()
         return before, now.cosigned(name, self.signing, int(time.time()))
 
@@ -85,7 +86,8 @@ class Witness:
         """
         if before is None or before.size == 0 or not self.least:
             return
-        found = witnesses(view, self.origin, self.peers, before.size, "the coordinator's log")
+        others = {name: key for name, key in self.peers.items() if name != self.signing.verify_key.id.hex()}
+        found = witnesses(view, self.origin, others, before.size, "the coordinator's log")
         if len(found) < self.least:
             raise RefusedError(
                 "witness.quorum",
@@ -93,6 +95,28 @@ class Witness:
                 expected=f">= {self.least} that saw {before.size} leaves or more",
                 got=str(len(found)),
             )
+
+    def acknowledged(self, view: View, run: str, number: int) -> None:
+        """Sees that this site's earlier rounds of a run are in the log that it is shown: no new work on a log that stands still.
+
+        Raises:
+            RefusedError: A receipt is missing, or its leaf is not where it says.
+        """
+        if missing := self.ledger.unacknowledged(run, number):
+            raise RefusedError(
+                "witness.receipt",
+                "an earlier round of this run was never acknowledged",
+                expected=f"a receipt for round {missing[0]}",
+                got="none",
+            )
+        for receipt in self.ledger.receipts_of(run):
+            place = receipt["index"] - view.start
+            if place >= len(view.hashes) or (place >= 0 and view.hashes[place].hex() != receipt["leaf"]):
+                raise RefusedError(
+                    "witness.history",
+                    "a commit that was acknowledged is not in the log",
+                    expected=f"leaf {receipt['index']} as in the receipt of round {receipt['round']}",
+                )
 
     def preface(self, cosignature: str) -> Preface:
         """What goes before an answer: the head of this site's own log, signed, and the cosignature."""

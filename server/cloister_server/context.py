@@ -68,6 +68,7 @@ class Context:
         judge: Who scores candidates.
         tell: Called with events for the operator.
         draw: The groups under secure aggregation; None without.
+        cards: Of every admitted site, online or not.
     """
 
     federation: Federation
@@ -80,3 +81,4 @@ class Context:
     judge: Judge
     tell: Tell
     draw: Transcript | None = None
+    cards: tuple[SiteCard, ...] = ()

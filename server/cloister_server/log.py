@@ -50,6 +50,7 @@ class Witnessed(SQLModel, table=True):
 
     client: str = Field(primary_key=True)
     size: int = 0
+    root: str = ""
     line: str = ""
     head_size: int = 0
     head: str = ""
@@ -111,11 +112,14 @@ def membership(found: Iterable[Leaf]) -> dict[str, str]:
     return here
 
 
-def commit_body(row: Any, clients: Sequence[Any], extra: Mapping[str, Any], heads: Mapping[str, str]) -> dict[str, Any]:
+def commit_body(
+    row: Any, start: str, clients: Sequence[Any], extra: Mapping[str, Any], heads: Mapping[str, str]
+) -> dict[str, Any]:
     """What a commit's leaf says: the round, its adapter, and of each client what was asked, what came of it and its own log's head.
 
     Args:
         row: The round's row.
+        start: Digest of the adapter that the round before it made.
         clients: Rows of its clients.
         extra: Of the run: base, configuration, code; metrics; what the defence did; sums.
         heads: Signed notes of the sites' own logs, by client.
@@ -125,6 +129,7 @@ def commit_body(row: Any, clients: Sequence[Any], extra: Mapping[str, Any], head
         "round": row.number,
         "attempt": row.attempt,
         "parent": row.parent,
+        "start": start,
         "adapter": row.adapter,
         "residual": row.residual,
         "clients": [

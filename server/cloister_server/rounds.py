@@ -399,15 +399,25 @@ def seen(context: Context, number: int, cores: dict[str, PlanCore], intake: Inta
     ]
 
 
-def _rates(context: Context, group: tuple[str, ...]) -> tuple[float, ...]:
-    """The sample rates of a group's members, whether they are online or not: by the size that each signed in the draw."""
+def _unlike(context: Context, group: tuple[str, ...]) -> tuple[tuple[float, ...], tuple[tuple[str, int], ...]]:
+    """What a group's members are asked unlike, whether they are online or not: sample rates and units.
+
+    A rate follows from the size that the member signed in the draw, a unit from its card.
+    """
     if context.draw is None:
         raise StateError("a run without secure aggregation has no groups", where=f"run {context.run.id[:8]}")
     online = {m.id: m.training for m in context.members}
-    batch = next(iter(online.values())).expected_batch
-    return tuple(
-        online[i].sample_rate if i in online else summed_rate(batch, context.draw.commitments[i].records) for i in group
-    )
+    first, found = next(iter(online.values())), dict[str, tuple[float, tuple[str, int]]]()
+    cards = {card.verify_key.id.hex(): card for card in context.cards}
+    for i in group:
+        if i in online:
+            found[i] = online[i].sample_rate, (online[i].unit, online[i].unit_records)
+        else:
+            unit = cards[i].unit if i in cards else first.unit
+            records = context.federation.unit_records if unit == "field" else 1
+            rate = summed_rate(first.expected_batch, context.draw.commitments[i].records)
+            found[i] = rate, (unit, records)
+    return tuple(found[i][0] for i in group), tuple(found[i][1] for i in group)
 
 
 def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[RoundClient]]:
@@ -442,7 +452,7 @@ def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
             noised=context.federation.noised,
             secure=None
             if context.draw is None
-            else SecureSum(group_of[member.id], lora, head, _rates(context, group_of[member.id])),
+            else SecureSum(group_of[member.id], lora, head, *_unlike(context, group_of[member.id])),
         )
         spec = core.training
         entries.append(

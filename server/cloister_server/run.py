@@ -181,7 +181,9 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
     link = Link(coordinator.card.address, coordinator.ca, coordinator.secret, flower_run)
     failed = True
     try:
-        context = Context(federation, coordinator.signing, store, run, task, schema, tuple(members), judge, tell)
+        context = Context(
+            federation, coordinator.signing, store, run, task, schema, tuple(members), judge, tell, cards=cards
+        )
         if federation.secure_group is not None:
             context = drawn(context, link, federation.secure_group)
         run_rounds(context, link)

@@ -14,6 +14,7 @@ from cloister_shared.vectors import F32
 from cloister_server.context import Context, Exchange, Member
 
 CLOSING_SECONDS = 15.0
+MOST_RECEIPTS = 50
 
 
 def seal_plan(
@@ -59,19 +60,24 @@ def sealed(
 
 
 def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]:
-    """Receipts for the last committed round, by client id; none for round 0."""
-    rows = {r.number: r for r in context.store.rounds(context.run.id)}
+    """Receipts for the newest committed rounds up to ``number``, by client id: a site that was away hears of all it took part in."""
+    rows = {r.number: r for r in context.store.rounds(context.run.id) if 0 < r.number <= number}
     out: dict[str, tuple[Receipt, ...]] = {}
-    leaf = context.store.commit_leaf(context.run.id, number)
-    if leaf is None:
-        return out
-    for client in context.store.clients(context.run.id, number):
-        update = client.update if client.verdict == "accepted" else ""
-        adapter = rows[number].adapter or ""
-        made = Receipt(
-            context.run.id, number, client.plan, update, client.verdict, adapter, leaf.index, leaf.hash.hex()
-        )
-        out[client.client] = (made.by(context.signing),)
+    for row in sorted(rows.values(), key=lambda r: r.number)[-MOST_RECEIPTS:]:
+        leaf = context.store.commit_leaf(context.run.id, row.number)
+        for client in context.store.clients(context.run.id, row.number) if leaf is not None else ():
+            update = client.update if client.verdict == "accepted" else ""
+            made = Receipt(
+                context.run.id,
+                row.number,
+                client.plan,
+                update,
+                client.verdict,
+                row.adapter or "",
+                -1 if leaf is None else leaf.index,
+                "" if leaf is None else leaf.hash.hex(),
+            )
+            out[client.client] = (*out.get(client.client, ()), made.by(context.signing))
     return out
 
 

@@ -176,7 +176,7 @@ class Registry(registry_pb2_grpc.RegistryServicer):  # type: ignore[misc]
         """The newest head and its cosignatures."""
         async with self._call(context):
             note, known = await _answer(context, lambda: (self._signed(), self._store.witnessed()))
-            lines = {client: [row.size, row.line] for client, row in known.items() if row.line}
+            lines = {client: [row.size, row.root, row.line] for client, row in known.items() if row.line}
             return registry_pb2.HeadReply(note=note, cosignatures=canonical(lines))
 
     def _signed(self) -> str:

@@ -457,7 +457,7 @@ class Store:
         with self._session() as session:
             row = session.get(Witnessed, client) or Witnessed(client=client)
             if line and at.size >= row.size:
-                row.size, row.line = at.size, line
+                row.size, row.root, row.line = at.size, at.root.hex(), line
             if head.size >= row.head_size:
                 row.head_size, row.head = head.size, note
             session.add(row)
@@ -619,7 +619,9 @@ class Store:
                 "defence": None if commit.judgement is None else commit.judgement.model_dump(exclude={"run", "number"}),
                 "sums": [one.model_dump(exclude={"run", "number"}) for one in commit.summed],
             }
-            append(session, "round_commit", commit_body(row, clients, extra, commit.heads), self._signing)
+            before = session.get(Round, (run, number - 1))
+            start = "" if before is None else before.adapter or ""
+            append(session, "round_commit", commit_body(row, start, clients, extra, commit.heads), self._signing)
 
     def abort_round(self, run: str, number: int, clients: dict[str, dict[str, Any]]) -> None:
         """Marks an open round as aborted, with what is known of its clients; a resumed run opens it again."""

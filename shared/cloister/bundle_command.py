@@ -1,12 +1,11 @@
 """``cloister audit export`` and ``cloister audit trust``: what this machine holds of a federation, as one file for an auditor.
 
-A site exports its own log, with hashes in the place of what says how many units it has; a coordinator exports the federation's; where both
+A site exports its own log, in which what says something of its text is a salted hash; a coordinator exports the federation's; where both
 are here (a demo, a laptop), both. Neither command needs a server.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -14,11 +13,9 @@ from typing import Annotated
 import typer
 from cloister_shared import console
 from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog, write_bundle
-from cloister_shared.audit.sites import LEFT_OUT
 from cloister_shared.audit.trust import trust_of, write_trust
 from cloister_shared.cards import read_coordinator_card, read_site_card
 from cloister_shared.errors import InputError
-from cloister_shared.merkle import leaf_hash
 from cloister_shared.notes import Checkpoint
 from cloister_shared.signing import SigningKey, VerifyKey, read_secret
 from cloister_shared.witness import log_of_federation, log_of_site
@@ -43,24 +40,23 @@ def _site_log(home: Path) -> tuple[str, SiteLog, Checkpoint]:
     origin = log_of_site(read_secret(site.agent_home / "unit.key", 32))
     records = ledger.records()
     head = ledger.head(origin)
-    events = tuple(leaf_hash(r).hex() if json.loads(r)["event"] in LEFT_OUT else r for r in records)
-    return signing.verify_key.id.hex(), SiteLog(events, head.signed(signing)), head
+    return signing.verify_key.id.hex(), SiteLog(tuple(records), head.signed(signing)), head
 
 
-def _federation() -> tuple[tuple[SignedLeaf, ...], str, dict[str, tuple[int, str]]]:
+def _federation() -> tuple[tuple[SignedLeaf, ...], str, dict[str, tuple[int, str, str]]]:
     from cloister_server.store import Store
 
     store = Store(console.coordinator_home())
     try:
         at = store.checkpoint()
         leaves = tuple(SignedLeaf(one.record, one.key, one.signature) for one in store.leaves(0, at.size))
-        cosignatures = {i: (row.size, row.line) for i, row in store.witnessed().items() if row.line}
+        cosignatures = {i: (row.size, row.root, row.line) for i, row in store.witnessed().items() if row.line}
         return leaves, store.signed_checkpoint(at), cosignatures
     finally:
         store.close()
 
 
-def _fetched(sites: list[Path]) -> tuple[tuple[SignedLeaf, ...], str, dict[str, tuple[int, str]]]:
+def _fetched(sites: list[Path]) -> tuple[tuple[SignedLeaf, ...], str, dict[str, tuple[int, str, str]]]:
     """The federation's log from its coordinator, for a site that joined by token; nothing where none can be asked."""
     from cloister_client.registry import IDENTITY, fetch_log
     from cloister_client.site import read_site

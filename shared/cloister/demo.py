@@ -160,7 +160,8 @@ def make_federation(home: Path, shares: Shares, ask: Ask) -> Coordinator:
         add_text(read_site(folder), Source(text.resolve(), "text", "label"))
         write_durably(folder / MARK, b"made by cloister demo\n", mode=0o644)
         admit_site(home / "coordinator", folder / "card.json")
-    cards = {folder: read_site_card(folder / "card.json") for folder in console.site_homes()} if ask.secure else {}
+    # Everybody's witness, and under secure aggregation everybody's company.
+    cards = {folder: read_site_card(folder / "card.json") for folder in console.site_homes()}
     for folder, own in cards.items():
         for other in cards.values():
             if other is not own:
@@ -367,5 +368,6 @@ def report(root: Path, coordinator: Coordinator, started: float, shares: Shares)
         f"  {name} rounds show {last.number}{option}",
         f"  {name} privacy status{option}",
         f"  {name} rounds export 1{option}",
+        f"  {name} audit export --out bundle.zip{option}",
     ):
         print(line)

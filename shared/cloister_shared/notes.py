@@ -215,3 +215,16 @@ def _base64(text: str) -> bytes:
     if base64.b64encode(data).decode() != text:
         raise ValueError("base64 with another spelling")
     return data
+
+
+def own_note(note: str, key: VerifyKey, origin: str) -> str:
+    """A note with the log's own signature line alone: what is kept as evidence, whatever else was put under it.
+
+    Raises:
+        VerificationError: It is not such a note.
+    """
+    text, lines = _parts(note, "note")
+    for name, hint, signature in lines:
+        if name == origin and hint == key_hash(name, key, ED25519):
+            return text + "\n" + _line(name, hint, signature)
+    raise VerificationError("the log's own signature is missing", where="note")

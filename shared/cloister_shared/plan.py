@@ -286,13 +286,15 @@ class SecureSum:
         members: Key ids of the group, hex, sorted, the client among them; 3 to 100, and no others for the whole run.
         adapter_range: Largest move of a LoRA number that the sum's fixed point holds; > 0.
         head_range: The head's.
-        rates: The members' sample rates, in their order: all that they are asked unlike.
+        rates: The members' sample rates, in their order.
+        units: Their privacy units, and how many records of one count: with the rates all that they are asked unlike.
     """
 
     members: tuple[str, ...]
     adapter_range: float
     head_range: float
     rates: tuple[float, ...]
+    units: tuple[tuple[str, int], ...]
 
     def __post_init__(self) -> None:
         for member in self.members:
@@ -302,7 +304,11 @@ class SecureSum:
             f"a group is not sorted, distinct and of {LEAST_GROUP} to {MOST_GROUP}",
             self.members,
         )
-        _must(len(self.rates) == len(self.members), "a group has other rates than members", self.rates)
+        same = len(self.rates) == len(self.members) == len(self.units)
+        _must(same, "a group has other rates or units than members", self.rates)
+        for unit, records in self.units:
+            _must(unit in UNITS, "unknown privacy unit of a member", unit)
+            _integer(records, 1, 1000 if unit == "field" else 1, "a member's unit_records")
         for rate in self.rates:
             _number(rate, 1e-9, 1.0, "a member's rate")
         _number(self.adapter_range, 1e-9, 1e9, "adapter_range")
@@ -405,9 +411,11 @@ class PlanCore:
                 "a sum under masks is of updates alone, all of weight 1, uncut, and of a linear rule",
                 self.rule,
             )
+            spec, place = self.training, self.secure.members.index(self.client)
             _must(
-                self.secure.rates[self.secure.members.index(self.client)] == self.training.sample_rate,
-                "the group is told another sample rate than the client",
+                (self.secure.rates[place], self.secure.units[place])
+                == (spec.sample_rate, (spec.unit, spec.unit_records)),
+                "the group is told another sample rate or unit than the client",
                 self.training.sample_rate,
             )
         for name in ("base", "schema", "parent"):
@@ -438,6 +446,19 @@ class PlanCore:
         training = {k: v for k, v in asdict(self.training).items() if k not in _OF_SITE}
         return digest(canonical(asdict(self) | {"client": "", "training": training}))
 
+    def of_member(self, member: str) -> PlanCore:
+        """The work of another member of the same sum: it follows from this one, so that nobody can be told of another.
+
+        Raises:
+            VerificationError: There is no such member.
+        """
+        if self.secure is None or member not in self.secure.members:
+            raise VerificationError("not a member of this sum", got=member[:16])
+        place = self.secure.members.index(member)
+        unit, records = self.secure.units[place]
+        theirs = replace(self.training, sample_rate=self.secure.rates[place], unit=unit, unit_records=records)
+        return replace(self, client=member, training=theirs)
+
     @classmethod
     def from_dict(cls, value: Any) -> PlanCore:
         """Reads the JSON form strictly.
@@ -454,7 +475,9 @@ class PlanCore:
             record["training"] = TrainingSpec(**_read(record["training"], TrainingSpec))
             record["noised"] = tuple(NoisedNumber(**_read(number, NoisedNumber)) for number in record["noised"])
             if record["secure"] is not None:
-                record["secure"] = SecureSum(**_read(record["secure"], SecureSum, "members", "rates"))
+                secure = _read(record["secure"], SecureSum, "members", "rates", "units")
+                pairs = tuple((unit, records) for unit, records in secure["units"])
+                record["secure"] = SecureSum(**secure | {"units": pairs})
             return cls(**record)
         except (TypeError, KeyError, ValueError) as error:
             raise VerificationError("plan is malformed", got=str(error)[:200]) from error

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from cloister_client.budget import Ledger
+from cloister_client.chain import committed
 from cloister_client.counter import ORIGIN, Counter, Point, link
 from cloister_client.data import open_ledger as open_sites_ledger
 from cloister_client.site import Site
@@ -376,7 +377,7 @@ def test_a_crash_between_commit_and_counter_leaves_a_ledger_that_is_used_on(
         "spend": lambda: ledger.spend(entry, UPDATE),
         "lose": lambda: ledger.lose(entry),
         "register": lambda: ledger.register(Source(Path("/b.jsonl"), "text", ""), tags(77)),
-        "note": lambda: ledger.note({"loss": 1.0}),
+        "note": lambda: ledger.note({}, {"loss": 1.0}),
     }
     before, steps = counter.read(), ledger.standing().steps
     with monkeypatch.context() as patched:
@@ -574,7 +575,11 @@ def test_what_the_events_say_is_enough_to_tell_every_row(place: Place) -> None:
         for plan, record in db.execute("SELECT plan, record FROM entry"):
             assert digest(record) == plan
         data = json.loads(db.execute("SELECT record FROM event WHERE seq = 1").fetchone()[0])
-    assert data["tags"] == digest(b"".join(tags(1, 2, 3)))
+        salt, facts = db.execute("SELECT salt, record FROM fact WHERE seq = 1").fetchone()
+    # What says something of the text is beside the event, which has a salted hash of it.
+    assert json.loads(facts)["tags"] == digest(b"".join(tags(1, 2, 3)))
+    assert data["facts"] == committed(salt, facts)
+    assert set(data) == {"event", "block", "at", "facts"}
 
 
 def test_racers_that_open_a_fresh_ledger_at_once_find_it_whole(tmp_path: Path) -> None:

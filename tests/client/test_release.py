@@ -14,7 +14,7 @@ from cloister_client import release as gate
 from cloister_client.budget import Ledger
 from cloister_client.release import CODECS, CODES, WIRE, NoisedUpdate, NonPrivateRelease, protocol, refusal, release
 from cloister_shared.cards import CoordinatorCard
-from cloister_shared.encoding import digest
+from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import RefusedError, StateError, VerificationError
 from cloister_shared.plan import SecureSum
 from cloister_shared.sealing import Codec
@@ -99,7 +99,9 @@ def test_a_secure_sums_update_never_leaves_bare_and_its_protocol_says_hex_alone(
         asked,
         cohort=members,
         weight=1.0,
-        secure=SecureSum(members, 1e-3, 1.0, (asked.training.sample_rate,) * len(members)),
+        secure=SecureSum(
+            members, 1e-3, 1.0, (asked.training.sample_rate,) * len(members), (("record", 1),) * len(members)
+        ),
     )
     held = ledger.reserve(summed, 1000)
     ledger.spend(held.entry, digest(UPDATE))
@@ -162,7 +164,9 @@ def test_a_permitted_number_is_chained_before_it_leaves(ledger: Ledger, monkeypa
     codec, data = release(ledger, OPEN, work, NoisedUpdate(UPDATE), Bare, (NonPrivateRelease("loss", 0.5),))
     assert (codec, data) == (Codec.UPDATE_F32, UPDATE + b'{"nonprivate":{"loss":0.5}}')
     last = events(ledger)[-1]
-    assert (last["event"], last["plan"], last["numbers"]) == ("nonprivate_release", work.digest, {"loss": 0.5})
+    # Its name is in the event; its value beside it, so that the event can be shown to an auditor.
+    assert (last["event"], last["plan"], last["numbers"]) == ("nonprivate_release", work.digest, ["loss"])
+    assert b"0.5" not in canonical(last)
     assert release(ledger, OPEN, work, NoisedUpdate(UPDATE), Bare, (NonPrivateRelease("loss", math.nan),))[1] == UPDATE
 
     def full(*_: object) -> None:

@@ -27,7 +27,7 @@ def _killed(federation: Federation, site: str) -> None:
 
 @pytest.mark.parametrize(
     "stage",
-    ["plan", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("keys", "shares", "open"))],
+    ["plan", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("keys", "shares", "agree", "open"))],
 )
 def test_a_site_that_is_killed_costs_itself(lab: Federation, stage: str) -> None:
     run = lab.start("run", "run", str(lab.settings))

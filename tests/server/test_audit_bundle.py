@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cloister_server.rounds import run_rounds
 from cloister_shared.audit.budget import by_pld, by_rdp
@@ -21,12 +22,11 @@ from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import InputError
 from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import Checkpoint
+from cloister_shared.plan import Receipt
 from cloister_shared.privacy import DpSgd, epsilon
 from cloister_shared.signing import SigningKey
 
 from support.server_world import World, make_world
-
-LEFT_OUT = ("data", "text")
 
 
 @dataclass
@@ -51,12 +51,12 @@ def case(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Case:
     run_rounds(context, world.link)
     at = world.store.checkpoint()
     leaves = tuple(SignedLeaf(one.record, one.key, one.signature) for one in world.store.leaves())
-    cosignatures = {i: (row.size, row.line) for i, row in world.store.witnessed().items()}
+    cosignatures = {i: (row.size, row.root, row.line) for i, row in world.store.witnessed().items()}
     sites, keys = dict[str, SiteLog](), dict[str, SigningKey]()
     names = {m.id: m.card.name for m in world.members}
     for node, desk in world.desks.items():
         records = desk.ledger.records()
-        events = tuple(leaf_hash(r).hex() if json.loads(r)["event"] in LEFT_OUT else r for r in records)
+        events = tuple(records)
         keys[world.id_of(node)] = desk.signing
         sites[world.id_of(node)] = SiteLog(events, desk.ledger.head(desk.witness.name).signed(desk.signing))
     signing = world.coordinator.signing
@@ -173,7 +173,7 @@ def test_a_rewrite_is_seen_by_witnesses_alone(case: Case, change: str) -> None:
     """After a witness saw the head; what came after every witness's last head is nobody's to see."""
     bare = replace(WITH_THE_KEY[change](case), sites={})
     got = audit(bare, replace(case.trust, remembered={}))
-    seen = max(size for size, _ in case.bundle.cosignatures.values())
+    seen = max(size for size, _, _ in case.bundle.cosignatures.values())
     if change == "older backup":
         # The last commit was cosigned by nobody yet: the closing message's cosignature stays at the site.
         assert seen == len(case.bundle.leaves) - 1
@@ -204,18 +204,18 @@ def site_of(case: Case) -> str:
     return min(case.bundle.sites)
 
 
-def with_events(case: Case, events: tuple[bytes | str, ...]) -> Bundle:
+def with_events(case: Case, events: tuple[bytes, ...]) -> Bundle:
     """A site's log made again by the site itself, with a head to match."""
     client = site_of(case)
-    tree = Tree(leaf_hash(e) if isinstance(e, bytes) else bytes.fromhex(e) for e in events)
+    tree = Tree(leaf_hash(e) for e in events)
     origin = case.bundle.sites[client].note.split("\n", 1)[0]
     note = Checkpoint(origin, len(events), tree.root()).signed(case.sites[client])
     return replace(case.bundle, sites={**case.bundle.sites, client: SiteLog(events, note)})
 
 
-def without(case: Case, kind: str, nth: int) -> tuple[bytes | str, ...]:
+def without(case: Case, kind: str, nth: int) -> tuple[bytes, ...]:
     events = case.bundle.sites[site_of(case)].events
-    places = [i for i, e in enumerate(events) if isinstance(e, bytes) and json.loads(e)["event"] == kind]
+    places = [i for i, e in enumerate(events) if json.loads(e)["event"] == kind]
     return events[: places[nth]] + events[places[nth] + 1 :]
 
 
@@ -234,7 +234,7 @@ def test_a_site_that_takes_something_out_of_its_own_log_is_seen_by_the_federatio
 
 def test_a_site_that_understates_what_it_did_is_seen(case: Case) -> None:
     events = case.bundle.sites[site_of(case)].events
-    places = [i for i, e in enumerate(events) if isinstance(e, bytes) and json.loads(e)["event"] == "reserve"]
+    places = [i for i, e in enumerate(events) if json.loads(e)["event"] == "reserve"]
     quiet = canonical(json.loads(events[places[1]]) | {"noise_multiplier": 40.0})
     got = audit(with_events(case, (*events[: places[1]], quiet, *events[places[1] + 1 :])), case.trust)
     assert {"terms", "anchored-head"} <= found(got)
@@ -245,11 +245,11 @@ def test_a_site_that_understates_what_it_did_is_seen(case: Case) -> None:
 
 def test_a_forged_receipt_and_a_void_without_the_sites_word_are_seen(case: Case) -> None:
     events = case.bundle.sites[site_of(case)].events
-    place = next(i for i, e in enumerate(events) if isinstance(e, bytes) and json.loads(e)["event"] == "receipt")
+    place = next(i for i, e in enumerate(events) if json.loads(e)["event"] == "receipt")
     forged = canonical(json.loads(events[place]) | {"adapter": "00" * 32})
     got = audit(with_events(case, (*events[:place], forged, *events[place + 1 :])), case.trust)
     assert "receipt" in found(got, "violation")
-    reserve = next(json.loads(e) for e in events if isinstance(e, bytes) and json.loads(e)["event"] == "reserve")
+    reserve = next(json.loads(e) for e in events if json.loads(e)["event"] == "reserve")
     again = reserve | {"entry": 4, "plan": "ab" * 32}
     void = {"event": "void", "entry": 4, "plan": "ab" * 32, "left": "nothing", "at": 1.0, "signature": "00" * 64}
     got = audit(with_events(case, (*events, canonical(again), canonical(void))), case.trust)
@@ -388,3 +388,197 @@ def test_what_is_no_bundle_is_told(
 def test_rdp_bounds_pld() -> None:
     for steps in ((((1.1, 0.01), 1000),), (((4.0, 0.25), 30), ((10.0, 1.0), 3))):
         assert by_rdp(steps, 1e-5) >= by_pld(steps, 1e-5) - 1e-3
+
+
+def changed_reserve(case: Case, changes: dict[str, Any], nth: int = 1) -> Bundle:
+    events = case.bundle.sites[site_of(case)].events
+    places = [i for i, e in enumerate(events) if json.loads(e)["event"] == "reserve"]
+    other = canonical(json.loads(events[places[nth]]) | changes)
+    return with_events(case, (*events[: places[nth]], other, *events[places[nth] + 1 :]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": -6}, {"steps": 0.9}, {"steps": True}, {"delta": 0.999999}, {"sample_rate": 0}, {"sample_rate": 2.0},
+        {"blocks": []}, {"blocks": [True]}, {"blocks": [1, 1]}, {"blocks": ["1"]}, {"blocks": [[1]]}, {"cap": 1e300},
+        {"noise_multiplier": -1.0}, {"noise_multiplier": 0.001}, {"noised": [1]}, {"noised": [["loss", -1.0]]}, {"at": None},
+        {"entry": 7}, {"plan": "zz"}, {"secure": "ab" * 32}, {"cap": 10**400}, {"admitted": []},
+    ],
+)  # fmt: skip
+def test_a_reservation_that_says_odd_things_never_passes(case: Case, changes: dict[str, Any]) -> None:
+    """Appended as one more, so that no commit speaks of it: its own form is all there is to go by."""
+    events = case.bundle.sites[site_of(case)].events
+    reserve = next(json.loads(e) for e in events if json.loads(e)["event"] == "reserve")
+    odd = canonical(reserve | {"entry": 4, "plan": "ab" * 32} | changes)
+    got = audit(with_events(case, (*events, odd)), case.trust)
+    if changes == {"secure": "ab" * 32}:
+        assert got.findings.exit_code == 0  # reserved and never spent: counted, and nothing wrong with it
+        assert max(b.steps for b in got.blocks) == 8
+    else:
+        assert got.findings.exit_code == 1
+    told = audit(changed_reserve(case, changes), case.trust)
+    assert told.findings.exit_code == 3
+
+
+def test_more_work_than_any_commit_knows_of_is_counted(case: Case) -> None:
+    events = case.bundle.sites[site_of(case)].events
+    reserve = next(json.loads(e) for e in events if json.loads(e)["event"] == "reserve")
+    more = canonical(reserve | {"entry": 4, "plan": "ab" * 32, "noise_multiplier": 0.3})
+    plain = max(b.epsilon for b in audit(case.bundle, case.trust).blocks)
+    assert max(b.epsilon for b in audit(with_events(case, (*events, more)), case.trust).blocks) > 10 * plain
+
+
+def commits_changed(case: Case, change: Callable[[dict[str, Any]], None], *, whole: bool = True) -> Audit:
+    """The log made again by its keeper from the first day on, so that heads and memories agree; sites' logs as they are, or gone."""
+    records = records_of(case)
+    for record in records:
+        if record["kind"] == "round_commit":
+            change(record)
+    bundle = rewritten(case, records)
+    tree = Tree(leaf_hash(one.record) for one in bundle.leaves)
+    head = Checkpoint(case.world.store.origin, len(tree), tree.root())
+    lines = {i: (head.size, head.root.hex(), head.cosigned(i, key, 1)) for i, key in case.sites.items()}
+    bundle = replace(bundle, cosignatures=lines, sites=bundle.sites if whole else {})
+    return audit(bundle, replace(case.trust, remembered={head.origin: head}))
+
+
+def _all(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(record: dict[str, Any]) -> None:
+        for client in record["clients"]:
+            client[name] = value
+
+    return change
+
+
+@pytest.mark.parametrize("verdict", ["refused-by-peers", "accepted ", "held"])
+def test_who_was_charged_must_show_its_log(case: Case, verdict: str) -> None:
+    got = commits_changed(case, _all("verdict", verdict), whole=False)
+    assert (got.findings.exit_code, "no-site-log" in found(got)) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (_all("update", ""), "update"),
+        (_all("update", "ff" * 32), "update"),
+        (_all("noise_multiplier", 1000.0), "terms"),
+        (_all("delta", 0.49), "terms"),
+        (_all("epsilon", 0.0), "published"),
+        (_all("epsilon", -1.0), "leaf"),
+        (_all("head", ""), "anchored-head"),
+        (lambda r: r.update(sums=[{"clients": json.dumps([c["client"] for c in r["clients"]])}]), "sums"),
+        (lambda r: r.update(start="ab" * 32), "parent"),
+        (lambda r: r.update(base="ab" * 32), "base"),
+        (lambda r: r.update(round=float(r["round"])), "leaf"),
+        (lambda r: r.update(kind="gossip"), "leaf"),
+        (lambda r: r.update(clients="nobody"), "leaf"),
+        (lambda r: r["clients"].append(r["clients"][0]), "leaf"),
+        (lambda r: r["clients"][0].update(name="site-9"), "name"),
+        (lambda r: [c.update(plan="ab" * 32) for c in r["clients"]], "plan-twice"),
+    ],
+)
+def test_a_keeper_that_writes_what_it_likes_from_the_first_day_is_seen_by_sites_logs(
+    case: Case, change: Callable[[dict[str, Any]], None], code: str
+) -> None:
+    assert code in found(commits_changed(case, change), "violation")
+
+
+def test_a_stranger_that_took_part_is_told(case: Case) -> None:
+    def change(record: dict[str, Any]) -> None:
+        record["clients"][0] |= {"client": "ab" * 16, "name": "sybil", "plan": "cd" * 32}
+
+    got = commits_changed(case, change)
+    assert "stranger" in found(got)
+    assert "not-enrolled" in found(got, "violation")
+
+
+def test_a_round_that_nobody_else_saw_is_incomplete(case: Case) -> None:
+    got = audit(replace(case.bundle, sites={}), case.trust)
+    assert "unwitnessed" in found(got, "incomplete")
+    assert "unwitnessed" not in found(audit(case.bundle, case.trust))
+
+
+def test_a_line_that_anybody_can_write_accuses_nobody(case: Case) -> None:
+    first = site_of(case)
+    size, root, line = case.bundle.cosignatures[first]
+    for bad in ((size, root, "nonsense"), (size, "00" * 32, line), (-1, root, line), (1 << 70, root, line)):
+        got = audit(replace(case.bundle, cosignatures={**case.bundle.cosignatures, first: bad}), case.trust)
+        assert (got.findings.exit_code, found(got)) == (2, {"witness-line"})
+    other = Checkpoint(case.world.store.origin, size, bytes(32))
+    lie = (size, other.root.hex(), other.cosigned(first, case.sites[first], 1))
+    got = audit(replace(case.bundle, cosignatures={first: lie}), case.trust)
+    assert "witness" in found(got, "fork")
+
+
+def test_a_heads_two_histories_are_proven_by_the_keepers_own_signature(case: Case) -> None:
+    events = case.bundle.sites[site_of(case)].events
+    other = Checkpoint(case.world.store.origin, 5, bytes(32))
+    signed = canonical(
+        {"event": "incident", "at": 1.0, "what": "x", "log": other.origin, "seen": "", "shown": other.signed(case.log)}
+    )
+    assert "witnessed" in found(audit(with_events(case, (*events, signed)), case.trust), "fork")
+    # A bare word is a dispute, and no proof.
+    bare = canonical(
+        {"event": "witness", "at": 1.0, "note": "", "log": other.origin, "size": 5, "root": other.root.hex()}
+    )
+    got = audit(with_events(case, (*events, bare)), case.trust)
+    assert (got.findings.exit_code, found(got)) == (1, {"dispute"})
+
+
+def test_a_receipt_says_what_its_commit_says(case: Case) -> None:
+    events = case.bundle.sites[site_of(case)].events
+    place = next(i for i, e in enumerate(events) if json.loads(e)["event"] == "receipt")
+    named = {k: v for k, v in json.loads(events[place]).items() if k not in ("event", "at")}
+    lie = Receipt.from_dict(named | {"verdict": "refused-by-peers", "update": ""}).by(case.log)
+    event = canonical({"event": "receipt", "at": 1.0} | vars(lie))
+    got = audit(with_events(case, (*events[:place], event, *events[place + 1 :])), case.trust)
+    assert "receipt" in found(got, "violation")
+
+
+ODD: tuple[Any, ...] = (None, True, -1, 0, 1e308, 10**400, "", "x" * 50, [], [[1]], {}, {"a": None}, "\x1b[2J", "é\n")
+
+
+def test_no_record_whatever_it_says_ends_an_audit(case: Case) -> None:
+    rng, client = np.random.default_rng(0), site_of(case)
+    for _ in range(150):
+        records = records_of(case)
+        record = records[int(rng.integers(len(records)))]
+        at = record
+        while True:
+            name = str(rng.choice(sorted(at)))
+            if isinstance(at[name], dict) and at[name] and rng.random() < 0.7:
+                at = at[name]
+            elif isinstance(at[name], list) and at[name] and isinstance(at[name][0], dict) and rng.random() < 0.7:
+                at = at[name][int(rng.integers(len(at[name])))]
+            else:
+                break
+        at[name] = ODD[int(rng.integers(len(ODD)))]
+        events = list(case.bundle.sites[client].events)
+        place = int(rng.integers(len(events)))
+        event = json.loads(events[place])
+        event[str(rng.choice(sorted(event)))] = ODD[int(rng.integers(len(ODD)))]
+        events[place] = canonical(event)
+        bundle = replace(with_events(case, tuple(events)), leaves=rewritten(case, records).leaves)
+        done = audit(bundle, case.trust)
+        said = answers(bundle, case.trust, done.history, done.ledgers, done.blocks, done.findings)
+        page = as_html(said, done.findings, done.blocks, done.history, "x")
+        assert "\x1b" not in page
+        assert all("\x1b" not in f.what + f.where for f in done.findings.found)
+        # What a site says in the last events of its own log, after every head that others hold, is its own word.
+        assert records == records_of(case) or done.findings.exit_code in (1, 3)
+
+
+def test_a_damaged_file_is_told_as_such(case: Case, tmp_path: Path) -> None:
+    write_bundle(tmp_path / "good", case.bundle)
+    data, rng = (tmp_path / "good").read_bytes(), np.random.default_rng(1)
+    for _ in range(200):
+        bad = bytearray(data)
+        for _ in range(3):
+            bad[int(rng.integers(len(bad)))] ^= int(rng.integers(1, 256))
+        (tmp_path / "bad").write_bytes(bytes(bad))
+        try:
+            got = read_bundle(tmp_path / "bad")
+        except InputError:
+            continue
+        assert got == case.bundle or audit(got, case.trust).findings.exit_code != 0

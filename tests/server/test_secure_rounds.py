@@ -196,7 +196,8 @@ def test_what_the_aggregator_holds_gives_no_single_update(world: World, monkeypa
 
 def _secure_of(world: World) -> SecureSum:
     stated = json.loads(world.store.clients(world.run.id, 1)[0].core)["secure"]
-    return SecureSum(**stated | {name: tuple(stated[name]) for name in ("members", "rates")})
+    lists = {name: tuple(stated[name]) for name in ("members", "rates")}
+    return SecureSum(**stated | lists | {"units": tuple((unit, records) for unit, records in stated["units"])})
 
 
 def as_coordinator(world: World, node: int, group: str, record: dict[str, Any]) -> dict[str, Any]:

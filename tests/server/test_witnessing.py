@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from cloister_client.budget import Ledger
 from cloister_flower.frames import reply
+from cloister_server import rounds, sending
 from cloister_server.intake import WENT_BACK
 from cloister_server.log import PURPOSE, membership
 from cloister_server.rounds import one_round, run_rounds
@@ -244,3 +245,44 @@ def test_an_unknown_kind_is_refused_and_checkpoints_are_consistent(world: World)
     check_consistency(old.size, old.root, now.size, now.root, tree.consistency(old.size), "test")
     assert canonical(json.loads(world.store.leaves()[-1].record)) == world.store.leaves()[-1].record
     assert SigningKey.load(world.store.home / "sign.key").verify_key == world.coordinator.signing.verify_key
+
+
+def test_a_log_that_stands_still_gets_no_more_work(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator that shows one old head for ever, with the cosignatures that it had: without receipts nobody goes on."""
+    context = world.context()
+    one_round(context, world.link, 1)
+    frozen, known = world.store.checkpoint(), world.store.witnessed()
+    monkeypatch.setattr(world.store, "checkpoint", lambda: frozen)
+    monkeypatch.setattr(world.store, "witnessed", lambda: known)
+    monkeypatch.setattr(sending, "receipts_of", lambda *_: {})
+    monkeypatch.setattr(rounds, "receipts_of", lambda *_: {})
+    with pytest.raises(RefusedError, match=r"witness\.receipt"):
+        one_round(context, world.link, 2)
+    monkeypatch.undo()
+    one_round(context, world.link, 2)
+    assert [world.charged(node) for node in world.desks] == [2, 2, 2]
+
+
+def test_receipts_for_a_log_that_does_not_have_them_are_no_receipts(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = world.context()
+    one_round(context, world.link, 1)
+    frozen, known = Checkpoint(world.store.origin, 1, world.store.tree().root(1)), world.store.witnessed()
+    monkeypatch.setattr(world.store, "checkpoint", lambda: frozen)
+    monkeypatch.setattr(world.store, "witnessed", lambda: known)
+    with pytest.raises(RefusedError, match=r"witness\.history"):
+        one_round(context, world.link, 2)
+
+
+def test_ones_own_cosignature_is_nobody_elses(world: World) -> None:
+    context, desk = world.context(), world.desks[100]
+    own = {world.id_of(100): desk.signing.verify_key}
+    desk.witness = replace(desk.witness, peers=own, least=1)
+    one_round(context, world.link, 1)
+    row = world.store.witnessed()[world.id_of(100)]
+    view = world.store.view_for("somebody", world.store.checkpoint())
+    seen = desk.ledger.seen_head(desk.witness.origin)
+    assert row.line
+    with pytest.raises(RefusedError, match="too few"):
+        desk.witness.enough(view, seen)

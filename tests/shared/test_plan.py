@@ -169,7 +169,7 @@ SUMMED = replace(
     weight=1.0,
     noised=(),
     update_norm=None,
-    secure=SecureSum(MEMBERS, 0.01, 2.5, (CORE.training.sample_rate,) * len(MEMBERS)),
+    secure=SecureSum(MEMBERS, 0.01, 2.5, (CORE.training.sample_rate,) * len(MEMBERS), (("record", 1),) * len(MEMBERS)),
 )
 
 
@@ -213,7 +213,7 @@ def test_what_a_secure_sum_cannot_be_asked_with_is_refused(changes: dict[str, An
         replace(SUMMED, **changes)
     for members in (MEMBERS[:2], MEMBERS[::-1], ("a" * 32, *MEMBERS), tuple(f"{i:032x}" for i in range(101))):
         with pytest.raises(VerificationError, match="group"):
-            SecureSum(members, 0.01, 2.5, (0.1,) * len(members))
+            SecureSum(members, 0.01, 2.5, (0.1,) * len(members), (("record", 1),) * len(members))
 
 
 @pytest.mark.parametrize("path", sorted(_leaves(json.loads(SUMMED.to_bytes()))))
@@ -240,7 +240,7 @@ def test_all_but_what_a_site_is_must_be_asked_alike(path: str) -> None:
         changed = PlanCore.from_dict(record)
     except VerificationError:
         return
-    own = {"client", "training.sample_rate", "training.unit"}
+    own = {"client"}
     assert (changed.common == SUMMED.common) == (path in own)
 
 

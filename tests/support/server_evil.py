@@ -97,7 +97,8 @@ class Evil:
         training = replace(member.training, **changes.pop("training", {}))
         rates = tuple(next(m for m in self.world.members if m.id == i).training.sample_rate for i in group)
         lora, head = changes.pop("ranges", reaches(member.training))
-        secure = SecureSum(group, lora, head, changes.pop("rates", rates))
+        units = changes.pop("units", (("record", 1),) * len(group))
+        secure = SecureSum(group, lora, head, changes.pop("rates", rates), units)
         fields: dict[str, Any] = {
             "federation": "fed",
             "run": self.run,

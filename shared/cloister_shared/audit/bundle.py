@@ -3,8 +3,8 @@
     bundle.json                      format and what is in it
     federation/leaves.jsonl          {"record": text, "key": id, "signature": hex} a line: the federation's log
     federation/head.note             its signed checkpoint
-    federation/cosignatures.json     {client: [size, line]}: what sites cosigned
-    sites/ID/events.jsonl            {"record": text} or {"hash": hex} a line: a site's own log; what says how many units it has is a hash
+    federation/cosignatures.json     {client: [size, root, line]}: what sites cosigned
+    sites/ID/events.jsonl            {"record": text} a line: a site's own log, whole; what says something of its text is a hash in it
     sites/ID/head.note               its signed checkpoint
     adapters/DIGEST.safetensors      adapters, where they were asked for
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,11 +53,11 @@ class SiteLog:
     """A site's own log.
 
     Attributes:
-        events: Each event's bytes, or its leaf hash (32 bytes) where it is left out.
+        events: Each event's bytes; none is ever left out.
         note: The signed head.
     """
 
-    events: tuple[bytes | str, ...]
+    events: tuple[bytes, ...]
     note: str
 
 
@@ -68,7 +69,7 @@ class Bundle:
         made: When, seconds since 1970, by whoever made it.
         leaves: The federation's log.
         note: Its signed head; empty where there is no federation's log.
-        cosignatures: By client: size and signature line.
+        cosignatures: By client: size, root (hex) and signature line.
         sites: Sites' own logs by client id.
         adapters: Adapter files by digest.
     """
@@ -76,7 +77,7 @@ class Bundle:
     made: float
     leaves: tuple[SignedLeaf, ...] = ()
     note: str = ""
-    cosignatures: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    cosignatures: Mapping[str, tuple[int, str, str]] = field(default_factory=dict)
     sites: Mapping[str, SiteLog] = field(default_factory=dict)
     adapters: Mapping[str, bytes] = field(default_factory=dict)
 
@@ -95,8 +96,8 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
         "federation/cosignatures.json": canonical({i: list(one) for i, one in bundle.cosignatures.items()}),
     }
     for client, log in bundle.sites.items():
-        events = ({"hash": e} if isinstance(e, str) else {"record": e.decode()} for e in log.events)
-        parts[f"sites/{client}/events.jsonl"] = b"".join(canonical(line) + b"\n" for line in events)
+        events = (canonical({"record": e.decode()}) + b"\n" for e in log.events)
+        parts[f"sites/{client}/events.jsonl"] = b"".join(events)
         parts[f"sites/{client}/head.note"] = log.note.encode()
     parts |= {f"adapters/{name}.safetensors": data for name, data in bundle.adapters.items()}
     try:
@@ -123,11 +124,11 @@ def read_bundle(path: Path) -> Bundle:
             if (size := sum(info.file_size for info in found)) > MAX_BYTES:
                 raise InputError("a bundle is too large", where=str(path), expected=f"<= {MAX_BYTES}", got=str(size))
             parts = {info.filename: archive.read(info) for info in found}
-    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
         raise InputError("cannot read the bundle", where=str(path), got=str(error)[:200]) from error
     try:
         return _bundle_of(parts)
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError, VerificationError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError, OverflowError, VerificationError) as error:
         raise InputError("not a bundle", where=str(path), got=f"{type(error).__name__}: {error}"[:200]) from error
 
 
@@ -143,15 +144,16 @@ def _bundle_of(parts: dict[str, bytes]) -> Bundle:
     for name in sorted(parts):
         if (match := _SITE.fullmatch(name)) and match[2] == "events.jsonl":
             lines = map(_json, parts[name].splitlines())
-            events = tuple(str(one["record"]).encode() if "record" in one else str(one["hash"]) for one in lines)
-            if not all(isinstance(e, bytes) or re.fullmatch("[0-9a-f]{64}", e) for e in events):
-                raise ValueError("an event that is left out has no hash")
+            events = tuple(str(one["record"]).encode() for one in lines)
             sites[match[1]] = SiteLog(events, parts[f"sites/{match[1]}/head.note"].decode())
     return Bundle(
         float(about["made"]),
         leaves,
         parts["federation/head.note"].decode(),
-        {str(i): (int(size), str(line)) for i, (size, line) in _json(parts["federation/cosignatures.json"]).items()},
+        {
+            str(i): (int(size), str(root), str(line))
+            for i, (size, root, line) in _json(parts["federation/cosignatures.json"]).items()
+        },
         sites,
         {m[1]: data for name, data in parts.items() if (m := _ADAPTER.fullmatch(name))},
     )

@@ -17,8 +17,9 @@ import typer
 from cloister_shared import console
 from cloister_shared.audit.budget import Block, check_budgets, check_published
 from cloister_shared.audit.bundle import Bundle, read_bundle
-from cloister_shared.audit.federation import History, check_federation
+from cloister_shared.audit.federation import History, check_covered, check_federation
 from cloister_shared.audit.findings import Findings
+from cloister_shared.audit.reading import printable
 from cloister_shared.audit.report import VERDICTS, answers, as_csv, as_html, as_record
 from cloister_shared.audit.sites import Ledger, check_site, check_spends
 from cloister_shared.audit.trust import Trust, read_trust
@@ -52,13 +53,14 @@ def audit(bundle: Bundle, trust: Trust) -> Audit:
         found = check_site(client, log, bundle, trust, history, findings)
         if found is not None:
             ledgers[client] = found
-    check_spends(ledgers, history, findings)
+    check_spends(ledgers, trust, history, findings)
+    check_covered(history, findings)
     blocks = check_budgets(ledgers, findings)
     check_published(history, findings)
     for name, data in bundle.adapters.items():
         if digest(data) != name:
             findings.violation("adapter", f"adapter {name[:16]}", f"its bytes have digest {digest(data)[:16]}")
-    known = {str(c.get("adapter")) for c in history.commits} | {str(r.get("adapter")) for r in history.records}
+    known = {commit.adapter for commit in history.commits} | {str(r.get("adapter")) for r in history.records}
     for name in set(bundle.adapters) - known:
         findings.violation("adapter", f"adapter {name[:16]}", "no round in the log has it")
     return Audit(findings, history, ledgers, blocks)
@@ -92,7 +94,7 @@ def verify(
         }.get(report.suffix, lambda: console.dumps(as_record(said, done.findings, done.blocks)))()
         write_durably(report, text.encode(), mode=0o644)
     lines = [f"{f.kind}: {f.where}: {f.what} ({f.code})" for f in done.findings.found]
-    lines += [f"held: {line}" for line in done.findings.held]
+    lines += [f"held: {printable(line)}" for line in done.findings.held]
     lines += [VERDICTS[done.findings.exit_code] + (f"; report in {report}" if report else "")]
     console.emit(as_record(said, done.findings, done.blocks), lines)
     raise typer.Exit(done.findings.exit_code)

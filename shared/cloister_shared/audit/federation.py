@@ -1,16 +1,17 @@
-"""Checks of the federation's log: signatures, indices, its head, what others saw of it, who was enrolled when, rounds in order."""
+"""Checks of the federation's log: signatures, indices, its head, what others saw of it, who was enrolled when, rounds in order.
+
+Each kind of leaf has its form; a leaf of another kind or form is a violation. What sites' logs say against it comes after (``sites``).
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from cloister_shared.audit.bundle import Bundle
 from cloister_shared.audit.findings import Findings
+from cloister_shared.audit.reading import MALFORMED, hexes, integer, number, record_of, rows, words
 from cloister_shared.audit.trust import Trust
-from cloister_shared.encoding import canonical
 from cloister_shared.errors import CloisterError, VerificationError
 from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import Checkpoint, read_checkpoint, read_cosignature
@@ -18,6 +19,71 @@ from cloister_shared.signing import VerifyKey
 from cloister_shared.witness import log_of_federation
 
 PURPOSE = "log-leaf"
+FORMS = ("policy", "enrol", "revoke", "spend", "round_commit", "alias_set", "export", "recovery", "incident")
+_FAR = 1 << 53
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a commit says of one client.
+
+    Attributes:
+        client: Key id.
+        name: Its name.
+        plan: Digest of its work.
+        verdict: What came of it.
+        update: Digest of the update that entered; empty under secure aggregation, or where none did.
+        noise_multiplier: As planned.
+        sample_rate: As planned.
+        steps: As planned.
+        delta: At which epsilon is stated.
+        epsilon: As published.
+        charged: Attempts that may have been charged.
+        head: The signed head of its own log, or empty.
+    """
+
+    client: str
+    name: str
+    plan: str
+    verdict: str
+    update: str
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    delta: float
+    epsilon: float
+    charged: int
+    head: str
+
+    @property
+    def took_part(self) -> bool:
+        """Whether its text may have been used."""
+        return self.verdict == "accepted" or self.charged > 0
+
+
+@dataclass(frozen=True)
+class RoundCommit:
+    """A commit.
+
+    Attributes:
+        index: Its leaf.
+        run: The run.
+        number: The round.
+        adapter: Digest of the adapter that it made.
+        start: Digest of the adapter that it began with.
+        asked: Its clients.
+        sums: Clients of each sum under secure aggregation.
+        metrics: Scores.
+    """
+
+    index: int
+    run: str
+    number: int
+    adapter: str
+    start: str
+    asked: tuple[Asked, ...]
+    sums: tuple[frozenset[str], ...]
+    metrics: dict[str, float]
 
 
 @dataclass
@@ -26,17 +92,17 @@ class History:
 
     Attributes:
         tree: Its tree.
-        records: Its leaves, read.
+        records: Its leaves, read; empty ones where they are malformed.
         commits: The round commits among them.
-        keys: Sites' keys as they were enrolled, by client id.
         seen: When each witness cosigned it, by client id.
+        covered: How many leaves somebody else saw.
     """
 
     tree: Tree = field(default_factory=Tree)
     records: list[dict[str, Any]] = field(default_factory=list)
-    commits: list[dict[str, Any]] = field(default_factory=list)
-    keys: dict[str, VerifyKey] = field(default_factory=dict)
+    commits: list[RoundCommit] = field(default_factory=list)
     seen: dict[str, int] = field(default_factory=dict)
+    covered: int = 0
 
 
 def check_federation(bundle: Bundle, trust: Trust, findings: Findings) -> History:
@@ -52,24 +118,20 @@ def check_federation(bundle: Bundle, trust: Trust, findings: Findings) -> Histor
         findings.incomplete("no-federation-log", origin, "the bundle has no federation's log")
         return history
     for index, leaf in enumerate(bundle.leaves):
-        where = f"{origin} leaf {index}"
+        where, record = f"leaf {index}", dict[str, Any]()
         history.tree.append(leaf_hash(leaf.record))
         try:
             trust.federation.verify(PURPOSE, leaf.record, bytes.fromhex(leaf.signature), where)
-            record = json.loads(leaf.record)
-            if canonical(record) != leaf.record:
-                raise VerificationError("a leaf is not canonical", where=where)
-        except (CloisterError, ValueError, RecursionError) as error:
+            record = record_of(leaf.record, where)
+        except (CloisterError, *MALFORMED) as error:
             findings.violation("leaf-signature", where, str(error)[:300])
-            record = {}
         if record and (record.get("index"), record.get("log")) != (index, origin):
             findings.violation(
                 "leaf-order", where, f"says that it is leaf {record.get('index')} of {record.get('log')}"
             )
-        history.records.append(record if isinstance(record, dict) else {})
+        history.records.append(record)
     _check_head(bundle, trust, findings, history, origin)
-    _check_members(findings, history, origin)
-    _check_rounds(findings, history, origin)
+    _tell(findings, history, trust)
     return history
 
 
@@ -84,69 +146,150 @@ def _check_head(bundle: Bundle, trust: Trust, findings: Findings, history: Histo
         findings.fork(
             "head", origin, f"the signed head is of {head.size} other leaves than the {len(tree)} that are here"
         )
-    if (known := trust.remembered.get(origin)) is not None:
-        if known.size > len(tree):
-            findings.fork("remembered", origin, f"{known.size} leaves were seen before, {len(tree)} are here")
-        elif tree.root(known.size) != known.root:
-            findings.fork("remembered", origin, f"the first {known.size} leaves are other ones than were seen before")
-        else:
-            findings.held.append(f"the federation's log begins with the {known.size} leaves that were remembered")
-    else:
+    if (known := trust.remembered.get(origin)) is None:
         findings.incomplete("nothing-remembered", origin, "the trust file remembers no head of this log")
-    for client, (size, line) in sorted(bundle.cosignatures.items()):
-        key, where = trust.sites.get(client), f"{origin}, witness {trust.names.get(client, client[:16])}"
+    elif known.size > len(tree):
+        findings.fork("remembered", origin, f"{known.size} leaves were seen before, {len(tree)} are here")
+    elif tree.root(known.size) != known.root:
+        findings.fork("remembered", origin, f"the first {known.size} leaves are other ones than were seen before")
+    else:
+        history.covered = max(history.covered, known.size)
+        findings.held.append(f"the federation's log begins with the {known.size} leaves that were remembered")
+    for client, (size, root, line) in sorted(bundle.cosignatures.items()):
+        key, where = trust.sites.get(client), f"witness {trust.names.get(client, client[:16])}"
         if key is None or not line:
             continue
-        if size > len(tree):
-            findings.fork("witness", where, f"cosigned {size} leaves, {len(tree)} are here")
-            continue
         try:
-            at = Checkpoint(origin, size, tree.root(size))
-            history.seen[client] = read_cosignature(line, at.text, client, key, where)
-        except VerificationError:
+            at = read_cosignature(line, Checkpoint(origin, size, bytes.fromhex(root)).text, client, key, where)
+        except (CloisterError, *MALFORMED):
+            # Anybody who holds the file can write such a line: it accuses nobody.
+            findings.incomplete("witness-line", where, "its cosignature cannot be read")
+            continue
+        if size > len(tree) or tree.root(size).hex() != root:
             findings.fork("witness", where, f"cosigned another history of {size} leaves than is here")
+            continue
+        history.seen[client] = at
+        history.covered = max(history.covered, size)
     if history.seen:
         findings.held.append(f"{len(history.seen)} trusted sites cosigned this history")
     else:
         findings.incomplete("no-witness", origin, "no site that the trust file names cosigned this log")
 
 
-def _check_members(findings: Findings, history: History, origin: str) -> None:
-    here = dict[str, str]()
+def _tell(findings: Findings, history: History, trust: Trust) -> None:
+    """The leaves in order: who is enrolled, which runs began, which rounds follow which."""
+    here, runs = dict[str, str](), dict[str, tuple[int, str, str]]()
     for index, record in enumerate(history.records):
-        where, kind = f"{origin} leaf {index}", record.get("kind")
-        if kind == "enrol":
-            try:
-                card = record["card"]
-                key = VerifyKey.from_hex(str(card["key"]), where)
-                history.keys[key.id.hex()] = key
-                here[key.id.hex()] = str(record["site"])
-            except (KeyError, TypeError, VerificationError) as error:
-                findings.violation("enrol", where, f"no card: {error}"[:300])
-        elif kind == "revoke":
-            here = {i: name for i, name in here.items() if name != record.get("site")}
-        elif kind == "round_commit":
-            history.commits.append(record)
-            for client in _clients(record):
-                if client.get("verdict") == "accepted" and client.get("client") not in here:
-                    who = f"{client.get('name')} in round {record.get('round')}"
-                    findings.violation("not-enrolled", where, f"{who} was not enrolled then")
-
-
-def _clients(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    found = record.get("clients")
-    yield from (one for one in found if isinstance(one, dict)) if isinstance(found, list) else ()
-
-
-def _check_rounds(findings: Findings, history: History, origin: str) -> None:
-    last, begun = dict[str, int](), {r.get("run") for r in history.records if r.get("kind") == "policy"}
-    for commit in history.commits:
-        run, number = str(commit.get("run")), commit.get("round")
-        where = f"{origin} leaf {commit.get('index')}"
-        if run not in begun:
-            findings.violation("run", where, f"a round of run {run[:8]}, which never began")
-        if number != last.get(run, 0) + 1:
-            findings.violation("rounds", where, f"round {number} of run {run[:8]} follows round {last.get(run, 0)}")
-        last[run] = number if isinstance(number, int) else 0
+        where, kind = f"leaf {index}", record.get("kind")
+        if not record:
+            continue
+        try:
+            number(record, "at", 0, _FAR)
+            if kind not in FORMS:
+                raise ValueError(f"no such kind of leaf: {str(kind)[:40]}")
+            if kind == "enrol":
+                site, key = words(record, "site"), VerifyKey.from_hex(str(record["card"]["key"]), where)
+                if record["card"]["name"] != site:
+                    raise ValueError("the card is another site's")
+                _named(trust, key.id.hex(), site, where, findings)
+                here[key.id.hex()] = site
+            elif kind == "revoke":
+                here = {i: name for i, name in here.items() if name != words(record, "site")}
+            elif kind == "policy":
+                run = hexes(record, "run", 16)
+                if run in runs:
+                    raise ValueError("this run began before")
+                runs[run] = (0, hexes(record, "adapter", 32), hexes(record, "base", 32))
+            elif kind == "round_commit":
+                commit = _commit(record, index)
+                history.commits.append(commit)
+                _follows(commit, record, runs, findings, where)
+                for one in commit.asked:
+                    if one.verdict == "accepted" and here.get(one.client) != one.name:
+                        findings.violation(
+                            "not-enrolled", where, f"{one.name} in round {commit.number} was not enrolled then"
+                        )
+                    _named(trust, one.client, one.name, where, findings)
+        except (CloisterError, *MALFORMED) as error:
+            findings.violation("leaf", where, f"malformed: {error}"[:300])
     if history.commits:
-        findings.held.append(f"{len(history.commits)} rounds of {len(last)} runs, in order and without gaps")
+        findings.held.append(
+            f"{len(history.commits)} rounds of {len({c.run for c in history.commits})} runs, in order and without gaps"
+        )
+
+
+def _named(trust: Trust, client: str, name: str, where: str, findings: Findings) -> None:
+    known = trust.names.get(client, client[:16])
+    # Peers that a site pinned by key alone have no name there.
+    if client in trust.sites and known not in (name, client[:16]):
+        findings.violation("name", where, f"the key of {known} stands under the name {name}")
+
+
+def _follows(
+    commit: RoundCommit, record: dict[str, Any], runs: dict[str, tuple[int, str, str]], findings: Findings, where: str
+) -> None:
+    if commit.run not in runs:
+        findings.violation("run", where, f"a round of run {commit.run[:8]}, which had not begun")
+        return
+    last, adapter, base = runs[commit.run]
+    if commit.number != last + 1:
+        findings.violation("rounds", where, f"round {commit.number} of run {commit.run[:8]} follows round {last}")
+    if commit.start != adapter:
+        findings.violation("parent", where, "it begins with another adapter than the round before it made")
+    if hexes(record, "base", 32) != base:
+        findings.violation("base", where, "it has another base model than its run")
+    runs[commit.run] = (commit.number, commit.adapter, base)
+
+
+def _commit(record: dict[str, Any], index: int) -> RoundCommit:
+    asked = tuple(
+        Asked(
+            hexes(one, "client", 16),
+            words(one, "name"),
+            hexes(one, "plan", 32),
+            words(one, "verdict"),
+            hexes(one, "update", 32, empty=True),
+            number(one, "noise_multiplier", 1e-3, 1e6),
+            number(one, "sample_rate", 1e-9, 1),
+            integer(one, "steps", 1, 100_000),
+            number(one, "delta", 1e-10, 0.5),
+            number(one, "epsilon", 0, 1e6),
+            integer(one, "charged", 0, 1_000_000),
+            str(one.get("head") or ""),
+        )
+        for one in rows(record, "clients")
+    )
+    if len({one.client for one in asked}) != len(asked):
+        raise ValueError("a client twice")
+    sums = tuple(frozenset(map(str, _ids(one))) for one in rows(record, "sums"))
+    metrics = record.get("metrics")
+    scores = {str(k): float(v) for k, v in metrics.items() if type(v) is float} if isinstance(metrics, dict) else {}
+    return RoundCommit(
+        index,
+        hexes(record, "run", 16),
+        integer(record, "round", 1, 1_000_000),
+        hexes(record, "adapter", 32),
+        hexes(record, "start", 32),
+        asked,
+        sums,
+        scores,
+    )
+
+
+def _ids(one: dict[str, Any]) -> list[Any]:
+    import json
+
+    found = json.loads(words(one, "clients"))
+    if not isinstance(found, list):
+        raise ValueError("a sum without clients")
+    return found
+
+
+def check_covered(history: History, findings: Findings) -> None:
+    """How far others saw this log: what comes after can still be written anew by whoever has its key."""
+    late = [c for c in history.commits if c.index >= history.covered]
+    if late:
+        first = f"round {late[0].number} of run {late[0].run[:8]}"
+        findings.incomplete("unwitnessed", f"leaf {late[0].index}", f"nobody else saw {first} and what came after it")
+    elif history.commits:
+        findings.held.append(f"others saw {history.covered} of its {len(history.tree)} leaves, every round among them")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cloister_shared.audit.reading import printable
+
 Kind = Literal["violation", "incomplete", "fork"]
 _CODES: dict[Kind, int] = {"violation": 1, "incomplete": 2, "fork": 3}
 
@@ -35,15 +37,15 @@ class Findings:
 
     def violation(self, code: str, where: str, what: str) -> None:
         """Something that may not be."""
-        self.found.append(Finding("violation", code, where, what))
+        self.found.append(Finding("violation", code, printable(where), printable(what)))
 
     def incomplete(self, code: str, where: str, what: str) -> None:
         """Something that could not be checked."""
-        self.found.append(Finding("incomplete", code, where, what))
+        self.found.append(Finding("incomplete", code, printable(where), printable(what)))
 
     def fork(self, code: str, where: str, what: str) -> None:
         """A log that went back or has two histories."""
-        self.found.append(Finding("fork", code, where, what))
+        self.found.append(Finding("fork", code, printable(where), printable(what)))
 
     @property
     def exit_code(self) -> int:

@@ -17,6 +17,7 @@ from cloister_shared.audit.budget import Block
 from cloister_shared.audit.bundle import Bundle
 from cloister_shared.audit.federation import History
 from cloister_shared.audit.findings import Findings
+from cloister_shared.audit.reading import printable
 from cloister_shared.audit.sites import Ledger
 from cloister_shared.audit.trust import Trust
 
@@ -46,8 +47,13 @@ class Answer:
     question: str
     lines: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lines", tuple(map(printable, self.lines)))
 
-def _when(at: float) -> str:
+
+def _when(at: object) -> str:
+    if not isinstance(at, int | float) or not 0 <= at < 1e11:
+        return "at no time"
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at))
 
 
@@ -69,19 +75,15 @@ def answers(
         kind: [r for r in records if r.get("kind") == kind]
         for kind in ("policy", "spend", "incident", "alias_set", "export")
     }
-    names = sorted({str(c.get("name")) for commit in history.commits for c in commit.get("clients", ())})
+    names = sorted({one.name for commit in history.commits for one in commit.asked})
     caps = [
         f"{ledger.name}: epsilon {cap:g} at delta {delta:g} from {_when(at)}"
         for ledger in ledgers.values()
         for at, cap, delta in ledger.caps
     ]
     overruns = [f"{f.where}: {f.what}" for f in findings.found if f.code in ("cap", "counter", "order", "void")]
-    sums = [c for c in history.commits if c.get("sums")]
-    releases = [
-        f"{ledger.name}: {', '.join(sorted(r.get('numbers', {})))} in {_round(r)}, to {r.get('to')}"
-        for ledger in ledgers.values()
-        for r in ledger.releases
-    ]
+    sums = [c for c in history.commits if c.sums]
+    releases = [f"{ledger.name}: {line}" for ledger in ledgers.values() for line in ledger.releases]
     lost = [
         f"{ledger.name}: {sum(e.state == 'spent' for e in ledger.entries.values())} rounds spent,"
         f" {sum(e.state == 'lost' for e in ledger.entries.values())} lost (charged, nothing left),"
@@ -99,21 +101,20 @@ def answers(
         if isinstance(r.get("epsilon"), float) and isinstance(r.get("delta"), float)
     ]
     none = ("nothing in the logs",)
-    entries = [e.reserve for ledger in ledgers.values() for e in ledger.entries.values()]
-    kinds = {(e["noise_multiplier"], e["sample_rate"], e["steps"]) for e in entries}
-    noise = [f"noise multiplier {a:g}, sample rate {b:.4g}, {c} steps" for a, b, c in sorted(kinds)]
+    kinds = {e.terms for ledger in ledgers.values() for e in ledger.entries.values()}
+    noise = [f"noise multiplier {a:g}, sample rate {b:.4g}, {c} steps, delta {d:g}" for a, b, c, d in sorted(kinds)]
     models = [
-        f"round {c.get('round')} of run {str(c.get('run'))[:8]}: adapter {str(c.get('adapter'))[:16]} holds"
-        f" {', '.join(sorted(str(x.get('name')) for x in c.get('clients', ()) if x.get('verdict') == 'accepted')) or 'no text'}"
+        f"round {c.number} of run {c.run[:8]}: adapter {c.adapter[:16]} holds"
+        f" {', '.join(sorted(one.name for one in c.asked if one.verdict == 'accepted')) or 'no text'}"
         for c in history.commits
     ]
     code = sorted(
         {f"{r.get('code')}, base {str(r.get('base'))[:16]}, settings {str(r.get('config'))[:16]}" for r in of["policy"]}
     )
     incidents = [f"leaf {r.get('index')}: {r.get('what')}" for r in of["incident"]]
-    incidents += [f"{ledger.name}: {i.get('what')}" for ledger in ledgers.values() for i in ledger.incidents]
+    incidents += [f"{ledger.name}: {line}" for ledger in ledgers.values() for line in ledger.incidents]
     members = [
-        f"leaf {r.get('index')}: {r.get('kind')} {r.get('site')}, {_when(float(r.get('at', 0)))}"
+        f"leaf {r.get('index')}: {r.get('kind')} {r.get('site')}, {_when(r.get('at'))}"
         for r in records
         if r.get("kind") in ("enrol", "revoke")
     ]
@@ -160,8 +161,7 @@ def answers(
         Answer(
             "Who promoted it?",
             tuple(
-                f"leaf {r.get('index')}: {r.get('alias')} to {_round(r)}, {_when(float(r.get('at', 0)))}"
-                for r in of["alias_set"]
+                f"leaf {r.get('index')}: {r.get('alias')} to {_round(r)}, {_when(r.get('at'))}" for r in of["alias_set"]
             )
             or ("nobody",),
         ),
@@ -277,10 +277,9 @@ def _accuracy(history: History) -> str:
     """Accuracy of each round against the most epsilon that was published for a site by then."""
     dots = []
     for commit in history.commits:
-        score = commit.get("metrics", {}).get("accuracy") if isinstance(commit.get("metrics"), dict) else None
-        spent = [float(c["epsilon"]) for c in commit.get("clients", ()) if isinstance(c.get("epsilon"), float)]
-        if isinstance(score, float) and spent:
-            dots.append((max(spent), score, commit.get("round")))
+        score, spent = commit.metrics.get("accuracy"), [one.epsilon for one in commit.asked]
+        if score is not None and spent:
+            dots.append((max(spent), score, commit.number))
     if not dots:
         return ""
     wide, tall, left = 640, 180, 50

@@ -1,14 +1,18 @@
-"""Checks of a site's own log: its head, the heads that commits hold, the order of its ledger, its receipts, and what it witnessed."""
+"""Checks of a site's own log: its head, the heads that commits hold, the order of its ledger, its receipts, and what it witnessed.
+
+A site's log is whole or it is nothing: no event may be missing, of another form, or of a kind that is not known.
+"""
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from cloister_shared.audit.bundle import Bundle, SiteLog
-from cloister_shared.audit.federation import History
+from cloister_shared.audit.federation import Asked, History, RoundCommit
 from cloister_shared.audit.findings import Findings
+from cloister_shared.audit.reading import MALFORMED, hexes, integer, number, record_of, words
 from cloister_shared.audit.trust import Trust
 from cloister_shared.encoding import canonical
 from cloister_shared.errors import CloisterError, VerificationError
@@ -16,10 +20,12 @@ from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import read_checkpoint
 from cloister_shared.plan import Receipt
 from cloister_shared.signing import VerifyKey
+from cloister_shared.witness import log_of_federation
 
 VOID_PURPOSE = "nothing-left"
-LEFT_OUT = ("data", "text")
 _CLOSES = {"spend": "spent", "lose": "lost", "void": "void"}
+_FAR = 1 << 53
+Step = tuple[float, float]
 
 
 @dataclass
@@ -27,14 +33,36 @@ class Entry:
     """One entry of a ledger.
 
     Attributes:
-        reserve: The event that made it.
+        number: Its number.
+        at: When it was reserved, seconds since 1970.
+        plan: Digest of the work.
+        run: The run.
+        round: The round.
+        terms: Noise multiplier, sample rate, steps and delta.
+        steps: Every Gaussian release in it, counted: (noise multiplier, sample rate).
+        blocks: What it was charged to.
+        cap: Under which cap.
+        secure: Whether its update left under masks.
         state: ``reserved``, ``spent``, ``lost`` or ``void``.
         update: Digest of what it was spent for.
+        vector: Digest of the update alone, without numbers beside it; empty where the process died between.
+        closed_at: Index of the event that closed it.
     """
 
-    reserve: dict[str, Any]
+    number: int
+    at: float
+    plan: str
+    run: str
+    round: int
+    terms: tuple[float, float, int, float]
+    steps: Counter[Step]
+    blocks: tuple[int, ...]
+    cap: float
+    secure: bool
     state: str = "reserved"
     update: str = ""
+    vector: str = ""
+    closed_at: int = -1
 
 
 @dataclass
@@ -45,19 +73,27 @@ class Ledger:
         client: The site's key id.
         name: The site's name.
         origin: The log's name: the same under every key that the site had.
+        keys: The site's keys, as the auditor trusts them.
+        size: Its events.
         entries: By number, in order.
-        releases: Un-noised numbers that left.
+        releases: Un-noised numbers that left: their names, round and to whom.
         incidents: What was odd.
         caps: Every cap and delta that reservations were made under, in order, each with its time.
+        receipts: By plan.
+        anchors: Sizes of this log in commits, by leaf.
     """
 
     client: str
     name: str
     origin: str
+    keys: tuple[VerifyKey, ...]
+    size: int
     entries: dict[int, Entry] = field(default_factory=dict)
-    releases: list[dict[str, Any]] = field(default_factory=list)
-    incidents: list[dict[str, Any]] = field(default_factory=list)
+    releases: list[str] = field(default_factory=list)
+    incidents: list[str] = field(default_factory=list)
     caps: list[tuple[float, float, float]] = field(default_factory=list)
+    receipts: dict[str, Receipt] = field(default_factory=dict)
+    anchors: dict[int, int] = field(default_factory=dict)
 
 
 def check_site(
@@ -78,7 +114,7 @@ def check_site(
     if key is None:
         findings.incomplete("unknown-site", where, "the trust file does not name this site: nothing of it is believed")
         return None
-    tree = Tree(leaf_hash(e) if isinstance(e, bytes) else bytes.fromhex(e) for e in log.events)
+    tree = Tree(map(leaf_hash, log.events))
     origin = log.note.split("\n", 1)[0]
     try:
         head = read_checkpoint(log.note, key, origin, f"{where} head").checkpoint
@@ -91,41 +127,34 @@ def check_site(
         findings.fork(
             "head", where, f"the signed head is of {head.size} other events than the {len(tree)} that are here"
         )
-    _check_heads(origin, tree, trust, history, findings, where)
-    ledger = Ledger(client, name, origin)
-    # A site that joined again has had several.
-    keys = [known for i, known in trust.sites.items() if trust.names[i] == name]
+    # A site that joined again has had several keys under its name.
+    keys = tuple(known for i, known in trust.sites.items() if trust.names[i] == name)
+    ledger = Ledger(client, name, origin, keys, len(tree))
+    _check_heads(ledger, tree, trust, history, findings, where)
     for index, event in enumerate(log.events):
-        if isinstance(event, bytes):
-            _tell(ledger, index, event, keys, trust, history, findings, where)
-    open_ = [number for number, entry in ledger.entries.items() if entry.state == "reserved"]
-    if open_:
-        findings.held.append(f"{where}: {len(open_)} open reservations count as spent")
+        at = f"{where} event {index + 1}"
+        try:
+            _tell(ledger, index, record_of(event, at), trust, history, findings, at)
+        except (CloisterError, *MALFORMED) as error:
+            findings.violation("event", at, f"malformed: {error}"[:300])
+    if open_ := sum(entry.state == "reserved" for entry in ledger.entries.values()):
+        findings.held.append(f"{where}: {open_} open reservations count as spent")
     return ledger
 
 
-def _check_heads(
-    origin: str,
-    tree: Tree,
-    trust: Trust,
-    history: History,
-    findings: Findings,
-    where: str,
-) -> None:
+def _check_heads(ledger: Ledger, tree: Tree, trust: Trust, history: History, findings: Findings, where: str) -> None:
     """The heads of this log that others hold: in the federation's commits, and in the auditor's memory."""
-    known = trust.remembered.get(origin)
+    known = trust.remembered.get(ledger.origin)
     if known is not None and (known.size > len(tree) or tree.root(known.size) != known.root):
         findings.fork("remembered", where, f"{known.size} events were seen before, which are not the first ones here")
-    count = 0
     for commit in history.commits:
-        for client in commit.get("clients", ()):
-            note = str(client.get("head") or "")
-            key = trust.sites.get(str(client.get("client")))
-            if not note.startswith(f"{origin}\n") or key is None:
+        for one in commit.asked:
+            key = trust.sites.get(one.client)
+            if key is None or key not in ledger.keys or not one.head:
                 continue
-            at = f"{where}, head in the commit of round {commit.get('round')}"
+            at = f"{where}, head in the commit of round {commit.number}"
             try:
-                head = read_checkpoint(note, key, origin, at).checkpoint
+                head = read_checkpoint(one.head, key, ledger.origin, at).checkpoint
             except VerificationError as error:
                 findings.violation("anchored-head", at, str(error)[:300])
                 continue
@@ -133,68 +162,110 @@ def _check_heads(
                 findings.fork(
                     "anchored-head", at, f"this log does not begin with the {head.size} events that it was of then"
                 )
-            count += 1
-    if count:
-        findings.held.append(f"{where}: begins with what {count} commits of the federation say it was")
+            else:
+                ledger.anchors[commit.index] = head.size
+    if ledger.anchors:
+        findings.held.append(f"{where}: begins with what {len(ledger.anchors)} commits of the federation say it was")
 
 
 def _tell(
     ledger: Ledger,
     index: int,
-    data: bytes,
-    keys: list[VerifyKey],
+    record: dict[str, Any],
     trust: Trust,
     history: History,
     findings: Findings,
-    where: str,
+    at: str,
 ) -> None:
-    at = f"{where} event {index + 1}"
-    try:
-        record = json.loads(data)
-        if canonical(record) != data:
-            raise ValueError("not canonical")
-        kind = record["event"]
-        if kind == "reserve":
-            _reserve(ledger, record, findings, at)
-        elif kind in _CLOSES:
-            _close(ledger, record, keys, findings, at)
-        elif kind == "receipt":
-            _receipt(record, trust, history, findings, at)
-        elif kind == "witness":
-            _witness(record, history, findings, at)
-        elif kind == "nonprivate_release":
-            ledger.releases.append(record)
-        elif kind == "incident":
-            ledger.incidents.append(record)
-        elif kind not in LEFT_OUT:
-            findings.violation("event", at, f"no such kind of event: {str(kind)[:40]}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        findings.violation("event", at, f"malformed: {type(error).__name__} {error}"[:200])
+    kind = record.get("event")
+    # Releases have no time of their own: the round says when.
+    if kind != "nonprivate_release":
+        number(record, "at", 0, _FAR)
+    if kind == "reserve":
+        _reserve(ledger, record, findings, at)
+    elif kind in _CLOSES:
+        _close(ledger, index, record, findings, at)
+    elif kind == "receipt":
+        _receipt(ledger, record, trust, history, findings, at)
+    elif kind == "witness":
+        _seen(words_of_note(record, "note"), trust, history, findings, at)
+        _same_as_note(record, trust, history, findings, at)
+    elif kind == "nonprivate_release":
+        names = ", ".join(str(n) for n in record["numbers"])
+        where = f"round {integer(record, 'round', 1, 1_000_000)} of run {hexes(record, 'run', 16)[:8]}"
+        ledger.releases.append(f"{names} in {where}, to {words(record, 'to')}")
+    elif kind == "incident":
+        ledger.incidents.append(words(record, "what"))
+        if "shown" in record:
+            _seen(words_of_note(record, "shown"), trust, history, findings, at)
+    elif kind in ("data", "text"):
+        hexes(record, "facts", 32)
+    else:
+        raise ValueError(f"no such kind of event: {str(kind)[:40]}")
+
+
+def words_of_note(record: dict[str, Any], name: str) -> str:
+    """A note in a record, with its line breaks.
+
+    Raises:
+        ValueError: It is no text.
+    """
+    value = record.get(name)
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is not a text")
+    return value
 
 
 def _reserve(ledger: Ledger, record: dict[str, Any], findings: Findings, at: str) -> None:
-    if record["entry"] != len(ledger.entries) + 1:
-        findings.violation("counter", at, f"entry {record['entry']} follows entry {len(ledger.entries)}")
-    ledger.entries[int(record["entry"])] = Entry(record)
-    cap = (float(record["cap"]), float(record["delta"]))
-    if not ledger.caps or ledger.caps[-1][1:] != cap:
-        ledger.caps.append((float(record["at"]), *cap))
-    for block, admitted in zip(record["blocks"], record["admitted"], strict=True):
-        if not float(admitted) <= float(record["cap"]):
-            findings.violation("cap", at, f"block {block} was admitted at {admitted} above its cap {record['cap']}")
+    found, cap = integer(record, "entry", 1, _FAR), number(record, "cap", 1e-6, 1000)
+    if found != len(ledger.entries) + 1:
+        findings.violation("counter", at, f"entry {found} follows entry {len(ledger.entries)}")
+    blocks, admitted = record["blocks"], record["admitted"]
+    if not blocks or len(set(blocks)) != len(blocks) or not all(type(b) is int and b >= 1 for b in blocks):
+        raise ValueError("blocks are not distinct numbers from 1")
+    for block, one in zip(blocks, admitted, strict=True):
+        if type(one) is not float or not 0 <= one <= cap:
+            findings.violation("cap", at, f"block {block} was admitted at {one} under a cap of {cap:g}")
+    sigma, rate = number(record, "noise_multiplier", 0.05, 1e6), number(record, "sample_rate", 1e-9, 1)
+    steps, delta = integer(record, "steps", 1, 100_000), number(record, "delta", 1e-10, 0.5)
+    counted = Counter({(sigma, rate): steps})
+    for pair in record["noised"]:
+        named = dict(zip(("name", "sigma"), pair, strict=True))
+        counted[number(named, "sigma", 0.05, 1e6), 1.0] += 1
+    when = number(record, "at", 0, _FAR)
+    entry = Entry(
+        found,
+        when,
+        hexes(record, "plan", 32),
+        hexes(record, "run", 16),
+        integer(record, "round", 1, 1_000_000),
+        (sigma, rate, steps, delta),
+        counted,
+        tuple(blocks),
+        cap,
+        bool(hexes(record, "secure", 32, empty=True)),
+    )
+    ledger.entries[found] = entry
+    if not ledger.caps or ledger.caps[-1][1:] != (cap, delta):
+        ledger.caps.append((when, cap, delta))
 
 
-def _close(ledger: Ledger, record: dict[str, Any], keys: list[VerifyKey], findings: Findings, at: str) -> None:
-    entry = ledger.entries.get(int(record["entry"]))
+def _close(ledger: Ledger, index: int, record: dict[str, Any], findings: Findings, at: str) -> None:
+    found = integer(record, "entry", 1, _FAR)
+    entry = ledger.entries.get(found)
     if entry is None or entry.state != "reserved":
         what = "was never reserved" if entry is None else f"is {entry.state} already"
-        findings.violation("order", at, f"{record['event']} of entry {record['entry']}, which {what}")
+        findings.violation("order", at, f"{record['event']} of entry {found}, which {what}")
         return
-    entry.state, entry.update = _CLOSES[record["event"]], str(record.get("update") or "")
-    if record["event"] == "void":
+    entry.state, entry.closed_at = _CLOSES[record["event"]], index
+    if entry.state == "spent":
+        entry.update, entry.vector = hexes(record, "update", 32), hexes(record, "vector", 32, empty=True)
+    if entry.state == "void":
         statement = {name: value for name, value in record.items() if name != "signature"}
-        if not any(_signed(key, statement, str(record.get("signature"))) for key in keys):
-            findings.violation("void", at, "given back without the site's word: its signature does not hold")
+        good = any(_signed(key, statement, str(record.get("signature"))) for key in ledger.keys)
+        if not good or record.get("plan") != entry.plan or record.get("left") != "nothing":
+            entry.state = "lost"
+            findings.violation("void", at, "given back without the site's word on that very work")
 
 
 def _signed(key: VerifyKey, statement: dict[str, Any], signature: str) -> bool:
@@ -205,69 +276,137 @@ def _signed(key: VerifyKey, statement: dict[str, Any], signature: str) -> bool:
     return True
 
 
-def _receipt(record: dict[str, Any], trust: Trust, history: History, findings: Findings, at: str) -> None:
+def _receipt(
+    ledger: Ledger, record: dict[str, Any], trust: Trust, history: History, findings: Findings, at: str
+) -> None:
     named = {name: value for name, value in record.items() if name not in ("event", "at")}
     try:
         receipt = Receipt.from_dict(named)
         receipt.check(trust.federation, at)
     except VerificationError as error:
-        findings.violation("receipt", at, str(error)[:300])
+        # One of a run that is not here may be of another federation that the site is in.
+        own = any(commit.run == named.get("run") for commit in history.commits)
+        tell = findings.violation if own or not history.records else findings.incomplete
+        tell("receipt", at, f"not by this federation's key: {error}"[:300])
         return
+    ledger.receipts[receipt.plan] = receipt
     if not history.records:
         return
-    # What the coordinator signed then must be in its log now, at that place.
-    index = receipt.index
-    if index >= len(history.tree) or history.tree.range(index + 1) != history.tree.range(index).extended(
-        [bytes.fromhex(receipt.leaf)]
-    ):
+    # What the coordinator signed then must be in its log now, at that place, and say the same.
+    commit = next((c for c in history.commits if c.index == receipt.index), None)
+    found = receipt.index < len(history.tree) and history.tree.range(receipt.index + 1) == history.tree.range(
+        receipt.index
+    ).extended([bytes.fromhex(receipt.leaf)])
+    if not found:
         findings.fork(
-            "receipt", at, f"leaf {index} of the federation's log is not the one that this receipt was given for"
+            "receipt",
+            at,
+            f"leaf {receipt.index} of the federation's log is not the one that this receipt was given for",
         )
-
-
-def _witness(record: dict[str, Any], history: History, findings: Findings, at: str) -> None:
-    if not history.records or record["log"] != history.records[0].get("log"):
         return
-    size = int(record["size"])
-    if size > len(history.tree) or history.tree.root(size).hex() != record["root"]:
-        findings.fork("witnessed", at, f"this site saw another federation's log of {size} leaves than is here")
+    asked = commit.asked if commit is not None else ()
+    said = [(o.verdict, o.update if o.verdict == "accepted" else "") for o in asked if o.plan == receipt.plan]
+    same = commit is not None and (commit.run, commit.number, commit.adapter) == (
+        receipt.run,
+        receipt.round,
+        receipt.adapter,
+    )
+    if not same or said != [(receipt.verdict, receipt.update)]:
+        findings.violation("receipt", at, "it says something else than the commit that it is for")
 
 
-def check_spends(ledgers: dict[str, Ledger], history: History, findings: Findings) -> None:
-    """Each accepted update of a commit must be what its site's ledger spent on that very work."""
-    missing, matched, by_origin = set[str](), 0, {ledger.origin: ledger for ledger in ledgers.values()}
+def _seen(note: str, trust: Trust, history: History, findings: Findings, at: str) -> None:
+    """A head that the log's keeper signed and this site kept: it must be of the history that is here."""
+    if not history.records:
+        return
+    origin = log_of_federation(trust.federation)
+    try:
+        head = read_checkpoint(note, trust.federation, origin, at).checkpoint
+    except VerificationError:
+        return
+    if head.size > len(history.tree) or history.tree.root(head.size) != head.root:
+        findings.fork(
+            "witnessed", at, f"the federation's key signed another history of {head.size} leaves than is here"
+        )
+    else:
+        history.covered = max(history.covered, head.size)
+
+
+def _same_as_note(record: dict[str, Any], trust: Trust, history: History, findings: Findings, at: str) -> None:
+    """A site's bare word that it saw another history accuses nobody; it is told."""
+    size, root = integer(record, "size", 0, _FAR), hexes(record, "root", 32)
+    if not history.records or record.get("log") != log_of_federation(trust.federation):
+        return
+    if size > len(history.tree) or history.tree.root(size).hex() != root:
+        findings.violation("dispute", at, f"this site says that it saw another log of {size} leaves than is here")
+
+
+def check_spends(ledgers: dict[str, Ledger], trust: Trust, history: History, findings: Findings) -> None:
+    """Each commit's clients against their own ledgers: spent before the answer's head, on that very work, on those terms."""
+    of = {i: ledger for ledger in ledgers.values() for i, key in trust.sites.items() if key in ledger.keys}
+    missing, strangers, plans, matched = set[str](), set[str](), set[str](), 0
+    last = {commit.run: commit.number for commit in history.commits}
     for commit in history.commits:
-        for client in commit.get("clients", ()):
-            if client.get("verdict") != "accepted":
+        for one in commit.asked:
+            where = f"round {commit.number} of run {commit.run[:8]}, {one.name}"
+            if one.verdict == "accepted" and one.plan in plans:
+                findings.violation("plan-twice", where, "this work was accepted before")
+            plans |= {one.plan} if one.verdict == "accepted" else set()
+            if not one.took_part:
                 continue
-            ledger = by_origin.get(str(client.get("head") or "").split("\n", 1)[0])
-            if ledger is None:
-                missing.add(str(client.get("name")))
-                continue
-            where = f"round {commit.get('round')} of run {str(commit.get('run'))[:8]}, {ledger.name}"
-            found = [
-                e for e in ledger.entries.values() if e.reserve.get("plan") == client.get("plan") and e.state == "spent"
-            ]
-            if not found:
-                findings.violation("unspent", where, "an update was accepted that this site's ledger never spent for")
-            elif client.get("update") and found[0].update != client.get("update") and not commit.get("sums"):
-                if not found[0].reserve.get("noised") and not ledger.releases:
-                    findings.violation("update", where, "another update was accepted than this site's ledger spent for")
-            else:
-                _same_terms(client, found[0].reserve, findings, where)
-                matched += 1
+            ledger = of.get(one.client)
+            if one.client not in trust.sites:
+                strangers.add(one.name)
+            elif ledger is None:
+                missing.add(one.name)
+            elif one.verdict == "accepted":
+                matched += _accepted(one, commit, ledger, findings, where)
+                if one.plan not in ledger.receipts:
+                    late = " (the last of its run: it may be on its way)" if commit.number == last[commit.run] else ""
+                    findings.incomplete("no-receipt", where, f"the site has no receipt for it{late}")
     if matched:
         findings.held.append(
             f"{matched} accepted updates are each in their site's own ledger, reserved before they were spent"
         )
+    for name in sorted(strangers):
+        findings.incomplete("stranger", f"site {name}", "it took part, and the trust file does not name its key")
     for name in sorted(missing):
         findings.incomplete(
             "no-site-log", f"site {name}", "its own log is not in the bundle: its spends are the coordinator's word"
         )
 
 
-def _same_terms(client: dict[str, Any], reserve: dict[str, Any], findings: Findings, where: str) -> None:
-    for name in ("noise_multiplier", "sample_rate", "steps"):
-        if client.get(name) != reserve.get(name):
-            what = f"{name} is {client.get(name)} in the commit and {reserve.get(name)} in the site's ledger"
-            findings.violation("terms", where, what)
+def _accepted(one: Asked, commit: RoundCommit, ledger: Ledger, findings: Findings, where: str) -> int:
+    found = [e for e in ledger.entries.values() if e.plan == one.plan and e.state == "spent"]
+    if not found:
+        findings.violation("unspent", where, "an update was accepted that this site's ledger never spent for")
+        return 0
+    entry = found[0]
+    if (entry.run, entry.round) != (commit.run, commit.number):
+        findings.violation("terms", where, f"the site spent for round {entry.round} of run {entry.run[:8]}")
+    if entry.terms != (one.noise_multiplier, one.sample_rate, one.steps, one.delta):
+        findings.violation(
+            "terms",
+            where,
+            f"the commit says {one.noise_multiplier:g}, {one.sample_rate:g}, {one.steps}, {one.delta:g};"
+            f" the ledger {', '.join(f'{x:g}' for x in entry.terms)}",
+        )
+    if entry.closed_at >= ledger.anchors.get(commit.index, 0):
+        findings.violation(
+            "anchored-head", where, "the head that came with its answer has not this round's spend in it"
+        )
+    if entry.secure:
+        inside = [group for group in commit.sums if one.client in group]
+        if one.update or len(inside) != 1 or len(inside[0]) < 3:
+            findings.violation(
+                "sums", where, "the site answered under masks, and the commit has no sum of three or more with it"
+            )
+    elif any(one.client in group for group in commit.sums):
+        findings.violation("sums", where, "the commit says that it was in a sum, and the site answered by itself")
+    elif not entry.vector:
+        findings.incomplete(
+            "vector", where, "the site's agent died between training and answer: which update was its is not known"
+        )
+    elif one.update != entry.vector:
+        findings.violation("update", where, "another update was accepted than this site's ledger spent for")
+    return 1
