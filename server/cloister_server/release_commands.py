@@ -68,6 +68,13 @@ def promote(
     if expect is not None and (now is None or (now.run, now.number) != (run.id, expect)):
         got = "nothing" if now is None else f"round {now.number} of run {now.run[:8]}"
         raise StateError("the alias points elsewhere", where=alias, expected=f"round {expect}", got=got)
+    if now is not None and (now.run, now.number) == (run.id, number):
+        # No move: a rollback would go from here to here.
+        line = f"{alias}: points at round {number} of run {run.id[:8]} already"
+        console.emit(
+            {"alias": alias, "run": run.id, "round": number, "adapter": row.adapter, "version": now.version}, line
+        )
+        return
     made = store.set_alias(alias, run.id, number, row.adapter or "", 0 if now is None else now.version, why)
     before = "nothing" if now is None else f"round {now.number} of run {now.run[:8]}"
     console.emit(

@@ -126,6 +126,9 @@ def trust(
 ) -> None:
     """Write the keys that this site or operator pinned at enrolment, and the heads of logs that it remembers."""
     console.choose(json, home)
+    if out.exists():
+        # It may be the only memory of a head that the log has gone behind since.
+        raise InputError("there is a file already", where=str(out), mend="choose another --out, and keep the old one")
     coordinator, heads = console.coordinator_home(), list[Checkpoint]()
     if site is None and (coordinator / "card.json").is_file():
         from cloister_server.store import Store

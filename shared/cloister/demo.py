@@ -12,12 +12,13 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from cloister_client.data import add as add_text
 from cloister_client.policy import Policy, add_peer
-from cloister_client.site import enrol, read_site
+from cloister_client.site import enrol, held_up, read_site
 from cloister_client.status import read_status
 from cloister_client.supervise import Running
 from cloister_client.train import choose_device
@@ -254,7 +255,7 @@ def run_demo(ask: Ask) -> None:
         lines,
     )
     coordinator = make_federation(root, shares, ask)
-    with Group() as group:
+    with ExitStack() as held, Group() as group:
         superlink = group.start(
             "superlink",
             "cloister_server.superlink",
@@ -263,8 +264,9 @@ def run_demo(ask: Ask) -> None:
         )
         running = []
         for number in range(1, ask.sites + 1):
-            site = Running(read_site(root / "sites" / f"site-{number}"), Group())
-            running.append(site)
+            own = read_site(root / "sites" / f"site-{number}")
+            held.enter_context(held_up(own.home))
+            running.append(Running(own, Group()))
         try:
             for one in running:
                 one.start_agent()

@@ -15,7 +15,7 @@ import pytest
 from cloister_server.rounds import run_rounds
 from cloister_shared.audit.budget import by_pld, by_rdp
 from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog, read_bundle, write_bundle
-from cloister_shared.audit.command import Audit, audit
+from cloister_shared.audit.command import Audit, audit, merged
 from cloister_shared.audit.report import answers, as_csv, as_html, as_record
 from cloister_shared.audit.trust import Trust, read_trust, trust_of, write_trust
 from cloister_shared.encoding import canonical, digest
@@ -348,7 +348,7 @@ def test_what_a_bundle_says_cannot_write_into_the_page(case: Case) -> None:
     bundle = rewritten(case, records)
     done = audit(bundle, case.trust)
     said = answers(bundle, case.trust, done.history, done.ledgers, done.blocks, done.findings)
-    page = as_html(said, done.findings, done.blocks, done.history, "x")
+    page = as_html(said, done.findings, done.blocks, done.history, "x", {"about": "<script>"})
     assert "<script" not in page
     assert as_record(said, done.findings, done.blocks)["exit_code"] == 3
     assert as_csv(done.blocks).startswith("site,block")
@@ -562,7 +562,7 @@ def test_no_record_whatever_it_says_ends_an_audit(case: Case) -> None:
         bundle = replace(with_events(case, tuple(events)), leaves=rewritten(case, records).leaves)
         done = audit(bundle, case.trust)
         said = answers(bundle, case.trust, done.history, done.ledgers, done.blocks, done.findings)
-        page = as_html(said, done.findings, done.blocks, done.history, "x")
+        page = as_html(said, done.findings, done.blocks, done.history, "x", {})
         assert "\x1b" not in page
         assert all("\x1b" not in f.what + f.where for f in done.findings.found)
         # What a site says in the last events of its own log, after every head that others hold, is its own word.
@@ -582,3 +582,21 @@ def test_a_damaged_file_is_told_as_such(case: Case, tmp_path: Path) -> None:
         except InputError:
             continue
         assert got == case.bundle or audit(got, case.trust).findings.exit_code != 0
+
+
+def test_bundles_of_several_make_one(case: Case, tmp_path: Path) -> None:
+    """The coordinator has the log, each site its own: together they pass, each alone is incomplete."""
+    parts = [replace(case.bundle, sites={}), *(Bundle(1.0, sites={i: log}) for i, log in case.bundle.sites.items())]
+    assert [audit(part, case.trust).findings.exit_code for part in parts] == [2, 2, 2, 2]
+    assert audit(merged(parts), case.trust).findings.exit_code == 0
+    assert merged([*parts[::-1], case.bundle]) == case.bundle
+    short = case.bundle.sites[site_of(case)]
+    older = replace(parts[1], sites={site_of(case): SiteLog(short.events[:2], short.note)})
+    assert merged([older, *parts]) == case.bundle
+
+
+def test_an_edited_file_accuses_nobody_of_a_fork(case: Case) -> None:
+    for change in BY_HAND.values():
+        got = audit(change(case), case.trust)
+        assert (got.findings.exit_code, "head" in found(got, "violation")) == (1, True)
+        assert not found(got, "fork")

@@ -8,7 +8,8 @@ Exit codes: 0 pass, 1 violation, 2 incomplete, 3 fork or rollback. Without keys 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ import typer
 
 from cloister_shared import console
 from cloister_shared.audit.budget import Block, check_budgets, check_published
-from cloister_shared.audit.bundle import Bundle, read_bundle
+from cloister_shared.audit.bundle import Bundle, SiteLog, read_bundle
 from cloister_shared.audit.federation import History, check_covered, check_federation
 from cloister_shared.audit.findings import Findings
 from cloister_shared.audit.reading import printable
@@ -24,7 +25,7 @@ from cloister_shared.audit.report import VERDICTS, answers, as_csv, as_html, as_
 from cloister_shared.audit.sites import Ledger, check_site, check_spends
 from cloister_shared.audit.trust import Trust, read_trust
 from cloister_shared.encoding import digest, write_durably
-from cloister_shared.errors import CloisterError
+from cloister_shared.errors import CloisterError, InputError
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,24 @@ def audit(bundle: Bundle, trust: Trust) -> Audit:
     return Audit(findings, history, ledgers, blocks)
 
 
+def merged(bundles: list[Bundle]) -> Bundle:
+    """Several bundles as one: the longest of what two of them have, since each is checked as a whole against everything else."""
+    whole = max(bundles, key=lambda one: len(one.leaves))
+    sites, lines = dict[str, SiteLog](), dict[str, tuple[int, str, str]]()
+    for one in bundles:
+        for client, log in one.sites.items():
+            sites[client] = max(sites.get(client, log), log, key=lambda kept: len(kept.events))
+        for client, line in one.cosignatures.items():
+            lines[client] = max(lines.get(client, line), line)
+    adapters = {name: data for one in bundles for name, data in one.adapters.items()}
+    return replace(whole, sites=sites, cosignatures=lines, adapters=adapters)
+
+
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="The bundle: cloister audit export --out BUNDLE.")],
+    bundle: Annotated[
+        list[Path],
+        typer.Argument(help="Bundles, from the coordinator and from sites: cloister audit export --out BUNDLE."),
+    ],
     trust: Annotated[
         Path | None,
         typer.Option(help="Keys and heads that you trust, from somewhere else than the bundle: cloister audit trust."),
@@ -75,9 +92,13 @@ def verify(
     report: Annotated[Path | None, typer.Option(help="Write the report: .html, .json or .csv.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False,
 ) -> None:
-    """Verify a bundle offline."""
+    """Verify bundles offline, together: the federation's log from whoever has most of it, each site's own from its own."""
     console.OUTPUT.json = json
-    own = read_bundle(bundle)
+    if report is not None and report.suffix not in (".html", ".json", ".csv"):
+        raise InputError(
+            "no such form of report", where=str(report), expected=".html, .json or .csv", got=report.suffix
+        )
+    own = merged([read_bundle(path) for path in bundle])
     if trust is None:
         lines = ["INCOMPLETE: nobody's keys are trusted, so nothing can be checked",
                  "mend: --trust TRUST.json, from a site (cloister audit trust) or by hand from fingerprints"]  # fmt: skip
@@ -86,17 +107,25 @@ def verify(
     keys = read_trust(trust)
     done = audit(own, keys)
     said = answers(own, keys, done.history, done.ledgers, done.blocks, done.findings)
+    about = {
+        "verified": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "federation": f"{keys.name}, key {keys.federation.id.hex()}",
+        "trust": f"{trust}, SHA-256 {digest(trust.read_bytes())}",
+        **{f"bundle {i}": f"{path}, SHA-256 {digest(path.read_bytes())}" for i, path in enumerate(bundle, 1)},
+    }
+    record = as_record(said, done.findings, done.blocks) | {"about": about}
     if report is not None:
         title = f"Audit of {keys.name}"
         text = {
-            ".html": lambda: as_html(said, done.findings, done.blocks, done.history, title),
+            ".html": lambda: as_html(said, done.findings, done.blocks, done.history, title, about),
             ".csv": lambda: as_csv(done.blocks),
-        }.get(report.suffix, lambda: console.dumps(as_record(said, done.findings, done.blocks)))()
+            ".json": lambda: console.dumps(record),
+        }[report.suffix]()
         write_durably(report, text.encode(), mode=0o644)
     lines = [f"{f.kind}: {f.where}: {f.what} ({f.code})" for f in done.findings.found]
     lines += [f"held: {printable(line)}" for line in done.findings.held]
     lines += [VERDICTS[done.findings.exit_code] + (f"; report in {report}" if report else "")]
-    console.emit(as_record(said, done.findings, done.blocks), lines)
+    console.emit(record, lines)
     raise typer.Exit(done.findings.exit_code)
 
 

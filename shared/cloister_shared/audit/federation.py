@@ -130,22 +130,24 @@ def check_federation(bundle: Bundle, trust: Trust, findings: Findings) -> Histor
                 "leaf-order", where, f"says that it is leaf {record.get('index')} of {record.get('log')}"
             )
         history.records.append(record)
-    _check_head(bundle, trust, findings, history, origin)
+    if not _check_head(bundle, trust, findings, history, origin):
+        # What is not what was signed proves nothing of anybody: nothing more is made of it.
+        return History()
     _tell(findings, history, trust)
     return history
 
 
-def _check_head(bundle: Bundle, trust: Trust, findings: Findings, history: History, origin: str) -> None:
+def _check_head(bundle: Bundle, trust: Trust, findings: Findings, history: History, origin: str) -> bool:
     tree = history.tree
     try:
         head = read_checkpoint(bundle.note, trust.federation, origin, f"{origin} head").checkpoint
     except VerificationError as error:
         findings.violation("head-signature", origin, str(error)[:300])
-        return
+        return False
     if head.size != len(tree) or head.root != tree.root():
-        findings.fork(
-            "head", origin, f"the signed head is of {head.size} other leaves than the {len(tree)} that are here"
-        )
+        what = f"edited or damaged: the signed head is of {head.size} other leaves than the {len(tree)} that are here"
+        findings.violation("head", origin, what)
+        return False
     if (known := trust.remembered.get(origin)) is None:
         findings.incomplete("nothing-remembered", origin, "the trust file remembers no head of this log")
     elif known.size > len(tree):
@@ -174,6 +176,7 @@ def _check_head(bundle: Bundle, trust: Trust, findings: Findings, history: Histo
         findings.held.append(f"{len(history.seen)} trusted sites cosigned this history")
     else:
         findings.incomplete("no-witness", origin, "no site that the trust file names cosigned this log")
+    return True
 
 
 def _tell(findings: Findings, history: History, trust: Trust) -> None:
@@ -292,4 +295,5 @@ def check_covered(history: History, findings: Findings) -> None:
         first = f"round {late[0].number} of run {late[0].run[:8]}"
         findings.incomplete("unwitnessed", f"leaf {late[0].index}", f"nobody else saw {first} and what came after it")
     elif history.commits:
-        findings.held.append(f"others saw {history.covered} of its {len(history.tree)} leaves, every round among them")
+        seen = f"{history.covered} of its {len(history.tree)} leaves were seen by a witness or are remembered"
+        findings.held.append(f"{seen}, every round among them")

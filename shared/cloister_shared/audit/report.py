@@ -100,7 +100,12 @@ def answers(
         for r in of["spend"]
         if isinstance(r.get("epsilon"), float) and isinstance(r.get("delta"), float)
     ]
-    none = ("nothing in the logs",)
+    absent = (
+        ""
+        if records
+        else "cannot be said from these bundles: the federation's log is not in them, or is not what was signed"
+    )
+    none = (absent or "nothing in the logs",)
     kinds = {e.terms for ledger in ledgers.values() for e in ledger.entries.values()}
     noise = [f"noise multiplier {a:g}, sample rate {b:.4g}, {c} steps, delta {d:g}" for a, b, c, d in sorted(kinds)]
     models = [
@@ -118,8 +123,10 @@ def answers(
         for r in records
         if r.get("kind") in ("enrol", "revoke")
     ]
+    by = ", ".join(sorted(trust.names[i] for i in history.seen)) or "nobody who is trusted"
     log = [
-        f"{len(history.tree)} leaves; cosigned by {', '.join(sorted(trust.names[i] for i in history.seen)) or 'nobody who is trusted'}"
+        f"{len(history.tree)} leaves; cosigned by {by}",
+        f"the first {history.covered} leaves were seen by a witness or are remembered in the trust file",
     ]
     log += [
         f"{f.kind}: {f.where}: {f.what}"
@@ -127,7 +134,7 @@ def answers(
         if f.kind == "fork" or f.code in ("no-witness", "nothing-remembered")
     ]
     return [
-        Answer("Whose text, which unit, which neighbours?", (", ".join(names) or "no site took part", UNITS)),
+        Answer("Whose text, which unit, which neighbours?", (", ".join(names) or absent or "no site took part", UNITS)),
         Answer(
             "Epsilon and delta, per round, period and lifetime?",
             (*final, *whole) or ("no site's own log is here: incomplete",),
@@ -163,12 +170,12 @@ def answers(
             tuple(
                 f"leaf {r.get('index')}: {r.get('alias')} to {_round(r)}, {_when(r.get('at'))}" for r in of["alias_set"]
             )
-            or ("nobody",),
+            or (absent or "nobody",),
         ),
         Answer("Which code?", tuple(code) or none),
         Answer("Who was enrolled then?", tuple(members) or none),
         Answer("Is the log whole, append-only, seen by others?", tuple(log)),
-        Answer("Incidents?", tuple(incidents) or ("none in the logs",)),
+        Answer("Incidents?", tuple(incidents) or (absent or "none in the logs",)),
         Answer("What does this not prove?", NOT_PROVEN),
     ]
 
@@ -198,7 +205,14 @@ def as_csv(blocks: Sequence[Block]) -> str:
     return out.getvalue()
 
 
-def as_html(said: Sequence[Answer], findings: Findings, blocks: Sequence[Block], history: History, title: str) -> str:
+def as_html(
+    said: Sequence[Answer],
+    findings: Findings,
+    blocks: Sequence[Block],
+    history: History,
+    title: str,
+    about: Mapping[str, str],
+) -> str:
     """The page."""
     verdict = VERDICTS[findings.exit_code]
     colour = {0: "#2b7a4b", 1: "#b3261e", 2: "#8a6d00", 3: "#b3261e"}[findings.exit_code]
@@ -222,7 +236,8 @@ def as_html(said: Sequence[Answer], findings: Findings, blocks: Sequence[Block],
         "table{border-collapse:collapse;width:100%;font-size:13px}td,th{border:1px solid #ccc;padding:.3em .5em;text-align:left;"
         "overflow-wrap:anywhere;vertical-align:top}.verdict{font-size:1.3em;font-weight:bold}svg{max-width:100%;height:auto}"
         "@media print{body{margin:0;max-width:none;font-size:11pt}section{break-inside:avoid}}</style>"
-        f"<h1>{escape(title)}</h1><p class=verdict style='color:{colour}'>{verdict}</p>{table}"
+        f"<h1>{escape(title)}</h1><p class=verdict style='color:{colour}'>{verdict}</p>"
+        f"{''.join(f'<p>{escape(name)}: {escape(printable(text))}</p>' for name, text in about.items())}{table}"
         f"<h2>What was checked and held</h2>{''.join(f'<p>{escape(line)}</p>' for line in findings.held) or '<p>Nothing.</p>'}"
         f"{_plot(blocks)}{_accuracy(history)}{parts}</html>\n"
     )

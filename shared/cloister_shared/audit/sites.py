@@ -124,9 +124,9 @@ def check_site(
         findings.violation("head-signature", where, str(error)[:300])
         return None
     if head.size != len(tree) or head.root != tree.root():
-        findings.fork(
-            "head", where, f"the signed head is of {head.size} other events than the {len(tree)} that are here"
-        )
+        what = f"edited or damaged: the signed head is of {head.size} other events than the {len(tree)} that are here"
+        findings.violation("head", where, what)
+        return None
     # A site that joined again has had several keys under its name.
     keys = tuple(known for i, known in trust.sites.items() if trust.names[i] == name)
     ledger = Ledger(client, name, origin, keys, len(tree))
@@ -372,7 +372,9 @@ def check_spends(ledgers: dict[str, Ledger], trust: Trust, history: History, fin
         findings.incomplete("stranger", f"site {name}", "it took part, and the trust file does not name its key")
     for name in sorted(missing):
         findings.incomplete(
-            "no-site-log", f"site {name}", "its own log is not in the bundle: its spends are the coordinator's word"
+            "no-site-log",
+            f"site {name}",
+            "its own log is not here, its spends are the coordinator's word: ask it for its export",
         )
 
 
