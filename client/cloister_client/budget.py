@@ -25,14 +25,13 @@ from cloister_model.text import Source
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import InputError, RefusedError, StateError
 from cloister_shared.notes import Checkpoint
-from cloister_shared.plan import PlanCore
+from cloister_shared.plan import VOID_PURPOSE, PlanCore
 from cloister_shared.privacy import DpSgd, admit, epsilon
 from cloister_shared.signing import SigningKey
 
 from cloister_client.chain import PRIVATE, Chain, digest_of
 from cloister_client.standing import CHARGED, Limits, Reservation, Share, Standing, history_of, shares_of
 
-VOID_PURPOSE = "nothing-left"
 _DAY = 86_400.0
 
 
@@ -355,8 +354,14 @@ class Ledger:
 
     def receipts_of(self, run: str) -> list[dict[str, Any]]:
         """Receipts of a run, oldest first."""
-        events = (json.loads(record) for record in self._chain.records())
-        return [e for e in events if e["event"] == "receipt" and e["run"] == run]
+        event = "CAST(record AS TEXT)"
+        with self._chain.reading() as db:
+            found = db.execute(
+                f"SELECT record FROM event WHERE json_extract({event}, '$.event') = 'receipt'"  # noqa: S608
+                f" AND json_extract({event}, '$.run') = ? ORDER BY seq",
+                (run,),
+            )
+            return [json.loads(record) for (record,) in found]
 
     def witness(self, head: Checkpoint, note: str) -> None:
         """Chains a head of another's log that this site saw, with its keeper's signature, before it is cosigned."""

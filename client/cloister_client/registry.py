@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from cloister_shared.audit.federation import PURPOSE as LEAF_PURPOSE
 from cloister_shared.cards import CoordinatorCard, coordinator_card_of, split_address
 from cloister_shared.encoding import digest, parse_record, write_durably
 from cloister_shared.errors import CloisterError, RefusedError, StateError, VerificationError
@@ -34,7 +33,7 @@ from cloister_shared.signing import read_secret
 from cloister_shared.tls import make_request
 from cloister_shared.v1 import registry_pb2, registry_pb2_grpc
 from cloister_shared.vectors import Schema, from_safetensors
-from cloister_shared.witness import log_of_federation
+from cloister_shared.witness import LEAF_PURPOSE, log_of_federation
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key

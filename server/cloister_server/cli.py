@@ -20,14 +20,11 @@ from cloister_server import release_commands, upkeep
 from cloister_server.accounting import client_level_line, client_level_statement
 from cloister_server.federation import admit_site, open_coordinator, read_federation
 from cloister_server.federation import init as make_coordinator
+from cloister_server.here import Home, Json, RunName, registry
 from cloister_server.store import Store
 
 coordinator_app = typer.Typer(no_args_is_help=True, help="Create and serve a federation.")
 rounds_app = typer.Typer(no_args_is_help=True, help="Look at registered rounds.")
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Home = Annotated[Path | None, typer.Option("--home", help="Folder of state.")]
-RunName = Annotated[str | None, typer.Option("--run", help="Beginning of the run's id; the newest by default.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -363,7 +360,7 @@ def rounds_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]
 def list_rounds(run_name: RunName = None, json: Json = False, home: Home = None) -> None:
     """List the rounds of a run, and the runs there are."""
     console.choose(json, home)
-    store = _store()
+    store = registry()
     found = store.find_run(run_name)
     rows = round_rows(store, found.id)
     columns, cells = rounds_table(rows)
@@ -405,7 +402,7 @@ def show(
 ) -> None:
     """Show one round: every client, its verdict and why."""
     console.choose(json, home)
-    store = _store()
+    store = registry()
     found = store.find_run(run_name)
     row = next((r for r in round_rows(store, found.id) if r["round"] == number), None)
     if row is None:
@@ -480,7 +477,7 @@ def export(
     console.choose(json, home)
     from cloister_server.export import export_round
 
-    store = _store()
+    store = registry()
     found = store.find_run(run_name)
     chosen = number if number is not None else store.last_committed(found.id).number
     folder = export_round(
@@ -494,10 +491,3 @@ def export(
     console.emit(
         {"run": found.id, "round": chosen, "path": str(folder)}, f"round {chosen} of run {found.id[:8]}: {folder}"
     )
-
-
-def _store() -> Store:
-    coordinator = console.coordinator_home()
-    if not (coordinator / "registry.db").is_file():
-        raise StateError("no registry here", where=str(coordinator), mend="cloister demo, cloister run, or --home")
-    return Store(coordinator)

@@ -22,11 +22,8 @@ from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import StateError
 from cloister_shared.merkle import leaf_hash
 from cloister_shared.signing import SigningKey
-from cloister_shared.witness import log_of_federation
+from cloister_shared.witness import LEAF_KINDS, LEAF_PURPOSE, log_of_federation
 from sqlmodel import Field, Session, SQLModel, func, select
-
-KINDS = ("policy", "enrol", "revoke", "spend", "round_commit", "alias_set", "export", "recovery", "incident")
-PURPOSE = "log-leaf"
 
 
 class Leaf(SQLModel, table=True):
@@ -56,24 +53,14 @@ class Witnessed(SQLModel, table=True):
     head: str = ""
 
 
-class SiteHead(SQLModel, table=True):
-    """The head of a site's own log as it came with its answer in a round: a signed note."""
-
-    __tablename__ = "site_head"
-    run: str = Field(primary_key=True, foreign_key="run.id")
-    number: int = Field(primary_key=True)
-    client: str = Field(primary_key=True)
-    note: str
-
-
 def append(session: Session, kind: str, body: Mapping[str, Any], by: SigningKey) -> Leaf:
     """Adds a leaf in the session's transaction.
 
     Raises:
         StateError: There is no such kind.
     """
-    if kind not in KINDS:
-        raise StateError("no such kind of leaf", where="log", expected=", ".join(KINDS), got=kind)
+    if kind not in LEAF_KINDS:
+        raise StateError("no such kind of leaf", where="log", expected=", ".join(LEAF_KINDS), got=kind)
     index = size(session)
     named = {"log": log_of_federation(by.verify_key), "index": index, "kind": kind, "at": time.time()}
     record = canonical(dict(body) | named)
@@ -82,7 +69,7 @@ def append(session: Session, kind: str, body: Mapping[str, Any], by: SigningKey)
         kind=kind,
         record=record,
         key=by.verify_key.id.hex(),
-        signature=by.sign(PURPOSE, record).hex(),
+        signature=by.sign(LEAF_PURPOSE, record).hex(),
     )
     session.add(leaf)
     return leaf

@@ -7,7 +7,6 @@ rollback moves it back and refunds no privacy: what was spent on a round is spen
 from __future__ import annotations
 
 import json as jsonlib
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,11 +16,8 @@ from cloister_shared.errors import InputError, StateError
 from cloister_shared.vectors import Schema, from_safetensors
 
 from cloister_server.compare import fields, modules
+from cloister_server.here import Home, Json, RunName, registry
 from cloister_server.store import Round, Run, Store
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Home = Annotated[Path | None, typer.Option("--home", help="Folder of state.")]
-RunName = Annotated[str | None, typer.Option("--run", help="Beginning of the run's id; the newest by default.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -30,13 +26,6 @@ def register(app: typer.Typer) -> None:
     app.command()(rollback)
     app.command()(aliases)
     app.command()(diff)
-
-
-def _store() -> Store:
-    home = console.coordinator_home()
-    if not (home / "registry.db").is_file():
-        raise StateError("no registry here", where=str(home), mend="cloister demo, cloister run, or --home")
-    return Store(home)
 
 
 def _committed(store: Store, run: Run, number: int) -> Round:
@@ -61,7 +50,7 @@ def promote(
 ) -> None:
     """Point an alias at a committed round."""
     console.choose(json, home)
-    store = _store()
+    store = registry()
     run = store.find_run(run_name)
     row = _committed(store, run, number)
     now = store.alias(check_name(alias, "alias"))
@@ -91,7 +80,7 @@ def rollback(
 ) -> None:
     """Point an alias at the round that it pointed at before. No privacy is refunded."""
     console.choose(json, home)
-    store = _store()
+    store = registry()
     now, events = store.alias(check_name(alias, "alias")), store.alias_events(alias)
     if now is None or len(events) < 2:
         raise StateError("there is nothing to go back to", where=alias, got=f"{len(events)} moves")
@@ -119,7 +108,7 @@ def rollback(
 def aliases(json: Json = False, home: Home = None) -> None:
     """List aliases and how they moved."""
     console.choose(json, home)
-    store = _store()
+    store = registry()
     now = store.aliases()
     events = {one.name: store.alias_events(one.name) for one in now}
     cells = [
@@ -162,7 +151,7 @@ def diff(
 ) -> None:
     """What two registered rounds differ in: settings, participants, scores, epsilon, and the adapters module by module."""
     console.choose(json, home)
-    store = _store()
+    store = registry()
     runs = store.find_run(run_name), store.find_run(other_run or run_name)
     rows = [_committed(store, run, number) for run, number in zip(runs, (first, second), strict=True)]
     schemas = [Schema.from_list(jsonlib.loads(run.tensors), "registry") for run in runs]

@@ -42,7 +42,7 @@ from cloister_server.intake import WENT_BACK, Intake, Prefaced, read_preface, ta
 from cloister_server.peers import predicted_norm
 from cloister_server.planning import in_round, summed_rate
 from cloister_server.secure import collect, opened_before
-from cloister_server.sending import close, receipts_of, seal_plan
+from cloister_server.sending import Shown, close, receipts_of, seal_plan
 from cloister_server.store import Commit, Evidence, Judgement, NoisedSum, Opening, Round, RoundClient, Summed
 
 MOST_HOLDS = 3
@@ -201,10 +201,9 @@ def gather(
 ) -> Intake:
     """Sends every member its plan and takes in what comes back."""
     intake, by_node = Intake(), {m.node: m for m in members.values()}
-    receipts, at = receipts_of(context, row.number - 1), context.store.checkpoint()
-    before = {i: known.head for i, known in context.store.witnessed().items()}
+    receipts, shown = receipts_of(context, row.number - 1), Shown.now(context)
     frames = {
-        m.node: seal_plan(context, m, cores[m.id], parent, row.attempt, key, at, receipts.get(m.id, ()))
+        m.node: seal_plan(context, m, cores[m.id], parent, row.attempt, key, shown, receipts.get(m.id, ()))
         for m in members.values()
     }
     intake.asked = {by_node[node].id: len(frame) for node, frame in frames.items()}
@@ -218,11 +217,12 @@ def gather(
             lambda replies: len(replies) == len(frames),
         ):
             member = by_node[node]
-            take(context, intake, member, cores[member.id], row.attempt, key, at, before.get(member.id, ""), message)
+            past = shown.head_of(member.id)
+            take(context, intake, member, cores[member.id], row.attempt, key, shown.at, past, message)
             spent = spent or pool.submit(spending, context.store, cores)
         intake.costs = None if spent is None else spent.result()
     intake.members = {client: (client,) for client in intake.updates}
-    remember(context, at, intake.prefaces)
+    remember(context, shown.at, intake.prefaces)
     return intake
 
 
@@ -244,15 +244,14 @@ def gather_sums(
     """The same under secure aggregation: what comes in are means of groups, by the groups' names."""
     if context.draw is None:
         raise StateError("a run under secure aggregation has no draw", where=f"run {context.run.id[:8]}")
-    receipts, at = receipts_of(context, row.number - 1), context.store.checkpoint()
-    past_heads = {i: known.head for i, known in context.store.witnessed().items()}
+    receipts, shown = receipts_of(context, row.number - 1), Shown.now(context)
 
     def plan_for(member: Member, sharers: Mapping[str, str], shares: Mapping[str, tuple[str, str, str]]) -> bytes:
         told = receipts.get(member.id, ())
-        return seal_plan(context, member, cores[member.id], parent, row.attempt, key, at, told, sharers, shares)
+        return seal_plan(context, member, cores[member.id], parent, row.attempt, key, shown, told, sharers, shares)
 
     def said(member: Member, preface: Preface, where: str) -> Prefaced:
-        return read_preface(preface, member.card, at, past_heads.get(member.id, ""), where)
+        return read_preface(preface, member.card, shown.at, shown.head_of(member.id), where)
 
     store, run = context.store, context.run.id
     known = {s.group: s for s in store.openings(run, row.number)}
@@ -265,7 +264,7 @@ def gather_sums(
             store.keep_opening(Opening(run=run, number=row.number, group=group, clients=json.dumps(alive)))
 
     got = collect(context, link, context.draw, members, cores, row.attempt, key, plan_for, said, before, done, opening)
-    remember(context, at, got.prefaces)
+    remember(context, shown.at, got.prefaces)
     for name, mean in got.means.items():
         store.keep_mean(run, row.number, name, store.blobs.put(vector_to_bytes(mean)))
     for name in done:

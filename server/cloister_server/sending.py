@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from cloister_shared.notes import Checkpoint
 from cloister_shared.plan import Plan, PlanCore, Receipt, closing_bytes
@@ -12,9 +13,32 @@ from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, seal
 from cloister_shared.vectors import F32
 
 from cloister_server.context import Context, Exchange, Member
+from cloister_server.log import Witnessed
 
 CLOSING_SECONDS = 15.0
 MOST_RECEIPTS = 50
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What an exchange shows of the log and goes by; one for all of its clients.
+
+    Attributes:
+        at: The coordinator's head.
+        known: What each site saw and signed last, by client.
+    """
+
+    at: Checkpoint
+    known: Mapping[str, Witnessed]
+
+    @classmethod
+    def now(cls, context: Context) -> Shown:
+        """As it is now."""
+        return cls(context.store.checkpoint(), context.store.witnessed())
+
+    def head_of(self, client: str) -> str:
+        """The newest head of a client's own log that it signed, or nothing."""
+        return self.known[client].head if client in self.known else ""
 
 
 def seal_plan(
@@ -24,14 +48,13 @@ def seal_plan(
     parent: F32,
     attempt: int,
     key: OpeningKey,
-    at: Checkpoint,
+    shown: Shown,
     receipts: tuple[Receipt, ...],
     sharers: Mapping[str, str] | None = None,
     shares: Mapping[str, tuple[str, str, str]] | None = None,
 ) -> bytes:
-    """One client's plan, signed and sealed to it, with the log as it is at ``at``."""
-    view, known = context.store.view_for(member.id, at), context.store.witnessed().get(member.id)
-    own = known.head if known is not None else ""
+    """One client's plan, signed and sealed to it, with what is shown of the log."""
+    view, own = context.store.view_for(member.id, shown.at, shown.known), shown.head_of(member.id)
     plan = Plan(core, attempt, key.sealing_key, int(time.time()), view, receipts, sharers or {}, shares or {}, own)
     return sealed(context, member, Codec.PLAN, plan.to_bytes(parent, context.signing), core.round, attempt, core.digest)
 
@@ -65,7 +88,9 @@ def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]
     out: dict[str, tuple[Receipt, ...]] = {}
     for row in sorted(rows.values(), key=lambda r: r.number)[-MOST_RECEIPTS:]:
         leaf = context.store.commit_leaf(context.run.id, row.number)
-        for client in context.store.clients(context.run.id, row.number) if leaf is not None else ():
+        if leaf is None:
+            continue
+        for client in context.store.clients(context.run.id, row.number):
             update = client.update if client.verdict == "accepted" else ""
             made = Receipt(
                 context.run.id,
@@ -74,8 +99,8 @@ def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]
                 update,
                 client.verdict,
                 row.adapter or "",
-                -1 if leaf is None else leaf.index,
-                "" if leaf is None else leaf.hash.hex(),
+                leaf.index,
+                leaf.hash.hex(),
             )
             out[client.client] = (*out.get(client.client, ()), made.by(context.signing))
     return out
@@ -83,13 +108,18 @@ def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]
 
 def close(context: Context, link: Exchange) -> None:
     """Sends the last round's receipts; a client that does not hear them keeps its update a little longer, nothing else."""
-    receipts, at = receipts_of(context, context.run.rounds), context.store.checkpoint()
+    receipts, shown = receipts_of(context, context.run.rounds), Shown.now(context)
     frames = {
         member.node: sealed(
             context,
             member,
             Codec.CLOSING,
-            closing_bytes(context.run.id, receipts[member.id], context.store.view_for(member.id, at), context.signing),
+            closing_bytes(
+                context.run.id,
+                receipts[member.id],
+                context.store.view_for(member.id, shown.at, shown.known),
+                context.signing,
+            ),
             context.run.rounds,
             1,
             "00" * 32,

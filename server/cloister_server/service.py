@@ -175,12 +175,11 @@ class Registry(registry_pb2_grpc.RegistryServicer):  # type: ignore[misc]
     async def Head(self, request: Any, context: Any) -> Any:  # noqa: N802
         """The newest head and its cosignatures."""
         async with self._call(context):
-            note, known = await _answer(context, lambda: (self._signed(), self._store.witnessed()))
-            lines = {client: [row.size, row.root, row.line] for client, row in known.items() if row.line}
+            note, lines = await _answer(context, self._head)
             return registry_pb2.HeadReply(note=note, cosignatures=canonical(lines))
 
-    def _signed(self) -> str:
-        return self._store.signed_checkpoint(self._store.checkpoint())
+    def _head(self) -> tuple[str, dict[str, tuple[int, str, str]]]:
+        return self._store.signed_checkpoint(self._store.checkpoint()), self._store.cosignatures()
 
     async def Released(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Where an alias points, with proofs."""

@@ -29,7 +29,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlmodel import Field, Session, SQLModel, create_engine, select
 
 from cloister_server.blobs import Blobs
-from cloister_server.log import Leaf, SiteHead, Witnessed, append, commit_body, leaves, membership, size
+from cloister_server.log import Leaf, Witnessed, append, commit_body, leaves, membership, size
 
 
 class Run(SQLModel, table=True):
@@ -434,23 +434,28 @@ class Store:
     def log_members(self, cards: Sequence[SiteCard]) -> None:
         """Sees that the log has exactly these sites as enrolled; what is missing is added, so that a crash between leaves no gap."""
         with self._session() as session:
-            known, now = membership(leaves(session)), {card.name: card for card in cards}
-            for name in sorted(set(known) - {n for n in now if digest(canonical(asdict(now[n]))) == known.get(n)}):
-                append(session, "revoke", {"site": name}, self._signing)
-                session.flush()
-            for name, card in sorted(now.items()):
-                if known.get(name) != digest(canonical(asdict(card))):
-                    append(session, "enrol", {"site": name, "card": asdict(card)}, self._signing)
-                    session.flush()
+            known, now = membership(leaves(session)), {card.name: asdict(card) for card in cards}
+            named = {name: digest(canonical(card)) for name, card in now.items()}
+            for name in sorted(known):
+                if named.get(name) != known[name]:
+                    append(session, "revoke", {"site": name}, self._signing)
+            for name in sorted(now):
+                if named[name] != known.get(name):
+                    append(session, "enrol", {"site": name, "card": now[name]}, self._signing)
 
-    def view_for(self, client: str, at: Checkpoint) -> View:
-        """What a site is shown of the log: its head, the way there from what the site cosigned last, and others' cosignatures."""
-        tree, known = self.tree(), self.witnessed()
+    def view_for(self, client: str, at: Checkpoint, known: Mapping[str, Witnessed]) -> View:
+        """What a site is shown of the log: its head, the way there from what the site cosigned last, and others' cosignatures.
+
+        Args:
+            client: The site.
+            at: The head.
+            known: From ``witnessed``.
+        """
+        tree = self.tree()
         seen = known[client].size if client in known else 0
         start = max(min(seen, at.size), at.size - MAX_HASHES)
         others = {i: Cosignature(row.size, row.line) for i, row in known.items() if i != client and row.line}
-        hashes = tuple(leaf.hash for leaf in self.leaves(start, at.size))
-        return View(at.signed(self._signing), start, tree.range(start).tops, hashes, others)
+        return View(at.signed(self._signing), start, tree.range(start).tops, tuple(tree.hashes(start, at.size)), others)
 
     def keep_witness(self, client: str, at: Checkpoint, line: str, head: Checkpoint, note: str) -> None:
         """Remembers what a site cosigned and the head of its own log; neither goes back."""
@@ -467,10 +472,9 @@ class Store:
         with Session(self._engine) as session:
             return {row.client: row for row in session.exec(select(Witnessed))}
 
-    def site_heads(self, run: str) -> list[SiteHead]:
-        """Heads of the sites' own logs, by round."""
-        with Session(self._engine) as session:
-            return list(session.exec(select(SiteHead).where(SiteHead.run == run).order_by(SiteHead.number)))  # type: ignore[arg-type]
+    def cosignatures(self) -> dict[str, tuple[int, str, str]]:
+        """The newest head that each site cosigned, by client: size, root (hex) and signature line."""
+        return {i: (row.size, row.root, row.line) for i, row in self.witnessed().items() if row.line}
 
     def triggers(self) -> set[str]:
         """The triggers that the database has, as they were made."""
@@ -604,7 +608,6 @@ class Store:
             for name, value in commit.metrics.items():
                 session.add(Metric(run=run, number=number, name=name, value=value))
             session.add_all([*commit.evidence, *commit.summed])
-            session.add_all(SiteHead(run=run, number=number, client=i, note=note) for i, note in commit.heads.items())
             if commit.judgement is not None:
                 session.add(commit.judgement)
             session.flush()  # the triggers let nothing follow the commit

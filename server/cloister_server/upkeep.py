@@ -20,15 +20,13 @@ from cloister_shared import console
 from cloister_shared.encoding import canonical
 from cloister_shared.errors import CloisterError, StateError
 from cloister_shared.signing import SigningKey
+from cloister_shared.witness import LEAF_PURPOSE
 
-from cloister_server.log import PURPOSE
+from cloister_server.here import Home, Json, registry
 from cloister_server.store import Store, triggers
 
 registry_app = typer.Typer(no_args_is_help=True, help="Look after the registry.")
 GRACE_DAYS = 7.0
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Home = Annotated[Path | None, typer.Option("--home", help="Folder of state.")]
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def _leaves(store: Store) -> Iterator[Wrong]:
             yield Wrong(where, f"stands at place {place}", "a leaf is missing: restore the registry")
             return
         try:
-            key.verify(PURPOSE, leaf.record, bytes.fromhex(leaf.signature), where)
+            key.verify(LEAF_PURPOSE, leaf.record, bytes.fromhex(leaf.signature), where)
             record = jsonlib.loads(leaf.record)
             if (record["index"], record["log"], canonical(record)) != (place, store.origin, leaf.record):
                 raise StateError("it says that it is another leaf", where=where)
@@ -123,18 +121,11 @@ def _blob(store: Store, name: str, where: str) -> Iterator[Wrong]:
         yield Wrong(where, error.what, error.mend or "restore the blob from a copy")
 
 
-def _store() -> Store:
-    home = console.coordinator_home()
-    if not (home / "registry.db").is_file():
-        raise StateError("no registry here", where=str(home), mend="cloister run, or --home")
-    return Store(home)
-
-
 @registry_app.command()
 def fsck(json: Json = False, home: Home = None) -> None:
     """Check the whole registry; exit code 1 where something is wrong."""
     console.choose(json, home)
-    found = list(check(_store()))
+    found = list(check(registry()))
     record: dict[str, Any] = {"wrong": [vars(one) for one in found]}
     lines = [f"{one.where}: {one.what}; mend: {one.mend}" for one in found] or ["the registry is whole"]
     console.emit(record, lines)
@@ -151,7 +142,7 @@ def gc(
 ) -> None:
     """Take away blobs that no round, alias, opening or leaf names."""
     console.choose(json, home)
-    store = _store()
+    store = registry()
     gone = unreachable(store, time.time(), grace_days)
     size = sum(path.stat().st_size for path in gone)
     for path in () if dry_run else gone:

@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
     app.command("trust")(trust)
 
 
-def _site_log(home: Path) -> tuple[str, SiteLog, Checkpoint]:
+def _site_log(home: Path) -> tuple[str, SiteLog]:
     from cloister_client.data import open_ledger
     from cloister_client.site import act_as_agent, read_site
 
@@ -38,9 +38,7 @@ def _site_log(home: Path) -> tuple[str, SiteLog, Checkpoint]:
     act_as_agent(site)
     ledger, signing = open_ledger(site), SigningKey.load(site.agent_home / "sign.key")
     origin = log_of_site(read_secret(site.agent_home / "unit.key", 32))
-    records = ledger.records()
-    head = ledger.head(origin)
-    return signing.verify_key.id.hex(), SiteLog(tuple(records), head.signed(signing)), head
+    return signing.verify_key.id.hex(), SiteLog(tuple(ledger.records()), ledger.head(origin).signed(signing))
 
 
 def _federation() -> tuple[tuple[SignedLeaf, ...], str, dict[str, tuple[int, str, str]]]:
@@ -50,8 +48,7 @@ def _federation() -> tuple[tuple[SignedLeaf, ...], str, dict[str, tuple[int, str
     try:
         at = store.checkpoint()
         leaves = tuple(SignedLeaf(one.record, one.key, one.signature) for one in store.leaves(0, at.size))
-        cosignatures = {i: (row.size, row.root, row.line) for i, row in store.witnessed().items() if row.line}
-        return leaves, store.signed_checkpoint(at), cosignatures
+        return leaves, store.signed_checkpoint(at), store.cosignatures()
     finally:
         store.close()
 
@@ -85,7 +82,7 @@ def export(
     if out.exists():
         raise InputError("there is a file already", where=str(out), mend="choose another --out")
     leaves, note, cosignatures = _federation() if here else _fetched(sites)
-    logs = {client: log for client, log, _ in map(_site_log, sites)}
+    logs = dict(map(_site_log, sites))
     files = dict[str, bytes]()
     if adapters and here:
         from cloister_server.store import Store

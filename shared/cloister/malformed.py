@@ -79,7 +79,7 @@ class Forge:
         self, plaintext: bytes, by: SigningKey | None = None, key: OpeningKey | None = None, **fields: object
     ) -> bytes:
         """A signed, sealed reply; ``fields`` falsify its header."""
-        core, by = self.core, by or self.site
+        core, by, plaintext = self.core, by or self.site, Preface().before(plaintext)
         header = Header(
             direction=Direction.TO_COORDINATOR,
             codec=Codec.UPDATE_F32,
@@ -92,11 +92,10 @@ class Forge:
             schema=bytes.fromhex(core.schema),
             plan=bytes.fromhex(core.digest),
             parameters=self.schema.size,
-            length=len(Preface().before(plaintext)),
+            length=len(plaintext),
             time=int(time.time()),
             nonce=os.urandom(16),
         )
-        plaintext = Preface().before(plaintext)
         return seal(replace(header, **fields), plaintext, (key or self.key).sealing_key, by)  # type: ignore[arg-type]
 
     def honest(self) -> bytes:

@@ -54,6 +54,10 @@ class Tree:
             if height == len(self._levels):
                 self._levels.append([])
 
+    def hashes(self, start: int, end: int) -> list[bytes]:
+        """Hashes of the leaves from ``start`` up to ``end``; of those that there are."""
+        return self._levels[0][start:end]
+
     def root(self, size: int | None = None) -> bytes:
         """The root of the first ``size`` leaves, all by default; ``EMPTY`` of none.
 

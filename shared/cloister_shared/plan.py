@@ -29,6 +29,8 @@ from cloister_shared.witness import View
 
 PURPOSE = "plan"
 CLOSING_PURPOSE, RECEIPT_PURPOSE = "closing", "receipt"
+# What a site signs where a work that was reserved came to nothing.
+VOID_PURPOSE = "nothing-left"
 FORMAT = "cloister-plan/1"
 TaskKind = Literal["text-classification", "causal-lm"]
 TASK_KINDS = ("text-classification", "causal-lm")

@@ -18,6 +18,9 @@ from cloister_shared.merkle import Range
 from cloister_shared.notes import Checkpoint, read_checkpoint, read_cosignature
 from cloister_shared.signing import VerifyKey
 
+# What a keeper signs a leaf for, and the kinds that there are.
+LEAF_PURPOSE = "log-leaf"
+LEAF_KINDS = ("policy", "enrol", "revoke", "spend", "round_commit", "alias_set", "export", "recovery", "incident")
 MAX_HASHES = 50_000
 MAX_COSIGNATURES = 1000
 

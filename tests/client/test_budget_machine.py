@@ -14,12 +14,12 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from cloister_client.budget import VOID_PURPOSE, Ledger
+from cloister_client.budget import Ledger
 from cloister_client.standing import Limits, Reservation
 from cloister_model.text import Source
 from cloister_shared.encoding import canonical, digest, write_durably
 from cloister_shared.errors import RefusedError, StateError, VerificationError
-from cloister_shared.plan import PlanCore
+from cloister_shared.plan import VOID_PURPOSE, PlanCore
 from cloister_shared.privacy import DpSgd, epsilon, epsilon_rdp
 from cloister_shared.signing import SigningKey
 from hypothesis import HealthCheck, Phase, given, settings

@@ -15,7 +15,7 @@ from cloister_client.budget import Ledger
 from cloister_flower.frames import reply
 from cloister_server import rounds, sending
 from cloister_server.intake import WENT_BACK
-from cloister_server.log import PURPOSE, membership
+from cloister_server.log import membership
 from cloister_server.rounds import one_round, run_rounds
 from cloister_server.store import Store
 from cloister_shared.answers import Preface
@@ -25,6 +25,7 @@ from cloister_shared.merkle import Tree, check_consistency, leaf_hash
 from cloister_shared.notes import Checkpoint, read_checkpoint
 from cloister_shared.plan import Receipt
 from cloister_shared.signing import SigningKey
+from cloister_shared.witness import LEAF_PURPOSE
 
 from support.server_world import Loopback, World, forged_vector, make_world
 
@@ -53,7 +54,7 @@ def test_a_run_is_logged_witnessed_and_acknowledged(world: World) -> None:
     for index, leaf in enumerate(found):
         record = json.loads(leaf.record)
         assert (record["index"], record["log"], record["kind"]) == (index, world.store.origin, leaf.kind)
-        world.coordinator.signing.verify_key.verify(PURPOSE, leaf.record, bytes.fromhex(leaf.signature), "test")
+        world.coordinator.signing.verify_key.verify(LEAF_PURPOSE, leaf.record, bytes.fromhex(leaf.signature), "test")
     assert world.store.tree().root() == Tree(leaf_hash(leaf.record) for leaf in found).root()
     commit = json.loads(found[2].record)
     assert commit["round"] == 2
@@ -281,7 +282,7 @@ def test_ones_own_cosignature_is_nobody_elses(world: World) -> None:
     desk.witness = replace(desk.witness, peers=own, least=1)
     one_round(context, world.link, 1)
     row = world.store.witnessed()[world.id_of(100)]
-    view = world.store.view_for("somebody", world.store.checkpoint())
+    view = world.store.view_for("somebody", world.store.checkpoint(), world.store.witnessed())
     seen = desk.ledger.seen_head(desk.witness.origin)
     assert row.line
     with pytest.raises(RefusedError, match="too few"):

@@ -120,7 +120,8 @@ class Evil:
     def plan(self, site: str, core: PlanCore, attempt: int, sharers: Mapping[str, str], said: Mapping[str, Any]) -> Any:
         """Sends a plan with the shares that ``said`` has for the site; the masked update."""
         shares = {j: self.share_for(said[j], site) for j in sharers if j != site}
-        view = self.world.store.view_for(site, self.world.store.checkpoint())
+        store = self.world.store
+        view = store.view_for(site, store.checkpoint(), store.witnessed())
         made = Plan(core, attempt, self.key.sealing_key, int(time.time()), view, (), sharers, shares)
         plaintext = made.to_bytes(self.parent, self.world.coordinator.signing)
         return self.send(site, Codec.PLAN, core.round, attempt, plaintext, core.digest)
@@ -147,7 +148,12 @@ class Evil:
             Codec.CLOSING,
             1,
             1,
-            closing_bytes(self.run, (receipt,), self.world.store.view_for(site, at), self.world.coordinator.signing),
+            closing_bytes(
+                self.run,
+                (receipt,),
+                self.world.store.view_for(site, at, self.world.store.witnessed()),
+                self.world.coordinator.signing,
+            ),
         )
 
     def truth(self, site: str, core: PlanCore) -> F32:

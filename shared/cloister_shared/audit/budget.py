@@ -21,8 +21,8 @@ from cloister_shared.audit.sites import Ledger, Step
 Steps = tuple[tuple[Step, int], ...]
 # A published figure may be above this accountant's, never below it by more than the two's numerical error.
 TOLERANCE = 0.02
-# Integers: at fractional orders the series does not converge for small noise, and the bound holds at any set of orders.
 _FAR_ABOVE = 100.0
+# Integers: at fractional orders the series does not converge for small noise, and the bound holds at any set of orders.
 _ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512)
 
 

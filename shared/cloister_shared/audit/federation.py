@@ -5,6 +5,7 @@ Each kind of leaf has its form; a leaf of another kind or form is a violation. W
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +17,8 @@ from cloister_shared.errors import CloisterError, VerificationError
 from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import Checkpoint, read_checkpoint, read_cosignature
 from cloister_shared.signing import VerifyKey
-from cloister_shared.witness import log_of_federation
+from cloister_shared.witness import LEAF_KINDS, LEAF_PURPOSE, log_of_federation
 
-PURPOSE = "log-leaf"
-FORMS = ("policy", "enrol", "revoke", "spend", "round_commit", "alias_set", "export", "recovery", "incident")
 _FAR = 1 << 53
 
 
@@ -121,7 +120,7 @@ def check_federation(bundle: Bundle, trust: Trust, findings: Findings) -> Histor
         where, record = f"leaf {index}", dict[str, Any]()
         history.tree.append(leaf_hash(leaf.record))
         try:
-            trust.federation.verify(PURPOSE, leaf.record, bytes.fromhex(leaf.signature), where)
+            trust.federation.verify(LEAF_PURPOSE, leaf.record, bytes.fromhex(leaf.signature), where)
             record = record_of(leaf.record, where)
         except (CloisterError, *MALFORMED) as error:
             findings.violation("leaf-signature", where, str(error)[:300])
@@ -188,7 +187,7 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
             continue
         try:
             number(record, "at", 0, _FAR)
-            if kind not in FORMS:
+            if kind not in LEAF_KINDS:
                 raise ValueError(f"no such kind of leaf: {str(kind)[:40]}")
             if kind == "enrol":
                 site, key = words(record, "site"), VerifyKey.from_hex(str(record["card"]["key"]), where)
@@ -280,8 +279,6 @@ def _commit(record: dict[str, Any], index: int) -> RoundCommit:
 
 
 def _ids(one: dict[str, Any]) -> list[Any]:
-    import json
-
     found = json.loads(words(one, "clients"))
     if not isinstance(found, list):
         raise ValueError("a sum without clients")

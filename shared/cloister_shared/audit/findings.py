@@ -37,15 +37,19 @@ class Findings:
 
     def violation(self, code: str, where: str, what: str) -> None:
         """Something that may not be."""
-        self.found.append(Finding("violation", code, printable(where), printable(what)))
+        self._add("violation", code, where, what)
 
     def incomplete(self, code: str, where: str, what: str) -> None:
         """Something that could not be checked."""
-        self.found.append(Finding("incomplete", code, printable(where), printable(what)))
+        self._add("incomplete", code, where, what)
 
     def fork(self, code: str, where: str, what: str) -> None:
         """A log that went back or has two histories."""
-        self.found.append(Finding("fork", code, printable(where), printable(what)))
+        self._add("fork", code, where, what)
+
+    def _add(self, kind: Kind, code: str, where: str, what: str) -> None:
+        # What a bundle says is in both.
+        self.found.append(Finding(kind, code, printable(where), printable(what)))
 
     @property
     def exit_code(self) -> int:

@@ -18,11 +18,10 @@ from cloister_shared.encoding import canonical
 from cloister_shared.errors import CloisterError, VerificationError
 from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import read_checkpoint
-from cloister_shared.plan import Receipt
+from cloister_shared.plan import VOID_PURPOSE, Receipt
 from cloister_shared.signing import VerifyKey
 from cloister_shared.witness import log_of_federation
 
-VOID_PURPOSE = "nothing-left"
 _CLOSES = {"spend": "spent", "lose": "lost", "void": "void"}
 _FAR = 1 << 53
 Step = tuple[float, float]
@@ -294,9 +293,7 @@ def _receipt(
         return
     # What the coordinator signed then must be in its log now, at that place, and say the same.
     commit = next((c for c in history.commits if c.index == receipt.index), None)
-    found = receipt.index < len(history.tree) and history.tree.range(receipt.index + 1) == history.tree.range(
-        receipt.index
-    ).extended([bytes.fromhex(receipt.leaf)])
+    found = history.tree.hashes(receipt.index, receipt.index + 1) == [bytes.fromhex(receipt.leaf)]
     if not found:
         findings.fork(
             "receipt",
