@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cloister_shared.errors import RefusedError
@@ -22,27 +22,51 @@ from cloister_shared.plan import NoisedNumber, PlanCore
 from cloister_shared.privacy import ACCOUNTANT, DpSgd, epsilon
 
 from cloister_server.federation import ClientLevel
-from cloister_server.store import NoisedSum, Round, RoundClient, Store
+from cloister_server.store import Store
+from cloister_server.tables import NoisedSum, Privacy, Round, RoundClient
 
 REFUSED = "refused-by-site"
 
 
-def spending(store: Store, cores: dict[str, PlanCore]) -> dict[str, tuple[float, float]]:
-    """Epsilon of each client's whole history as the coordinator knows it, without this round and with it.
+@dataclass(frozen=True)
+class Cost:
+    """Epsilon of one client's history as the coordinator knows it, without a round and with it.
+
+    Attributes:
+        before: Of all runs, without it.
+        after: Of all runs, with it.
+        run_before: Of its own run, without it.
+        run_after: Of its own run, with it.
+    """
+
+    before: float
+    after: float
+    run_before: float
+    run_after: float
+
+
+def spending(store: Store, cores: dict[str, PlanCore]) -> dict[str, Cost]:
+    """What each client's history costs, without this round and with it.
 
     Every attempt that may have been charged counts; a site's own ledger is the authority.
     """
     out = {}
     for client, core in cores.items():
-        history, delta = charged_events(store, client, (core.run, core.round)), core.training.delta
-        out[client] = epsilon(history, delta), epsilon([*history, *core.events], delta)
+        delta, asked = core.training.delta, store.asked(client)
+        of_run = [c for c in asked if c.run == core.run]
+        found = [
+            epsilon([*charged_events(rows, (core.run, core.round)), *more], delta)
+            for rows in (asked, of_run)
+            for more in ((), core.events)
+        ]
+        out[client] = Cost(*found)
     return out
 
 
-def charged_events(store: Store, client: str, now: tuple[str, int] | None = None) -> list[DpSgd]:
+def charged_events(asked: Sequence[RoundClient], now: tuple[str, int] | None = None) -> list[DpSgd]:
     """What a client may have been charged so far; ``now`` is the run and round in hand, whose open row is not an old one."""
     history = []
-    for c in store.asked(client):
+    for c in asked:
         # Another row still open is of a coordinator that died: its attempt may have been charged.
         times = c.charged if (c.run, c.number) == now or c.verdict != "open" else max(1, c.charged)
         if times:
@@ -55,9 +79,10 @@ def charged_events(store: Store, client: str, now: tuple[str, int] | None = None
 def record_costs(
     changes: dict[str, dict[str, Any]],
     sizes: dict[str, int],
-    costs: dict[str, tuple[float, float]],
+    costs: dict[str, Cost],
     earlier: dict[str, RoundClient],
-) -> None:
+    unit: str,
+) -> list[Privacy]:
     """Adds to each client's record what it cost: bytes sent, epsilon so far.
 
     A client that did not answer may have been charged; one that is away now loses what an earlier attempt had of it.
@@ -67,8 +92,13 @@ def record_costs(
         sizes: Bytes sent, by id of those that were sent anything.
         costs: From ``spending``; one for each client of the round.
         earlier: The round's rows as they were before this attempt, by id.
+        unit: The privacy unit of the statements.
+
+    Returns:
+        The same as rows of the registry.
     """
-    for client, (before, after) in costs.items():
+    rows = []
+    for client, cost in costs.items():
         why = "no reply before the deadline" if client in sizes else "not online"
         missing = {"verdict": "missing", "reason": why, "received_bytes": 0, "update": "", "report": ""}
         change = changes.setdefault(client, missing)
@@ -79,8 +109,21 @@ def record_costs(
         change |= {
             "sent_bytes": sizes.get(client, 0),
             "charged": known.charged + (0 if free else 1),
-            "epsilon": before if free else after,
+            "epsilon": cost.before if free else cost.after,
         }
+        rows.append(
+            Privacy(
+                run=known.run,
+                number=known.number,
+                client=client,
+                scope="record",
+                unit=unit,
+                epsilon=cost.run_before if free else cost.run_after,
+                delta=known.delta,
+                lifetime=cost.before if free else cost.after,
+            )
+        )
+    return rows
 
 
 def events_of(sums: Sequence[NoisedSum]) -> list[DpSgd]:

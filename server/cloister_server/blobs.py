@@ -1,44 +1,116 @@
-"""Content-addressed blobs in a folder: written temp, fsync, rename; named by digest alone; digest checked at every read."""
+"""Content-addressed blobs behind fsspec: a folder by default, an object store by URL; named by digest alone, digest checked at every read.
+
+In a folder a blob is written temp, fsync, rename. An object store shows an object whole or not at all; its credentials are its driver's
+business (environment, files of its own) and never stand in the URL.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from cloister_shared.encoding import digest, write_durably
-from cloister_shared.errors import VerificationError
+from cloister_shared.errors import InputError, StateError, VerificationError
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+# Those that cross a network do so encrypted.
+SCHEMES = ("file", "memory", "s3", "gs", "gcs", "az", "abfs", "sftp")
+_MEND = "restore it from a copy of the registry"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A blob that is there.
+
+    Attributes:
+        name: Its digest.
+        bytes: Its size.
+        modified: When it was written, seconds since 1970; None where the store does not say.
+    """
+
+    name: str
+    bytes: int
+    modified: float | None
+
+
+def checked_place(text: str, where: str) -> str:
+    """Reads the place of blobs.
+
+    Args:
+        text: A URL, for example ``s3://bucket/cloister``.
+        where: For errors.
+
+    Raises:
+        InputError: Not such a URL, or credentials in it.
+    """
+    parts = urlsplit(text)
+    if parts.scheme not in SCHEMES or "::" in text:
+        raise InputError("not a place for blobs", where=where, expected=f"{', '.join(SCHEMES)}://…", got=parts.scheme)
+    if parts.password is not None or parts.query:
+        raise InputError(
+            "credentials are in the URL, where others read them", where=where, mend="its driver's own settings"
+        )
+    return text
 
 
 class Blobs:
-    """A folder of blobs.
+    """A place for blobs.
 
     Args:
-        root: The folder.
+        place: A URL, from ``checked_place``.
+
+    Raises:
+        InputError: The driver for it is not installed.
+        StateError: It cannot be reached.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    def __init__(self, place: str) -> None:
+        self.place = place
+        with self._reached(place):
+            try:
+                self._files, self._root = url_to_fs(place)
+            except (ImportError, ValueError) as error:
+                raise InputError(
+                    "this place for blobs needs a driver", where=place, got=str(error)[:200], mend="pip install it"
+                ) from error
+            self._folder = Path(self._root) if isinstance(self._files, LocalFileSystem) else None
+            if self._folder is not None:
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def path(self, name: str) -> Path:
-        """Where the blob of this digest lies.
+    def address(self, name: str) -> str:
+        """Where the blob of this digest lies, inside the place's file system.
 
         Raises:
             VerificationError: Not a digest.
         """
         if not _DIGEST.fullmatch(name):
-            raise VerificationError("not a digest", where=str(self.root), expected="64 hex digits", got=repr(name)[:80])
-        return self.root / name[:2] / name
+            raise VerificationError("not a digest", where=self.place, expected="64 hex digits", got=repr(name)[:80])
+        return f"{self._root}/{name[:2]}/{name}"
 
     def put(self, data: bytes) -> str:
-        """Stores ``data`` durably; returns its digest. Storing the same bytes again changes nothing."""
+        """Stores ``data`` durably; returns its digest. The same bytes again change nothing, and mend a blob that was damaged.
+
+        Raises:
+            StateError: The place refused it.
+        """
         name = digest(data)
-        path = self.path(name)
-        if not path.exists():
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            write_durably(path, data)
+        address = self.address(name)
+        with self._reached(address):
+            if self._folder is not None:
+                if Path(address).is_file() and Path(address).read_bytes() == data:
+                    os.utime(address)  # young again: somebody is about to name it
+                    return name
+                Path(address).parent.mkdir(mode=0o700, exist_ok=True)
+                write_durably(Path(address), data)
+            else:
+                self._files.pipe_file(address, data)
         return name
 
     def get(self, name: str) -> bytes:
@@ -46,23 +118,74 @@ class Blobs:
 
         Raises:
             VerificationError: It is missing, or its bytes are not what its name says.
+            StateError: The place cannot be reached.
         """
-        path = self.path(name)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise VerificationError(
-                "blob is missing",
-                where=str(path),
-                got=error.strerror or str(error),
-                mend="restore it from a copy of the registry",
-            ) from error
+        address = self.address(name)
+        with self._reached(address):
+            try:
+                data: bytes = self._files.cat_file(address)
+            except FileNotFoundError as error:
+                raise VerificationError("blob is missing", where=address, got="no such file", mend=_MEND) from error
         if digest(data) != name:
             raise VerificationError(
-                "blob was changed",
-                where=str(path),
-                expected=name[:16],
-                got=digest(data)[:16],
-                mend="restore it from a copy of the registry",
+                "blob was changed", where=address, expected=name[:16], got=digest(data)[:16], mend=_MEND
             )
         return data
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a blob; None where it is not there.
+
+        Raises:
+            StateError: The place cannot be reached.
+        """
+        address = self.address(name)
+        with self._reached(address):
+            self._files.invalidate_cache()
+            try:
+                return int(self._files.size(address))
+            except FileNotFoundError:
+                return None
+
+    def stored(self) -> Iterator[Stored]:
+        """Every blob that is there, by name.
+
+        Raises:
+            StateError: The place cannot be reached.
+        """
+        with self._reached(self.place):
+            self._files.invalidate_cache()
+            for address, facts in sorted(self._files.find(self._root, detail=True).items()):
+                name = address.rsplit("/", 1)[-1]
+                if _DIGEST.fullmatch(name):
+                    yield Stored(name, int(facts["size"]), self._modified(address))
+
+    def delete(self, name: str) -> None:
+        """Takes a blob away; one that is gone already is no error.
+
+        Raises:
+            StateError: The place refused.
+        """
+        address = self.address(name)
+        with self._reached(address):
+            try:
+                self._files.rm_file(address)
+            except FileNotFoundError:
+                return
+
+    def _modified(self, address: str) -> float | None:
+        try:
+            return float(self._files.modified(address).timestamp())
+        except NotImplementedError:
+            return None
+
+    @contextmanager
+    def _reached(self, where: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StateError(
+                "the place for blobs fails",
+                where=where,
+                got=(error.strerror or str(error))[:200],
+                mend="free space, or fix its permissions",
+            ) from error

@@ -14,7 +14,8 @@ from cloister_shared.vectors import Schema
 
 from cloister_server.federation import Federation
 from cloister_server.judge import Judge
-from cloister_server.store import Run, Store
+from cloister_server.store import Store
+from cloister_server.tables import Run
 
 Tell = Callable[..., None]
 

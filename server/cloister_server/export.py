@@ -23,7 +23,8 @@ from cloister_shared.vectors import F32, Schema, from_safetensors, to_safetensor
 
 from cloister_server.accounting import client_level_line, client_level_statement
 from cloister_server.judge import RECALL
-from cloister_server.store import RoundClient, Run, Store
+from cloister_server.store import Store
+from cloister_server.tables import RoundClient, Run
 
 _CARD = """---
 library_name: peft

@@ -2,7 +2,7 @@
 
     coordinator/  0700: federation.toml, sign.key, control.token, superexec.secret, tls/, card.json (public),
                   sites/NAME.json (admitted cards), revoked/ (cards that were), invitations/, certificates/ (serials),
-                  superlink.db, registry.db, blobs/
+                  superlink.db, storage.json, registry.db, blobs/
 
 Settings are checked whole before anything is made of them.
 """
@@ -23,7 +23,7 @@ from cloister_shared.cards import (
     split_address,
 )
 from cloister_shared.draw import LEAST_GROUP, MOST_GROUP
-from cloister_shared.encoding import write_durably
+from cloister_shared.encoding import digest, write_durably
 from cloister_shared.errors import InputError, VerificationError
 from cloister_shared.plan import (
     LINEAR_RULES,
@@ -43,6 +43,7 @@ from cloister_shared.tls import make_site_ca, make_tls
 
 from cloister_server.robust import BY_COORDINATE, MIXED, least
 from cloister_server.robust import RULES as RULES_OF_ROWS
+from cloister_server.storage import checked, read_storage, write_storage
 
 # The recipe for a head on features of length 28, and for LoRA: bench/results has the tables they come from.
 WORDS, HEAD_RATE = 4096, 0.6
@@ -126,6 +127,7 @@ class Federation:
 
     Attributes:
         path: The file.
+        digest: SHA-256 of its bytes, hex.
         name: The federation's name.
         address: ``host:port`` of the SuperLink.
         base: ``minilm`` or a folder.
@@ -153,9 +155,11 @@ class Federation:
         public: Labelled text for everybody, which the head starts from, or None.
         secure_group: Under secure aggregation, least sites of a group; None without.
         service: Where sites enrol by token and ask the registry; None where keys are exchanged as files alone.
+        storage: Where the registry lies: database and blobs, each empty for the coordinator's folder.
     """
 
     path: Path
+    digest: str
     name: str
     address: str
     base: str
@@ -183,6 +187,7 @@ class Federation:
     public: Source | None
     secure_group: int | None
     service: Service | None
+    storage: tuple[str, str]
 
 
 def _rule(table: Table, private: bool) -> Rule:
@@ -331,13 +336,14 @@ def read_federation(path: Path) -> Federation:
     table = read_toml(path, "federation")
     names = ("task", "training", "aggregation", "privacy", "round", "held_out", "public", "noised", "defence")
     task, training, aggregation, privacy, waiting, held, public, numbers, defence = map(table.table, names)
-    secure, service = table.table("secure_aggregation"), table.table("registry")
+    secure, service, storage = (table.table(n) for n in ("secure_aggregation", "registry", "storage"))
     rule = _rule(aggregation, private=True)
     client_level = privacy.table("client_level")
     min_clients = waiting.integer("min_clients", 1, 1_000_000, 2)
     spec = _task(task, rule)
     federation = Federation(
         path=path.resolve(),
+        digest=digest(path.read_bytes()),
         name=check_name(table.text("name"), str(path)),
         address=table.text("address"),
         base=table.text("base", "minilm"),
@@ -374,10 +380,12 @@ def read_federation(path: Path) -> Federation:
             secure, rule, bool(client_level.written), bool(numbers.written or "reports" in training.written)
         ),
         service=_service(service),
+        storage=(storage.text("database", ""), storage.text("blobs", "")),
     )
     for part in (
         secure,
         service,
+        storage,
         task,
         training,
         aggregation,
@@ -477,8 +485,9 @@ def init(home: Path, federation: Federation, base_digest: str, bundle: str) -> C
     """
     if (home / "card.json").exists():
         raise InputError("there is a coordinator here already", where=str(home), mend="choose another --home")
-    for folder in (home, home / "tls", home / "sites", home / "blobs"):
+    for folder in (home, home / "tls", home / "sites"):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_storage(home, *federation.storage)
     signing = SigningKey.generate()
     signing.save(home / "sign.key")
     host, _ = split_address(federation.address, "address")
@@ -529,6 +538,14 @@ def open_coordinator(home: Path, federation: Federation | None = None) -> Coordi
             expected=f"{card.federation}: {card.task}, {len(card.labels)} labels",
             got=f"{federation.name}: {federation.task.kind}, {len(federation.task.labels)} labels",
             mend="restore them, or make a new federation",
+        )
+    named = dict(zip(("database", "blobs"), federation.storage, strict=True))
+    if checked(home, named, f"{federation.path} [storage]") != read_storage(home):
+        raise InputError(
+            "the settings have the registry elsewhere than it was made",
+            where=f"{federation.path} [storage]",
+            expected=str(home / "storage.json"),
+            mend="restore [storage]; to move a registry, move database and blobs and change both files",
         )
     return Coordinator(home, federation, SigningKey.load(home / "sign.key"), card)
 

@@ -9,6 +9,7 @@ import typer
 from cloister_shared import console
 from cloister_shared.errors import StateError
 
+from cloister_server.storage import has_registry
 from cloister_server.store import Store
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -23,6 +24,6 @@ def registry() -> Store:
         StateError: There is none.
     """
     home = console.coordinator_home()
-    if not (home / "registry.db").is_file():
+    if not has_registry(home):
         raise StateError("no registry here", where=str(home), mend="cloister demo, cloister run, or --home")
     return Store(home)

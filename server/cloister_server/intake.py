@@ -22,7 +22,7 @@ from cloister_shared.plan import PlanCore
 from cloister_shared.sealing import Codec, Direction, OpeningKey, open_envelope
 from cloister_shared.vectors import F32, Schema, vector_from_bytes, vector_to_bytes
 
-from cloister_server.accounting import REFUSED
+from cloister_server.accounting import REFUSED, Cost
 from cloister_server.admission import admit_update
 from cloister_server.context import Context, Member
 
@@ -48,7 +48,7 @@ class Intake:
     members: dict[str, tuple[str, ...]] = field(default_factory=dict)
     asked: dict[str, int] = field(default_factory=dict)
     stages_seconds: float = 0.0
-    costs: dict[str, tuple[float, float]] | None = None
+    costs: dict[str, Cost] | None = None
     prefaces: dict[str, Prefaced] = field(default_factory=dict)
 
 

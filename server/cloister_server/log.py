@@ -20,37 +20,11 @@ from typing import Any
 
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import StateError
-from cloister_shared.merkle import leaf_hash
 from cloister_shared.signing import SigningKey
 from cloister_shared.witness import LEAF_KINDS, LEAF_PURPOSE, log_of_federation
-from sqlmodel import Field, Session, SQLModel, func, select
+from sqlmodel import Session, func, select
 
-
-class Leaf(SQLModel, table=True):
-    """A leaf: the signed bytes, and who signed them. Never changed."""
-
-    __tablename__ = "log_leaf"
-    index: int = Field(primary_key=True)
-    kind: str
-    record: bytes
-    key: str
-    signature: str
-
-    @property
-    def hash(self) -> bytes:
-        """Its hash, 32 bytes."""
-        return leaf_hash(self.record)
-
-
-class Witnessed(SQLModel, table=True):
-    """The newest head of this log that a site cosigned, and the newest of the site's own log that it signed."""
-
-    client: str = Field(primary_key=True)
-    size: int = 0
-    root: str = ""
-    line: str = ""
-    head_size: int = 0
-    head: str = ""
+from cloister_server.tables import Leaf
 
 
 def append(session: Session, kind: str, body: Mapping[str, Any], by: SigningKey) -> Leaf:

@@ -17,7 +17,8 @@ from cloister_shared.vectors import Schema, from_safetensors
 
 from cloister_server.compare import fields, modules
 from cloister_server.here import Home, Json, RunName, registry
-from cloister_server.store import Round, Run, Store
+from cloister_server.store import Store
+from cloister_server.tables import Round, Run
 
 
 def register(app: typer.Typer) -> None:

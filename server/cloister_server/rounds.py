@@ -20,6 +20,7 @@ import numpy as np
 from cloister_shared.answers import Preface
 from cloister_shared.encoding import digest
 from cloister_shared.errors import RefusedError, StateError
+from cloister_shared.installed import code_version, lock_digest
 from cloister_shared.notes import Checkpoint
 from cloister_shared.plan import PlanCore, SecureSum
 from cloister_shared.sealing import OpeningKey
@@ -32,7 +33,7 @@ from cloister_shared.vectors import (
     vector_to_bytes,
 )
 
-from cloister_server.accounting import charge, foresee, record_costs, spending
+from cloister_server.accounting import Cost, charge, foresee, record_costs, spending
 from cloister_server.admission import reaches
 from cloister_server.aggregation import Aggregate, noised_mean
 from cloister_server.context import Context, Exchange, Member
@@ -43,7 +44,18 @@ from cloister_server.peers import predicted_norm
 from cloister_server.planning import in_round, summed_rate
 from cloister_server.secure import collect, opened_before
 from cloister_server.sending import Shown, close, receipts_of, seal_plan
-from cloister_server.store import Commit, Evidence, Judgement, NoisedSum, Opening, Round, RoundClient, Summed
+from cloister_server.store import Commit
+from cloister_server.tables import (
+    AGGREGATING,
+    OPEN,
+    Evidence,
+    Judgement,
+    NoisedSum,
+    Opening,
+    Round,
+    RoundClient,
+    Summed,
+)
 
 MOST_HOLDS = 3
 
@@ -90,15 +102,18 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
         foresee(store, federation.client_level, 1)
     before = store.last_committed(context.run.id)
     parent = from_safetensors(store.adapter(before.adapter or ""), context.schema, "parent adapter")
-    row, clients = open_round(context, number, parent)
+    row, clients = plan_round(context, number, parent)
     cores = {c.client: PlanCore.from_dict(json.loads(c.core)) for c in clients}
     members = {m.id: m for m in context.members if m.id in cores}
     key = OpeningKey.generate()
     context.tell("round", number=number, rounds=context.run.rounds, attempt=row.attempt, cohort=len(members))
+    store.advance(context.run.id, number, OPEN)
     try:
         intake = (gather if context.draw is None else gather_sums)(context, link, members, cores, row, parent, key)
     finally:
         key.erase()
+    store.advance(context.run.id, number, AGGREGATING)
+    context.tell("aggregating", number=number)
     for client, change in intake.changes.items():
         if change["verdict"] == WENT_BACK:
             said = {"what": "a site's own log went back", "client": client, "reason": change["reason"]}
@@ -108,9 +123,10 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
         del intake.updates[client], intake.members[client]
         intake.changes[client] |= {"verdict": "revoked", "reason": "revoked while the round ran", "report": ""}
     costs = intake.costs or spending(store, cores)
-    record_costs(intake.changes, intake.asked, costs, {c.client: c for c in clients})
+    unit = " and ".join(sorted({m.card.unit for m in members.values()}))
+    privacy = record_costs(intake.changes, intake.asked, costs, {c.client: c for c in clients}, unit)
     if sum(map(len, intake.members.values())) < federation.min_clients:
-        store.abort_round(context.run.id, number, intake.changes)
+        store.abort_round(context.run.id, number, intake.changes, privacy)
         inside = {client for group in intake.members.values() for client in group}
         why = "; ".join(
             f"{m.card.name}: {intake.changes[m.id].get('reason') or intake.changes[m.id]['verdict']}"
@@ -166,6 +182,7 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
             evidence,
             seen(context, number, cores, intake),
             {client: one.note for client, one in intake.prefaces.items()},
+            privacy,
         ),
     )
     context.tell(
@@ -209,7 +226,7 @@ def gather(
     intake.asked = {by_node[node].id: len(frame) for node, frame in frames.items()}
     with ThreadPoolExecutor(1) as pool:
         # Accounting takes a core for a moment: from the first reply on, when a site here is done, not when all begin.
-        spent: Future[dict[str, tuple[float, float]]] | None = None
+        spent: Future[dict[str, Cost]] | None = None
         for node, message in link.exchange(
             frames,
             f"{row.number}.{row.attempt}",
@@ -419,7 +436,7 @@ def _unlike(context: Context, group: tuple[str, ...]) -> tuple[tuple[float, ...]
     return tuple(found[i][0] for i in group), tuple(found[i][1] for i in group)
 
 
-def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[RoundClient]]:
+def plan_round(context: Context, number: int, parent: F32) -> tuple[Round, list[RoundClient]]:
     """Writes down what will be asked, before it is asked; a round that was open keeps its work."""
     # Once: every signature of the draw is checked for it.
     group_of = {} if context.draw is None else {site: group for group in context.draw.groups() for site in group}
@@ -469,6 +486,13 @@ def open_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
                 delta=spec.delta,
             )
         )
-    return context.store.open_round(
-        Round(run=context.run.id, number=number, state="open", parent=parent_digest, opened=time.time()), entries
+    row = Round(
+        run=context.run.id,
+        number=number,
+        parent=parent_digest,
+        opened=time.time(),
+        config=context.federation.digest,
+        code=code_version(),
+        lock=lock_digest(),
     )
+    return context.store.plan_round(row, entries)

@@ -19,11 +19,11 @@ from cloister_flower.control import Control
 from cloister_flower.grid import Link
 from cloister_model.base import find_base
 from cloister_model.build import Adapted, build, frozen_schema, read_vector, schema_of, set_centre
-from cloister_shared import __version__
 from cloister_shared.cards import SiteCard
 from cloister_shared.draw import Transcript
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.frozen_a import frozen_digest
+from cloister_shared.installed import code_version
 from cloister_shared.plan import PlanCore, TaskSpec, TrainingSpec
 from cloister_shared.privacy import epsilon
 from cloister_shared.vectors import Schema, to_safetensors
@@ -36,7 +36,8 @@ from cloister_server.judge import HeldOutJudge, Judge, NoJudge
 from cloister_server.own_text import begin, check_apart, read_own
 from cloister_server.planning import run_events, training_for
 from cloister_server.rounds import run_rounds
-from cloister_server.store import Run, Store
+from cloister_server.store import Store
+from cloister_server.tables import Model, Run
 
 # What a resumed run takes from the registry, whatever its settings say by now.
 KEPT = (
@@ -139,12 +140,13 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
                 task=json.dumps(asdict(task)),
                 rule=federation.rule,
                 tensors=json.dumps(schema.as_list()),
-                code=f"cloister {__version__}",
+                code=code_version(),
+                tokenizer=base.tokenizer,
                 config=json.dumps(run_config(federation, model, base.digest)),
             )
-            store.start_run(
-                run, to_safetensors(read_vector(model), schema, {"run": run.id, "round": "0", "base": base.digest})
-            )
+            named = {"run": run.id, "round": "0", "base": base.digest}
+            used = Model(digest=base.digest, source=federation.base, tokenizer=base.tokenizer, kind=task.kind)
+            store.start_run(run, to_safetensors(read_vector(model), schema, named), used)
         else:
             if changed := changed_settings(json.loads(run.config)["settings"], federation.path.read_text()):
                 tell("settings", kept=[k for k in changed if k in KEPT], taken=[k for k in changed if k not in KEPT])

@@ -13,7 +13,7 @@ from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, seal
 from cloister_shared.vectors import F32
 
 from cloister_server.context import Context, Exchange, Member
-from cloister_server.log import Witnessed
+from cloister_server.tables import Witnessed
 
 CLOSING_SECONDS = 15.0
 MOST_RECEIPTS = 50

@@ -38,8 +38,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from cloister_server.enrolment import Caller, caller, invited, redeem, renew
 from cloister_server.federation import Coordinator, open_coordinator
-from cloister_server.log import Leaf
 from cloister_server.store import Store
+from cloister_server.tables import Leaf
 
 ENROLMENT, REGISTRY = "enrolment", "registry"
 MESSAGE_BYTES = 256 * 1024

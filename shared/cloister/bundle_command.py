@@ -74,7 +74,7 @@ def export(
     """Write what this machine holds of a federation's history into one file for an auditor."""
     console.choose(json, home)
     coordinator, sites = console.coordinator_home(), console.site_homes()
-    here = (coordinator / "registry.db").is_file()
+    here = (coordinator / "sign.key").is_file()
     if not here and not sites:
         raise InputError(
             "nothing to export here", where=str(console.OUTPUT.home), mend="--home, at a site or a coordinator"
@@ -134,7 +134,7 @@ def trust(
         folders = [*sorted((coordinator / "sites").glob("*.json")), *sorted((coordinator / "revoked").glob("*.json"))]
         cards = [read_site_card(path) for path in folders]
         known = {c.verify_key.id.hex(): (c.name, c.verify_key) for c in cards}
-        if (coordinator / "registry.db").is_file():
+        if (coordinator / "sign.key").is_file():
             store = Store(coordinator)
             heads.append(store.checkpoint())
             store.close()

@@ -40,6 +40,11 @@ class BaseModel:
         """The digest that plans and policies pin, 64 hex digits."""
         return digest(canonical([list(pair) for pair in self.files]))
 
+    @property
+    def tokenizer(self) -> str:
+        """The digest of what makes tokens of text, 64 hex digits: every pinned file but the weights and the model's configuration."""
+        return digest(canonical([list(pair) for pair in self.files if pair[0] not in (WEIGHTS, "config.json")]))
+
     def check(self, expected: str, where: str) -> None:
         """Checks the digest.
 

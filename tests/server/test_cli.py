@@ -19,11 +19,13 @@ from cloister.cli import main
 from cloister_flower.bundle import build_bundle
 from cloister_model.base import find_base
 from cloister_server.federation import init, open_coordinator, read_federation
-from cloister_server.store import Commit, Round, RoundClient, Run, Store
+from cloister_server.store import Commit, Store
+from cloister_server.tables import RoundClient, Run
 from cloister_shared import __version__
 from cloister_shared.processes import free_port
 from cloister_shared.vectors import Schema, to_safetensors
 
+from support.registry import a_model, planned
 from support.server_world import make_desk, start_store, write_federation
 
 COMMANDS = (
@@ -213,7 +215,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Itera
     older = run.model_dump() | {"id": "ee" * 16, "created": 1.0, "finished": 2.0}
     vector = np.ones(schema.size, dtype=np.float32)
     blob = store.blobs.put(to_safetensors(vector, schema, {}))
-    store.start_run(Run(**older), to_safetensors(vector, schema, {}))
+    store.start_run(Run(**older), to_safetensors(vector, schema, {}), a_model(run.base))
 
     def asked(name: str, number: int) -> RoundClient:
         return RoundClient(
@@ -232,7 +234,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Itera
 
     for number in (1, 2):
         clients = [asked("site-1", number), asked("site-2", number)]
-        store.open_round(Round(run=run.id, number=number, state="open", opened=1.0), clients)
+        planned(store, run.id, number, clients)
     bad = {"verdict": "out-of-bounds", "reason": "head.bias moved by 9", "epsilon": 2.5, "received_bytes": 3000}
     changes: dict[str, dict[str, Any]] = {
         "1" * 32: {"verdict": "accepted", "epsilon": 1.5, "sent_bytes": 2000},

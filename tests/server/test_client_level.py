@@ -23,7 +23,8 @@ from cloister_server.export import export_round
 from cloister_server.federation import ClientLevel, read_federation
 from cloister_server.rounds import one_round, run_rounds
 from cloister_server.run import find_unfinished
-from cloister_server.store import NoisedSum, Round, Store
+from cloister_server.store import Store
+from cloister_server.tables import NoisedSum, Round
 from cloister_shared.errors import InputError, RefusedError, StateError, VerificationError
 from cloister_shared.plan import PlanCore
 from cloister_shared.privacy import DpSgd, epsilon
@@ -33,6 +34,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from support.registry import a_model, blob_path
 from support.server_calm import calm
 from support.server_world import Loopback, World, make_world, write_federation
 
@@ -245,11 +247,11 @@ def test_rounds_compose_over_rounds_and_runs_of_the_federation(noised: World) ->
     run_rounds(noised.context(), noised.link)
     assert [s.epsilon for s in noised.store.noised_sums()] == [cost(1), cost(2), cost(3)]
     again = noised.run.model_dump() | {"id": "ee" * 16}
-    noised.store.start_run(type(noised.run)(**again), b"x")
+    noised.store.start_run(type(noised.run)(**again), b"x", a_model())
     level = noised.coordinator.federation.client_level
     assert level is not None
     assert foresee(noised.store, level, 2) == (cost(3), cost(5))
-    row = Round(run="ee" * 16, number=1, state="open", opened=1.0)
+    row = Round(run="ee" * 16, number=1, opened=1.0)
     assert charge(noised.store, level, row, 3, ["a"]).epsilon == cost(4)
     said = client_level_statement(noised.store)
     assert said is not None
@@ -262,10 +264,10 @@ def test_the_charge_is_durable_before_the_noise_is_drawn(noised: World, monkeypa
         raise KilledError
 
     monkeypatch.setattr("cloister_server.aggregation.noise", SimpleNamespace(gaussian=dying))
-    blobs = sorted(noised.store.blobs.path("00" * 32).parent.parent.rglob("*"))
+    blobs = sorted(blob_path(noised.store, "00" * 32).parent.parent.rglob("*"))
     with pytest.raises(KilledError):
         one_round(noised.context(), noised.link, 1)
-    assert sorted(noised.store.blobs.path("00" * 32).parent.parent.rglob("*")) == blobs
+    assert sorted(blob_path(noised.store, "00" * 32).parent.parent.rglob("*")) == blobs
     assert len(noised.store.noised_sums()) == 1
 
 
@@ -296,7 +298,7 @@ def test_a_round_without_enough_clients_draws_and_charges_nothing(noised: World)
 def test_an_attempt_never_draws_twice(noised: World) -> None:
     level = noised.coordinator.federation.client_level
     assert level is not None
-    row = Round(run=noised.run.id, number=1, attempt=1, state="open", opened=1.0)
+    row = Round(run=noised.run.id, number=1, attempt=1, opened=1.0)
     charge(noised.store, level, row, 3, ["a"])
     with pytest.raises(StateError, match="drawn for this attempt before"):
         charge(noised.store, level, row, 3, ["a"])
@@ -316,7 +318,7 @@ def test_a_charge_stays(noised: World, statement: str) -> None:
 
     level = noised.coordinator.federation.client_level
     assert level is not None
-    charge(noised.store, level, Round(run=noised.run.id, number=1, attempt=1, state="open", opened=1.0), 3, ["a"])
+    charge(noised.store, level, Round(run=noised.run.id, number=1, attempt=1, opened=1.0), 3, ["a"])
     with sqlite3.connect(noised.store.home / "registry.db") as connection, pytest.raises(sqlite3.IntegrityError):
         connection.execute(statement)
     connection.close()
@@ -332,11 +334,11 @@ def test_the_cap_holds_and_the_ledger_is_the_accountants(
     home = tmp_path_factory.mktemp("r")
     SigningKey.generate().save(home / "sign.key")
     store = Store(home)
-    store.start_run(_run(), b"x")
+    store.start_run(_run(), b"x", a_model())
     level, done = ClientLevel(NOISE, CLIP, 1e-5, cap), 0
     for number, attempts in enumerate(wanted, 1):
         for attempt in range(1, attempts + 1):
-            row = Round(run="ab" * 16, number=number, attempt=attempt, state="open", opened=1.0)
+            row = Round(run="ab" * 16, number=number, attempt=attempt, opened=1.0)
             if cost(done + 1) <= cap:
                 assert charge(store, level, row, 2, ["a"]).epsilon == cost(done + 1)
                 done += 1
@@ -348,7 +350,7 @@ def test_the_cap_holds_and_the_ledger_is_the_accountants(
 
 
 def _run() -> Any:
-    from cloister_server.store import Run
+    from cloister_server.tables import Run
 
     texts = dict.fromkeys(("federation", "base", "task", "rule", "tensors", "config", "code"), "{}")
     return Run.model_validate(texts | {"id": "ab" * 16, "created": 1.0, "rounds": 9})
@@ -371,7 +373,7 @@ def test_a_round_past_the_cap_is_refused_before_a_site_spends_on_it(noised: Worl
 def test_two_coordinators_do_not_both_take_the_last_of_the_budget(tmp_path: Path) -> None:
     SigningKey.generate().save(tmp_path / "sign.key")
     store = Store(tmp_path)
-    store.start_run(_run(), b"x")
+    store.start_run(_run(), b"x", a_model())
 
     def slowly(sums: list[NoisedSum]) -> float:
         """The accountant on a busy machine: whoever reads before another has written would see the same budget."""

@@ -29,7 +29,8 @@ from cloister_server import enrolment
 from cloister_server.enrolment import caller, invite, invited, redeem, renew, revoke
 from cloister_server.federation import Coordinator, admit_site, init, is_admitted, open_coordinator, read_federation
 from cloister_server.rounds import run_rounds
-from cloister_server.store import Round, RoundClient, Run, Store
+from cloister_server.store import Store
+from cloister_server.tables import RoundClient, Run
 from cloister_shared.cards import CoordinatorCard, SiteCard, read_site_card
 from cloister_shared.errors import CloisterError, InputError, RefusedError, StateError, VerificationError
 from cloister_shared.invitation import PREFIX, Invitation
@@ -42,6 +43,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.registry import a_model, planned
 from support.server_calm import calm
 from support.server_world import Loopback, make_world, write_federation
 
@@ -287,10 +289,10 @@ def test_nobody_sees_anybody_elses_rounds(served: Coordinator, tmp_path: Path) -
     for number, name in enumerate(("gamma", "delta"), 1):
         run = f"{number:032x}"
         store.start_run(Run(id=run, federation="fed", created=1.0, rounds=1, base="", task="{}", rule="average",
-                            tensors="[]", config="{}", code=""), b"adapter")  # fmt: skip
+                            tensors="[]", config="{}", code=""), b"adapter", a_model())  # fmt: skip
         row = RoundClient(run=run, number=1, client=cards[name].verify_key.id.hex(), name=name, plan="p", core="{}",
                           weight=1.0, noise_multiplier=1.0, sample_rate=0.1, steps=1, delta=1e-5, epsilon=number)  # fmt: skip
-        store.open_round(Round(run=run, number=1, state="open", opened=1.0), [row])
+        planned(store, run, 1, [row], upto="open")
     store.close()
     assert [(r["run"], r["epsilon"], r["state"]) for r in client.rounds(one)] == [(f"{1:032x}", 1.0, "open")]
     assert [r["run"] for r in client.rounds(two)] == [f"{2:032x}"]

@@ -18,13 +18,15 @@ from cloister_model.build import build, load_vector, read_vector
 from cloister_model.tokens import encode
 from cloister_server.export import export_round
 from cloister_server.federation import read_federation
-from cloister_server.store import Commit, Round, RoundClient, Run, Store
+from cloister_server.store import Commit, Store
+from cloister_server.tables import RoundClient, Run
 from cloister_shared.encoding import digest, write_durably
 from cloister_shared.errors import InputError, VerificationError
 from cloister_shared.frozen_a import frozen_a
 from cloister_shared.vectors import F32, Schema, to_safetensors
 from safetensors.torch import load_file
 
+from support.registry import blob_path, planned
 from support.server_world import start_store, write_federation
 
 TEXTS = ["my card was charged twice", "the parcel has not arrived please help", "x"]
@@ -63,7 +65,7 @@ def make(home: Path, base: Path, **changes: str) -> Made:
         steps=2,
         delta=1e-5,
     )
-    store.open_round(Round(run=run.id, number=1, state="open", opened=1.0), [asked])
+    planned(store, run.id, 1, [asked])
     blob = store.blobs.put(to_safetensors(vector, schema, {"round": "1"}))
     clients = {"ab" * 16: {"verdict": "accepted", "epsilon": 1.2345}}
     store.commit_round(run.id, 1, Commit(blob, 1.0, 0.1, clients, {"accuracy": 0.625}))
@@ -260,7 +262,7 @@ def test_a_folder_that_is_there_is_refused(tmp_path: Path, classify: Made) -> No
 
 @pytest.mark.parametrize("number", [2, -1, 99])
 def test_only_committed_rounds_are_exported(tmp_path: Path, classify: Made, number: int) -> None:
-    classify.store.open_round(Round(run=classify.run.id, number=2, state="open", opened=1.0), [])
+    planned(classify.store, classify.run.id, 2)
     with pytest.raises(InputError, match="no such committed round") as caught:
         export_round(classify.store, classify.run, number, tmp_path / "out" / "x")
     assert "0 to 1" in caught.value.expected
@@ -269,7 +271,7 @@ def test_only_committed_rounds_are_exported(tmp_path: Path, classify: Made, numb
 
 @pytest.mark.parametrize("at", [0, 100, -1])
 def test_a_changed_blob_refuses_the_export(tmp_path: Path, classify: Made, at: int) -> None:
-    path = classify.store.blobs.path(classify.store.last_committed(classify.run.id).adapter or "")
+    path = blob_path(classify.store, classify.store.last_committed(classify.run.id).adapter)
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)
@@ -281,7 +283,7 @@ def test_a_changed_blob_refuses_the_export(tmp_path: Path, classify: Made, at: i
 def test_an_adapter_of_another_schema_refuses_the_export(tmp_path: Path, classify: Made) -> None:
     other = Schema((("encoder.x", (classify.schema.size,)),))
     blob = classify.store.blobs.put(to_safetensors(classify.vector, other, {}))
-    classify.store.open_round(Round(run=classify.run.id, number=2, state="open", opened=1.0), [])
+    planned(classify.store, classify.run.id, 2)
     classify.store.commit_round(classify.run.id, 2, Commit(blob, 1.0, 0.0, {}, {}))
     with pytest.raises(VerificationError, match="other tensors"):
         export_round(classify.store, classify.run, 2, tmp_path / "out" / "x")

@@ -25,6 +25,7 @@ from cloister_shared.vectors import Schema
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.registry import blob_path
 from support.server_calm import calm
 from support.server_world import World, make_world
 
@@ -148,8 +149,7 @@ def test_products_are_compared_as_if_they_were_made(seed: int) -> None:
     assert replace(got, module="y").module == "y"
 
 
-# Opening a registry makes triggers that are missing; one that was exchanged for an idle one is named.
-_IDLE = "CREATE TRIGGER round_update BEFORE UPDATE ON round WHEN 0 BEGIN SELECT 1; END"
+_IDLE = "CREATE TRIGGER kept_round_update BEFORE UPDATE ON round WHEN 0 BEGIN SELECT 1; END"
 
 
 def whole(world: World) -> list[str]:
@@ -163,12 +163,12 @@ def test_a_whole_registry_is_whole_and_what_nothing_names_goes(
     assert whole(world) == []
     lone = world.store.blobs.put(b"nobody names me")
     assert unreachable(world.store, time.time(), 1.0) == []  # it may be about to be named
-    os.utime(world.store.blobs.path(lone), (1.0, 1.0))
+    os.utime(blob_path(world.store, lone), (1.0, 1.0))
     gc(dry_run=True)
     assert said(capsys)["blobs"] == [lone]
-    assert world.store.blobs.path(lone).exists()
+    assert blob_path(world.store, lone).exists()
     gc()
-    assert not world.store.blobs.path(lone).exists()
+    assert not blob_path(world.store, lone).exists()
     gc(grace_days=0.0)
     assert said(capsys)["blobs"] == []
     fsck()
@@ -179,11 +179,18 @@ def test_a_whole_registry_is_whole_and_what_nothing_names_goes(
 @pytest.mark.parametrize(
     ("statements", "what"),
     [
-        (["DROP TRIGGER round_update", _IDLE], "triggers are missing"),
-        (["DROP TRIGGER log_leaf_delete", 'DELETE FROM log_leaf WHERE "index" = 1'], "stands at place"),
-        (["DROP TRIGGER log_leaf_update", "UPDATE log_leaf SET record = x'7b7d' WHERE \"index\" = 2"], "signature"),
-        (["DROP TRIGGER round_update", "UPDATE round SET adapter = '" + "00" * 32 + "' WHERE number = 1"], "its leaf"),
-        (["UPDATE alias SET number = 1"], "points elsewhere"),
+        (["DROP TRIGGER kept_round_update"], "rules are missing"),
+        (["DROP TRIGGER kept_round_update", _IDLE], "rules are missing"),
+        (["DROP TRIGGER kept_log_leaf_delete", 'DELETE FROM log_leaf WHERE "index" = 1'], "stands at place"),
+        (
+            ["DROP TRIGGER kept_log_leaf_update", "UPDATE log_leaf SET record = x'7b7d' WHERE \"index\" = 2"],
+            "signature",
+        ),
+        (
+            ["DROP TRIGGER kept_round_update", "UPDATE round SET adapter = '" + "00" * 32 + "' WHERE number = 1"],
+            "its leaf",
+        ),
+        (["DROP TRIGGER kept_alias_update", "UPDATE alias SET number = 1"], "points elsewhere"),
     ],
 )
 def test_what_was_changed_by_hand_is_named(
@@ -199,8 +206,8 @@ def test_what_was_changed_by_hand_is_named(
 
 
 def test_a_missing_and_a_changed_blob_are_named(world: World) -> None:
-    first, second = (world.store.blobs.path(world.store.rounds(world.run.id)[n].adapter or "") for n in (1, 2))
+    first, second = (blob_path(world.store, world.store.rounds(world.run.id)[n].adapter) for n in (1, 2))
     first.unlink()
     second.chmod(0o600)
-    second.write_bytes(b"x")
+    second.write_bytes(bytes(second.stat().st_size))
     assert {one.split(": ")[1] for one in whole(world)} == {"blob is missing", "blob was changed"}

@@ -15,7 +15,7 @@ import pytest
 from cloister_client.standing import Limits
 from cloister_flower.frames import frame_of, refusal, reply
 from cloister_model.text import Record
-from cloister_server.accounting import spending
+from cloister_server.accounting import Cost, spending
 from cloister_server.rounds import one_round, run_rounds
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import RefusedError
@@ -26,6 +26,7 @@ from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import F32, from_safetensors, vector_from_bytes
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from support.registry import blob_path
 from support.server_world import (
     RECORDS,
     TRAINING,
@@ -459,7 +460,8 @@ def test_a_coordinator_killed_mid_round_resumes_without_new_charges(
         with pytest.raises(KilledError):
             run_rounds(context, Dying(world.desks))
     row = world.store.rounds(world.run.id)[-1]
-    assert (row.number, row.state, row.adapter) == (1, "open", None)
+    stood = "open" if when in ("sending", "first reply") else "aggregating"
+    assert (row.number, row.state, row.adapter) == (1, stood, None)
     trained = {"sending": 0, "first reply": 2}.get(when, 3)
     assert sum(world.charged(n) for n in world.desks) == trained
     plans = [c.plan for c in world.store.clients(world.run.id, 1)]
@@ -524,7 +526,7 @@ def test_a_round_is_registered_before_anything_is_sent(world: World) -> None:
 
 
 def test_a_changed_registered_adapter_stops_the_run(world: World) -> None:
-    path = world.store.blobs.path(world.store.rounds(world.run.id)[0].adapter or "")
+    path = blob_path(world.store, world.store.rounds(world.run.id)[0].adapter)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -542,7 +544,7 @@ def test_spending_counts_other_runs_of_the_same_site(world: World) -> None:
         epsilon([DpSgd(TRAINING.noise_multiplier, TRAINING.sample_rate, n * TRAINING.steps)], TRAINING.delta)
         for n in (1, 2)
     )
-    assert found == {client.client: (once, twice)}
+    assert found == {client.client: Cost(once, twice, 0.0, once)}
 
 
 def test_the_sites_text_is_nowhere_in_the_registry(world: World) -> None:

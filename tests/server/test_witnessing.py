@@ -103,7 +103,7 @@ def test_a_history_that_shrank_or_forked_is_refused_for_good(world: World, tmp_p
     again.store.close()
     shutil.copy(tmp_path / "old.db", world.store.home / "registry.db")
     with sqlite3.connect(world.store.home / "registry.db") as db:
-        db.execute("DROP TRIGGER log_leaf_delete")
+        db.execute("DROP TRIGGER kept_log_leaf_delete")
         db.execute('DELETE FROM log_leaf WHERE "index" = 1')
     shorter = replace(context, store=Store(world.store.home))
     with pytest.raises(RefusedError, match="shrank"):

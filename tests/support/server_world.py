@@ -26,7 +26,8 @@ from cloister_server.context import Context, Member
 from cloister_server.federation import Coordinator, Federation, admit_site, init, open_coordinator, read_federation
 from cloister_server.judge import Judge, NoJudge
 from cloister_server.run import run_config
-from cloister_server.store import Run, Store
+from cloister_server.store import Store
+from cloister_server.tables import Run
 from cloister_shared.answers import Preface
 from cloister_shared.cards import SiteCard
 from cloister_shared.plan import Plan, TrainingSpec
@@ -36,6 +37,8 @@ from cloister_shared.tls import make_node_key
 from cloister_shared.vectors import F32, Schema, to_safetensors, vector_to_bytes
 from cloister_shared.witness import log_of_site
 from flwr.supercore.task_identity import TaskIdentity
+
+from support.registry import a_model
 
 LABELS = ("billing", "delivery")
 TRAINING = TrainingSpec(
@@ -268,7 +271,7 @@ def start_store(home: Path, federation: Federation, base: BaseModel, rounds: int
     if not (home / "sign.key").exists():
         SigningKey.generate().save(home / "sign.key")
     store = Store(home)
-    store.start_run(run, to_safetensors(first, schema, {"round": "0"}))
+    store.start_run(run, to_safetensors(first, schema, {"round": "0"}), a_model(base.digest))
     return store, run, schema
 
 

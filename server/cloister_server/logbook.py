@@ -1,0 +1,137 @@
+"""The federation's log in its registry: reading it, adding to it, its heads, and what witnesses said of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cloister_shared.cards import SiteCard
+from cloister_shared.encoding import canonical, digest
+from cloister_shared.merkle import Tree
+from cloister_shared.notes import Checkpoint
+from cloister_shared.signing import SigningKey
+from cloister_shared.witness import MAX_HASHES, Cosignature, View, log_of_federation
+from sqlmodel import select
+
+from cloister_server.blobs import Blobs
+from cloister_server.database import Database
+from cloister_server.log import append, leaves, membership
+from cloister_server.storage import read_storage
+from cloister_server.tables import Leaf, Witnessed
+
+
+class LogBook:
+    """A coordinator's registry, as far as its log goes.
+
+    Args:
+        home: The coordinator's folder; what is missing of database and blobs is made.
+
+    Attributes:
+        home: The folder.
+        blobs: Where adapters lie.
+        database: Where rows lie.
+
+    Raises:
+        InputError: ``storage.json`` is not right.
+        StateError: The database cannot be opened, or is of another version.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        storage = read_storage(home)
+        self.blobs, self.database = Blobs(storage.blobs), Database(storage.database)
+        self._tree = Tree()
+
+    def close(self) -> None:
+        """Closes every connection."""
+        self.database.close()
+
+    @cached_property
+    def _signing(self) -> SigningKey:
+        """The log's key: the coordinator's own."""
+        return SigningKey.load(self.home / "sign.key")
+
+    @property
+    def origin(self) -> str:
+        """The log's name."""
+        return log_of_federation(self._signing.verify_key)
+
+    def log(self, kind: str, body: Mapping[str, Any]) -> Leaf:
+        """Adds a leaf to the federation's log, in a transaction of its own."""
+        with self.database.writing() as session:
+            return append(session, kind, body, self._signing)
+
+    def leaves(self, start: int = 0, end: int | None = None) -> list[Leaf]:
+        """Leaves of the log from ``start`` up to ``end``."""
+        with self.database.reading() as session:
+            return leaves(session, start, end)
+
+    def tree(self) -> Tree:
+        """The log's tree, as far as it goes now."""
+        for leaf in self.leaves(len(self._tree)):
+            self._tree.append(leaf.hash)
+        return self._tree
+
+    def checkpoint(self) -> Checkpoint:
+        """The log's head now."""
+        tree = self.tree()
+        return Checkpoint(self.origin, len(tree), tree.root())
+
+    def signed_checkpoint(self, at: Checkpoint) -> str:
+        """A head as a signed note."""
+        return at.signed(self._signing)
+
+    def log_members(self, cards: Sequence[SiteCard]) -> None:
+        """Sees that the log has exactly these sites as enrolled; what is missing is added, so that a crash between leaves no gap."""
+        with self.database.writing() as session:
+            known, now = membership(leaves(session)), {card.name: asdict(card) for card in cards}
+            named = {name: digest(canonical(card)) for name, card in now.items()}
+            for name in sorted(known):
+                if named.get(name) != known[name]:
+                    append(session, "revoke", {"site": name}, self._signing)
+            for name in sorted(now):
+                if named[name] != known.get(name):
+                    append(session, "enrol", {"site": name, "card": now[name]}, self._signing)
+
+    def view_for(self, client: str, at: Checkpoint, known: Mapping[str, Witnessed]) -> View:
+        """What a site is shown of the log: its head, the way there from what the site cosigned last, and others' cosignatures.
+
+        Args:
+            client: The site.
+            at: The head.
+            known: From ``witnessed``.
+        """
+        tree = self.tree()
+        seen = known[client].size if client in known else 0
+        start = max(min(seen, at.size), at.size - MAX_HASHES)
+        others = {i: Cosignature(row.size, row.line) for i, row in known.items() if i != client and row.line}
+        return View(at.signed(self._signing), start, tree.range(start).tops, tuple(tree.hashes(start, at.size)), others)
+
+    def keep_witness(self, client: str, at: Checkpoint, line: str, head: Checkpoint, note: str) -> None:
+        """Remembers what a site cosigned and the head of its own log; neither goes back."""
+        with self.database.writing() as session:
+            row = session.get(Witnessed, client) or Witnessed(client=client)
+            if line and at.size >= row.size:
+                row.size, row.root, row.line = at.size, at.root.hex(), line
+            if head.size >= row.head_size:
+                row.head_size, row.head = head.size, note
+            session.add(row)
+
+    def witnessed(self) -> dict[str, Witnessed]:
+        """What each site saw and signed last, by client."""
+        with self.database.reading() as session:
+            return {row.client: row for row in session.exec(select(Witnessed))}
+
+    def cosignatures(self) -> dict[str, tuple[int, str, str]]:
+        """The newest head that each site cosigned, by client: size, root (hex) and signature line."""
+        return {i: (row.size, row.root, row.line) for i, row in self.witnessed().items() if row.line}
+
+    def policy_leaf(self, run: str) -> Leaf:
+        """The leaf that a run began with."""
+        with self.database.reading() as session:
+            found = session.exec(select(Leaf).where(Leaf.kind == "policy"))
+            return next(leaf for leaf in found if json.loads(leaf.record)["run"] == run)

@@ -1,0 +1,178 @@
+"""What the registry's database itself refuses, whoever asks: triggers, one a rule, on SQLite and PostgreSQL alike.
+
+A committed round and all that belongs to it, a charge, a move of an alias and a leaf never change, go or come twice; a round moves
+between its states as ``tables.MOVES`` says. An owner of the database can take triggers away: ``registry fsck`` sees that, and the log
+sees what was done meanwhile. On SQLite, REPLACE deletes without a DELETE trigger: hence the rules for INSERT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sqlalchemy import Connection
+
+from cloister_server.tables import COMMITTED, MOVES, PLANNED
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that is refused.
+
+    Attributes:
+        table: Of which table.
+        deed: INSERT, UPDATE or DELETE.
+        when: SQL over OLD and NEW.
+        words: What is said.
+        name: Tells two rules of one table and deed apart.
+    """
+
+    table: str
+    deed: str
+    when: str
+    words: str
+    name: str = ""
+
+    @property
+    def trigger(self) -> str:
+        """The trigger's name."""
+        return "_".join(filter(None, ("kept", self.table, self.deed.lower(), self.name)))
+
+    def sqlite(self) -> Iterator[str]:
+        """Statements that make it on SQLite."""
+        yield (
+            f'CREATE TRIGGER {self.trigger} BEFORE {self.deed} ON "{self.table}" WHEN {self.when}'
+            f" BEGIN SELECT RAISE(ABORT, '{self.words}'); END"
+        )
+
+    @property
+    def body(self) -> str:
+        """The function's body on PostgreSQL."""
+        row = "OLD" if self.deed == "DELETE" else "NEW"
+        refusal = f"RAISE EXCEPTION '{self.words}' USING ERRCODE = 'integrity_constraint_violation'"
+        return f"BEGIN IF {self.when} THEN {refusal}; END IF; RETURN {row}; END"
+
+    def postgresql(self) -> Iterator[str]:
+        """Statements that make it on PostgreSQL."""
+        yield f"CREATE FUNCTION {self.trigger}() RETURNS trigger LANGUAGE plpgsql AS $rule${self.body}$rule$"
+        yield (
+            f'CREATE TRIGGER {self.trigger} BEFORE {self.deed} ON "{self.table}"'
+            f" FOR EACH ROW EXECUTE FUNCTION {self.trigger}()"
+        )
+
+
+_STAYS = "what is committed stays: a committed round never changes"
+_KEYS = {
+    "noised_sum": "run = NEW.run AND number = NEW.number AND attempt = NEW.attempt",
+    "alias_event": "name = NEW.name AND version = NEW.version",
+    "log_leaf": '"index" = NEW."index"',
+    "draw": "run = NEW.run",
+    "model": "digest = NEW.digest",
+    "signature": "statement = NEW.statement AND key = NEW.key",
+    "tombstone": "adapter = NEW.adapter",
+}
+_WORDS = {"noised_sum": "what was charged stays", "log_leaf": "the log is only added to"}
+OF_ROUNDS = ("round_client", "metric", "evidence", "judgement", "summed", "privacy")
+_FIXED = ("id", "federation", "created", "rounds", "base", "task", "rule", "tensors", "config", "code", "tokenizer")
+
+
+def rules() -> Iterator[Rule]:
+    """Every rule of this version."""
+    same = "SELECT 1 FROM round WHERE run = NEW.run AND number = NEW.number"
+    yield Rule("round", "INSERT", f"EXISTS ({same} AND state = '{COMMITTED}')", f"UNIQUE: {_STAYS}")
+    first = f"NEW.state = '{PLANNED}' OR (NEW.number = 0 AND NEW.state = '{COMMITTED}')"
+    yield Rule("round", "INSERT", f"NOT ({first})", "a round begins as planned", "state")
+    for deed in ("UPDATE", "DELETE"):
+        yield Rule("round", deed, f"OLD.state = '{COMMITTED}'", _STAYS)
+    moves = " OR ".join(f"(OLD.state = '{a}' AND NEW.state = '{b}')" for a, b in MOVES)
+    yield Rule(
+        "round",
+        "UPDATE",
+        f"OLD.state <> '{COMMITTED}' AND OLD.state <> NEW.state AND NOT ({moves})",
+        "a round does not move so",
+        "state",
+    )
+    for table in OF_ROUNDS:
+        for deed, row in (("UPDATE", "OLD"), ("DELETE", "OLD"), ("INSERT", "NEW")):
+            of = f"run = {row}.run AND number = {row}.number AND state = '{COMMITTED}'"
+            yield Rule(table, deed, f"EXISTS (SELECT 1 FROM round WHERE {of})", _STAYS)
+    for table, key in _KEYS.items():
+        words = _WORDS.get(table, f"a row of {table} stays as it is")
+        yield Rule(table, "INSERT", f'EXISTS (SELECT 1 FROM "{table}" WHERE {key})', f"UNIQUE: {words}")
+        for deed in ("UPDATE", "DELETE"):
+            yield Rule(table, deed, "1 = 1", words)
+    changed = " OR ".join(f"OLD.{column} <> NEW.{column}" for column in _FIXED)
+    yield Rule("run", "UPDATE", changed, "what a run began with stays")
+    yield Rule("run", "DELETE", "1 = 1", "a run stays")
+    yield Rule("alias", "UPDATE", "NEW.version <> OLD.version + 1 OR NEW.name <> OLD.name", "an alias moves on")
+    yield Rule("alias", "DELETE", "1 = 1", "an alias stays")
+    yield Rule("fence", "UPDATE", "NEW.number <= OLD.number", "a fence only rises")
+    yield Rule("fence", "DELETE", "1 = 1", "a fence stays")
+    held = "OLD.released IS NOT NULL OR NEW.released IS NULL OR " + " OR ".join(
+        f"OLD.{column} <> NEW.{column}" for column in ("id", "run", "number", "adapter", "why", "at", "leaf")
+    )
+    yield Rule("hold", "UPDATE", held, "a hold is released once, and stays otherwise")
+    yield Rule("hold", "DELETE", "1 = 1", "a hold is released, not deleted")
+    asked = "OLD.mean <> '' OR OLD.clients <> NEW.clients"
+    yield Rule("opening", "UPDATE", asked, "for whom a group opened stays")
+    yield Rule("opening", "DELETE", "1 = 1", "for whom a group opened stays")
+
+
+_EMPTIED = "kept_truncate"
+
+
+def _protected() -> list[str]:
+    return sorted({rule.table for rule in rules()})
+
+
+def expected(dialect: str) -> set[str]:
+    """The rules as ``found`` gives them from a database where none is missing."""
+    if dialect == "sqlite":
+        return {statement for rule in rules() for statement in rule.sqlite()}
+    made = {f"{rule.table} {rule.trigger} O {rule.body}" for rule in rules()}
+    return made | {f"{table} {_EMPTIED}_{table} O {_TRUNCATE}" for table in _protected()}
+
+
+_TRUNCATE = "BEGIN RAISE EXCEPTION 'the registry is not emptied' USING ERRCODE = 'integrity_constraint_violation'; END"
+
+
+def found(connection: Connection) -> set[str]:
+    """The rules that a database has, as it holds them."""
+    if connection.dialect.name == "sqlite":
+        rows = connection.exec_driver_sql("SELECT sql FROM sqlite_master WHERE type = 'trigger'")
+        return {str(row[0]) for row in rows}
+    rows = connection.exec_driver_sql(
+        "SELECT c.relname, t.tgname, t.tgenabled, p.prosrc FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid"
+        " JOIN pg_proc p ON p.oid = t.tgfoid WHERE NOT t.tgisinternal AND c.relnamespace = current_schema()::regnamespace"
+    )
+    kinds = [(table, name, on.decode() if isinstance(on, bytes) else on, body) for table, name, on, body in rows]
+    return {f"{table} {name} {on} {body}" for table, name, on, body in kinds}
+
+
+def lift(connection: Connection) -> None:
+    """Takes every rule away, in the transaction of a migration."""
+    if connection.dialect.name == "sqlite":
+        for (name,) in connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'trigger'").all():
+            connection.exec_driver_sql(f'DROP TRIGGER "{name}"')
+        return
+    names = connection.exec_driver_sql(
+        "SELECT proname FROM pg_proc WHERE pronamespace = current_schema()::regnamespace AND proname LIKE 'kept%%'"
+    ).all()
+    for (name,) in names:
+        connection.exec_driver_sql(f'DROP FUNCTION "{name}" CASCADE')
+
+
+def lay(connection: Connection) -> None:
+    """Makes every rule, in the transaction of a migration."""
+    sqlite = connection.dialect.name == "sqlite"
+    for rule in rules():
+        for statement in rule.sqlite() if sqlite else rule.postgresql():
+            connection.exec_driver_sql(statement)
+    for table in () if sqlite else _protected():
+        name = f"{_EMPTIED}_{table}"
+        connection.exec_driver_sql(
+            f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $rule${_TRUNCATE}$rule$"
+        )
+        connection.exec_driver_sql(
+            f'CREATE TRIGGER {name} BEFORE TRUNCATE ON "{table}" FOR EACH STATEMENT EXECUTE FUNCTION {name}()'
+        )

@@ -1,0 +1,29 @@
+"""Short ways with a registry that tests need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cloister_server.store import Store
+from cloister_server.tables import AGGREGATING, OPEN, Model, Round, RoundClient
+
+
+def a_model(digest: str = "00" * 32) -> Model:
+    """A base model's row."""
+    return Model(digest=digest, source="minilm", tokenizer="77" * 32, kind="text-classification")
+
+
+def planned(
+    store: Store, run: str, number: int, clients: Sequence[RoundClient] = (), *, opened: float = 1.0, upto: str = ""
+) -> Round:
+    """Plans a round and brings it as far as its commit, or ``upto`` a state before."""
+    row, _ = store.plan_round(Round(run=run, number=number, opened=opened), clients)
+    for state in (OPEN, AGGREGATING) if not upto else (upto,):
+        store.advance(run, number, state)
+    return row
+
+
+def blob_path(store: Store, name: str | None) -> Path:
+    """Where a blob lies in the folder."""
+    return Path(store.blobs.address(name or ""))
