@@ -15,8 +15,9 @@ from cloister_shared import console
 from cloister_shared.cards import SiteCard, split_address
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.processes import Group, check_port
+from cloister_shared.signing import SigningKey
 
-from cloister_server import release_commands, upkeep
+from cloister_server import export_commands, keeping_commands, release_commands, upkeep
 from cloister_server.accounting import client_level_line, client_level_statement
 from cloister_server.federation import admit_site, open_coordinator, read_federation
 from cloister_server.federation import init as make_coordinator
@@ -32,6 +33,8 @@ def register(app: typer.Typer) -> None:
     app.add_typer(coordinator_app, name="coordinator")
     app.add_typer(rounds_app, name="rounds")
     release_commands.register(rounds_app)
+    keeping_commands.register(rounds_app)
+    export_commands.register(rounds_app)
     app.add_typer(upkeep.registry_app, name="registry")
     app.command("run")(run)
 
@@ -134,6 +137,23 @@ def revoke_site(
     console.emit(
         {"site": site, "key": card.verify_key.id.hex(), "superlink": link},
         f"site {site}: revoked, fingerprint {card.verify_key.id.hex()}; {link}",
+    )
+
+
+@coordinator_app.command("operator-key")
+def operator_key(
+    out: Annotated[Path, typer.Option(help="The key file to make; keep it elsewhere than this machine.")],
+    json: Json = False,
+) -> None:
+    """Make a key with which an operator guards aliases: cloister rounds protect ALIAS --key FILE."""
+    console.choose(json, None)
+    if out.exists():
+        raise InputError("there is a file already", where=str(out), mend="choose another --out")
+    key = SigningKey.generate()
+    key.save(out)
+    console.emit(
+        {"key": key.verify_key.raw.hex(), "id": key.verify_key.id.hex(), "path": str(out)},
+        f"{out}: key {key.verify_key.id.hex()}; who has this file moves the aliases that it guards, and nobody else does",
     )
 
 
@@ -462,32 +482,4 @@ def _told(report: str) -> str:
     return ", ".join(
         f"{name.removeprefix('noised_')} {value:.4g} ({'noised' if name.startswith('noised_') else 'not private'})"
         for name, value in loads(report or "{}").items()
-    )
-
-
-@rounds_app.command()
-def export(
-    number: Annotated[int | None, typer.Argument(help="The round; the last committed by default.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to make.")] = None,
-    run_name: RunName = None,
-    json: Json = False,
-    home: Home = None,
-) -> None:
-    """Export a registered round as a folder that PEFT loads."""
-    console.choose(json, home)
-    from cloister_server.export import export_round
-
-    store = registry()
-    found = store.find_run(run_name)
-    chosen = number if number is not None else store.last_committed(found.id).number
-    folder = export_round(
-        store,
-        found,
-        chosen,
-        out or console.OUTPUT.home / "exports" / f"{found.federation}-{found.id[:8]}-round-{chosen}",
-    )
-    body = {"run": found.id, "round": chosen, "adapter": store.rounds(found.id)[chosen].adapter}
-    store.log("export", body)
-    console.emit(
-        {"run": found.id, "round": chosen, "path": str(folder)}, f"round {chosen} of run {found.id[:8]}: {folder}"
     )

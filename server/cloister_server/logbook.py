@@ -51,19 +51,19 @@ class LogBook:
         self.database.close()
 
     @cached_property
-    def _signing(self) -> SigningKey:
+    def signing(self) -> SigningKey:
         """The log's key: the coordinator's own."""
         return SigningKey.load(self.home / "sign.key")
 
     @property
     def origin(self) -> str:
         """The log's name."""
-        return log_of_federation(self._signing.verify_key)
+        return log_of_federation(self.signing.verify_key)
 
     def log(self, kind: str, body: Mapping[str, Any]) -> Leaf:
         """Adds a leaf to the federation's log, in a transaction of its own."""
         with self.database.writing() as session:
-            return append(session, kind, body, self._signing)
+            return append(session, kind, body, self.signing)
 
     def leaves(self, start: int = 0, end: int | None = None) -> list[Leaf]:
         """Leaves of the log from ``start`` up to ``end``."""
@@ -83,7 +83,7 @@ class LogBook:
 
     def signed_checkpoint(self, at: Checkpoint) -> str:
         """A head as a signed note."""
-        return at.signed(self._signing)
+        return at.signed(self.signing)
 
     def log_members(self, cards: Sequence[SiteCard]) -> None:
         """Sees that the log has exactly these sites as enrolled; what is missing is added, so that a crash between leaves no gap."""
@@ -92,10 +92,10 @@ class LogBook:
             named = {name: digest(canonical(card)) for name, card in now.items()}
             for name in sorted(known):
                 if named.get(name) != known[name]:
-                    append(session, "revoke", {"site": name}, self._signing)
+                    append(session, "revoke", {"site": name}, self.signing)
             for name in sorted(now):
                 if named[name] != known.get(name):
-                    append(session, "enrol", {"site": name, "card": now[name]}, self._signing)
+                    append(session, "enrol", {"site": name, "card": now[name]}, self.signing)
 
     def view_for(self, client: str, at: Checkpoint, known: Mapping[str, Witnessed]) -> View:
         """What a site is shown of the log: its head, the way there from what the site cosigned last, and others' cosignatures.
@@ -109,7 +109,7 @@ class LogBook:
         seen = known[client].size if client in known else 0
         start = max(min(seen, at.size), at.size - MAX_HASHES)
         others = {i: Cosignature(row.size, row.line) for i, row in known.items() if i != client and row.line}
-        return View(at.signed(self._signing), start, tree.range(start).tops, tuple(tree.hashes(start, at.size)), others)
+        return View(at.signed(self.signing), start, tree.range(start).tops, tuple(tree.hashes(start, at.size)), others)
 
     def keep_witness(self, client: str, at: Checkpoint, line: str, head: Checkpoint, note: str) -> None:
         """Remembers what a site cosigned and the head of its own log; neither goes back."""

@@ -1,18 +1,22 @@
-"""Rounds as releases: ``cloister rounds promote | rollback | aliases | diff``.
+"""Rounds as releases: ``cloister rounds promote | rollback | protect | aliases | diff``.
 
 An alias is a name that points at a committed round. It moves by compare-and-set, each move is an event that stays and a leaf of the log. A
-rollback moves it back and refunds no privacy: what was spent on a round is spent, whoever uses it.
+rollback moves it back and refunds no privacy: what was spent on a round is spent, whoever uses it. A guarded alias asks for the key of its
+operator, which need not be on this machine but for the move itself.
 """
 
 from __future__ import annotations
 
 import json as jsonlib
+import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from cloister_shared import console
 from cloister_shared.cards import check_name
 from cloister_shared.errors import InputError, StateError
+from cloister_shared.signing import SigningKey, VerifyKey
 from cloister_shared.vectors import Schema, from_safetensors
 
 from cloister_server.compare import fields, modules
@@ -20,11 +24,14 @@ from cloister_server.here import Home, Json, RunName, registry
 from cloister_server.store import Store
 from cloister_server.tables import Round, Run
 
+Operator = Annotated[Path | None, typer.Option("--key", help="The operator's key file, where the alias is guarded.")]
+
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the rounds' group."""
     app.command()(promote)
     app.command()(rollback)
+    app.command()(protect)
     app.command()(aliases)
     app.command()(diff)
 
@@ -33,7 +40,8 @@ def _committed(store: Store, run: Run, number: int) -> Round:
     row = next((r for r in store.rounds(run.id) if r.number == number), None)
     if row is None or row.state != "committed" or not row.adapter:
         got = "no such round" if row is None else row.state
-        raise StateError("only a committed round can be released", where=f"run {run.id[:8]} round {number}", got=got)
+        last = f"0 to {store.last_committed(run.id).number}"
+        raise StateError("not a committed round", where=f"run {run.id[:8]} round {number}", expected=last, got=got)
     store.adapter(row.adapter)  # digest checked before anything points at it
     return row
 
@@ -45,6 +53,7 @@ def promote(
         int | None, typer.Option(help="Only if it points at this round of the run now; 0 or more.")
     ] = None,
     why: Annotated[str, typer.Option(help="A word for whoever reads the log.")] = "",
+    key: Operator = None,
     run_name: RunName = None,
     json: Json = False,
     home: Home = None,
@@ -65,17 +74,22 @@ def promote(
             {"alias": alias, "run": run.id, "round": number, "adapter": row.adapter, "version": now.version}, line
         )
         return
-    made = store.set_alias(alias, run.id, number, row.adapter or "", 0 if now is None else now.version, why)
+    version, by = 0 if now is None else now.version, _operator(key)
+    made = store.set_alias(alias, run.id, number, row.adapter or "", version, why, operator=by)
+    untrained = (
+        "; it is the adapter that the run began with: nothing was trained yet" if number == 0 and run.rounds else ""
+    )
     before = "nothing" if now is None else f"round {now.number} of run {now.run[:8]}"
     console.emit(
         {"alias": alias, "run": run.id, "round": number, "adapter": row.adapter, "version": made.version},
-        f"{alias}: round {number} of run {run.id[:8]}, adapter {(row.adapter or '')[:16]}, digest checked (before: {before})",
+        f"{alias}: round {number} of run {run.id[:8]}, adapter {(row.adapter or '')[:16]}, digest checked (before: {before}){untrained}",
     )
 
 
 def rollback(
     alias: Annotated[str, typer.Argument(help="The alias.")],
     why: Annotated[str, typer.Option(help="A word for whoever reads the log.")] = "",
+    key: Operator = None,
     json: Json = False,
     home: Home = None,
 ) -> None:
@@ -83,20 +97,21 @@ def rollback(
     console.choose(json, home)
     store = registry()
     now, events = store.alias(check_name(alias, "alias")), store.alias_events(alias)
-    if now is None or len(events) < 2:
-        raise StateError("there is nothing to go back to", where=alias, got=f"{len(events)} moves")
+    if now is None:
+        raise _no_such(store, alias)
     # Back over what was gone back to already: each rollback goes one release further.
     stack = list[tuple[str, int, str]]()
     for event in events:
         if event.rollback:
             stack.pop()
-        else:
+        elif not stack or stack[-1] != (event.run, event.number, event.adapter):  # who guards it may change in place
             stack.append((event.run, event.number, event.adapter))
     if len(stack) < 2:
         raise StateError("there is nothing to go back to", where=alias, got="its first round")
     run, number, adapter = stack[-2]
     store.adapter(adapter)
-    made = store.set_alias(alias, run, number, adapter, now.version, why, rollback=True)
+    by = _operator(key)
+    made = store.set_alias(alias, run, number, adapter, now.version, why, rollback=True, operator=by)
     console.emit(
         {"alias": alias, "run": run, "round": number, "adapter": adapter, "version": made.version, "refunded": 0.0},
         [
@@ -106,6 +121,37 @@ def rollback(
     )
 
 
+def protect(
+    alias: Annotated[str, typer.Argument(help="The alias.")],
+    key: Annotated[Path, typer.Option(help="The operator's key: cloister coordinator operator-key.")],
+    to: Annotated[str | None, typer.Option(help="Hand it to another operator: that one's public key, hex.")] = None,
+    off: Annotated[bool, typer.Option("--off", help="Let it move without a key again.")] = False,
+    json: Json = False,
+    home: Home = None,
+) -> None:
+    """Let an alias move only with an operator's key from now on; with the present one's key hand it on, or take it off."""
+    console.choose(json, home)
+    store, by = registry(), _operator(key)
+    now = store.alias(check_name(alias, "alias"))
+    if now is None or by is None:
+        raise _no_such(store, alias)
+    if off and to is not None:
+        raise InputError("hand it on, or take it off?", where="rounds protect", got="--to and --off")
+    guard = "" if off else by.verify_key.raw.hex() if to is None else VerifyKey.from_hex(to, "--to").raw.hex()
+    made = store.set_alias(alias, now.run, now.number, now.adapter, now.version, "", operator=by, guard=guard)
+    whose = f"only with key {VerifyKey.from_hex(guard, alias).id.hex()}" if guard else "without a key"
+    console.emit({"alias": alias, "guard": guard, "version": made.version}, f"{alias}: moves {whose} from now on")
+
+
+def _operator(path: Path | None) -> SigningKey | None:
+    return None if path is None else SigningKey.load(path)
+
+
+def _no_such(store: Store, alias: str) -> StateError:
+    known = ", ".join(one.name for one in store.aliases()) or "none yet"
+    return StateError("no such alias", where=alias, expected=known, mend="cloister rounds promote ALIAS ROUND")
+
+
 def aliases(json: Json = False, home: Home = None) -> None:
     """List aliases and how they moved."""
     console.choose(json, home)
@@ -113,13 +159,19 @@ def aliases(json: Json = False, home: Home = None) -> None:
     now = store.aliases()
     events = {one.name: store.alias_events(one.name) for one in now}
     cells = [
-        [one.name, one.run[:8], one.number, one.adapter[:12], one.version, events[one.name][-1].why] for one in now
+        [
+            *(one.name, e.version, time.strftime("%F %R", time.gmtime(e.at)), e.run[:8], e.number, e.adapter[:12]),
+            *("rollback" if e.rollback else "", "guarded" if e.guard else "", e.why),
+        ]
+        for one in now
+        for e in reversed(events[one.name])
     ]
     record = {
         "aliases": [one.model_dump() for one in now],
         "events": [e.model_dump() for name in sorted(events) for e in events[name]],
     }
-    console.table(record, "aliases", ["alias", "run", "round", "adapter", "moves", "why"], cells)
+    columns = ["alias", "move", "at (UTC)", "run", "round", "adapter", "", "guard", "why"]
+    console.table(record, "aliases, newest move first", columns, cells)
 
 
 def _facts(store: Store, run: Run, number: int) -> dict[str, Any]:

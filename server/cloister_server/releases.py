@@ -84,7 +84,7 @@ class Releases(LogBook):
             # Whoever guards it from now on shows with the first move that the key is there.
             signature = _signed(operator, now or then, alias_move(body), name) if now or then else ""
             row.run, row.number, row.adapter, row.version, row.guard = run, number, adapter, expected + 1, then
-            leaf = append(session, "alias_set", body | {"why": why, "operator": signature}, self._signing)
+            leaf = append(session, "alias_set", body | {"why": why, "operator": signature}, self.signing)
             session.add(row)
             session.add(AliasEvent(**row.model_dump(), rollback=rollback, why=why, at=time.time(), leaf=leaf.index))
         return row
@@ -98,7 +98,7 @@ class Releases(LogBook):
         with self.database.writing() as session:
             adapter = _adapter_of(session, run, number)
             body = {"run": run, "round": number, "adapter": adapter, "why": why, "released": False}
-            leaf = append(session, "hold", body, self._signing)
+            leaf = append(session, "hold", body, self.signing)
             row = Hold(run=run, number=number, adapter=adapter, why=why, at=time.time(), leaf=leaf.index)
             session.add(row)
         return row
@@ -115,7 +115,7 @@ class Releases(LogBook):
                 raise StateError("no such hold", where=f"hold {hold}", got="none" if row is None else "released before")
             row.released = time.time()
             body = {"run": row.run, "round": row.number, "adapter": row.adapter, "why": why, "released": True}
-            append(session, "hold", body, self._signing)
+            append(session, "hold", body, self.signing)
         return row
 
     def holds(self) -> list[Hold]:
@@ -142,7 +142,7 @@ class Releases(LogBook):
             if needed := [f"{what} {', '.join(names)}" for what, names in named if names]:
                 raise RefusedError("registry.needed", "the adapter is needed", where=where, got="; ".join(needed))
             body = {"run": run, "round": number, "adapter": adapter, "why": why}
-            leaf = append(session, "tombstone", body, self._signing)
+            leaf = append(session, "tombstone", body, self.signing)
             row = Tombstone(adapter=adapter, run=run, number=number, why=why, at=time.time(), leaf=leaf.index)
             session.add(row)
         return row

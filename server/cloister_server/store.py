@@ -18,6 +18,7 @@ from typing import Any
 
 from cloister_shared.encoding import digest
 from cloister_shared.errors import InputError, RefusedError, StateError
+from cloister_shared.statement import Proof
 from sqlmodel import Session, select
 
 from cloister_server.log import append, commit_body, size
@@ -78,6 +79,21 @@ class Commit:
     privacy: Sequence[Privacy] = ()
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where an imported adapter comes from.
+
+    Attributes:
+        statement: The signed statement that it came with.
+        key: The key that signed it, hex.
+        said: What the log is told of it.
+    """
+
+    statement: bytes
+    key: str
+    said: Mapping[str, Any]
+
+
 class Store(Releases):
     """The registry."""
 
@@ -107,18 +123,28 @@ class Store(Releases):
                 mend="let the newer one run, or start again: cloister run --resume",
             )
 
-    def add_statement(self, run: str, number: int, statement: bytes, key: str, signature: str) -> str:
+    def proof(self, run: str, number: int) -> Proof:
+        """That the log has a round: its commit, or for round 0 the leaf that its run began with."""
+        leaf, at = self.commit_leaf(run, number) or self.policy_leaf(run), self.checkpoint()
+        path = self.tree().inclusion(leaf.index, at.size)
+        return Proof(leaf.record, leaf.signature, leaf.index, path, self.signed_checkpoint(at))
+
+    def add_statement(self, run: str, number: int, statement: bytes, key: str) -> str:
         """Keeps a signed statement of a round, whose export is a leaf in the same transaction; returns the statement's digest."""
         name = self.blobs.put(statement)
         with self.database.writing() as session:
-            self._named(session, name, "statement")
-            if session.get(Signature, (name, key)) is None:
-                made = Signature(statement=name, key=key, run=run, number=number, signature=signature, at=time.time())
-                session.add(made)
+            self._stated(session, run, number, name, key, statement)
             adapter = session.get_one(Round, (run, number)).adapter
             body = {"run": run, "round": number, "adapter": adapter, "statement": name}
-            append(session, "export", body, self._signing)
+            append(session, "export", body, self.signing)
         return name
+
+    def _stated(self, session: Session, run: str, number: int, name: str, key: str, statement: bytes) -> None:
+        self._named(session, name, "statement")
+        if session.get(Signature, (name, key)) is None:
+            signature = str(json.loads(statement)["signature"])
+            made = Signature(statement=name, key=key, run=run, number=number, signature=signature, at=time.time())
+            session.add(made)
 
     def statements(self) -> list[Signature]:
         """Every signed statement of a round."""
@@ -163,16 +189,21 @@ class Store(Releases):
         if session.get(Blob, name) is None:
             session.add(Blob(digest=name, kind=kind, bytes=size_now, created=time.time()))
 
-    def start_run(self, run: Run, adapter: bytes, model: Model, imported: Mapping[str, Any] | None = None) -> None:
+    def start_run(self, run: Run, adapter: bytes, model: Model, origin: Origin | None = None) -> None:
         """Registers a run with the adapter that it starts from, as round 0.
 
         Args:
             run: The run.
             adapter: Its first adapter, a safetensors file.
             model: The base model that it trains on.
-            imported: Where that adapter comes from, where it was another registry's.
+            origin: Where that adapter comes from, where it was another registry's.
+
+        Raises:
+            StateError: It is there, or the same statement was imported before.
         """
         name = self.blobs.put(adapter)
+        if origin is not None:
+            self.blobs.put(origin.statement)
         with self.database.writing() as session:
             self._named(session, name, "adapter")
             if session.get(Model, model.digest) is None:
@@ -183,7 +214,14 @@ class Store(Releases):
                 Round(run=run.id, number=0, state=COMMITTED, adapter=name, opened=run.created, committed=run.created)
             )
             body = _run_facts(run) | {"rounds": run.rounds, "adapter": name}
-            append(session, "policy", body | ({} if imported is None else {"imported": imported}), self._signing)
+            if origin is not None:
+                known = session.exec(select(Signature).where(Signature.statement == digest(origin.statement))).first()
+                if known is not None:
+                    raise StateError("this statement was imported before", where=f"run {known.run[:8]}")
+                session.flush()
+                self._stated(session, run.id, 0, digest(origin.statement), origin.key, origin.statement)
+                body["imported"] = dict(origin.said) | {"statement": digest(origin.statement)}
+            append(session, "policy", body, self.signing)
 
     def set_flower_run(self, run: str, flower_run: int) -> None:
         """Remembers Flower's id of the run's present attempt."""
@@ -308,7 +346,7 @@ class Store(Releases):
             }
             before = session.get(Round, (run, number - 1))
             start = "" if before is None else before.adapter or ""
-            append(session, "round_commit", commit_body(row, start, clients, extra, commit.heads), self._signing)
+            append(session, "round_commit", commit_body(row, start, clients, extra, commit.heads), self.signing)
 
     def abort_round(
         self, run: str, number: int, clients: dict[str, dict[str, Any]], privacy: Sequence[Privacy] = ()
@@ -324,9 +362,16 @@ class Store(Releases):
                 entry = session.get_one(RoundClient, (run, number, client))
                 for key, value in changes.items():
                     setattr(entry, key, value)
-            verdicts = {client: str(changes.get("verdict", "")) for client, changes in clients.items()}
-            body = {"what": "round aborted", "run": run, "round": number, "attempt": row.attempt, "clients": verdicts}
-            append(session, "incident", body, self._signing)
+            asked = session.exec(select(RoundClient).where(RoundClient.run == run, RoundClient.number == number))
+            named = ("client", "name", "plan", "verdict", "charged")
+            body = {
+                "what": "round aborted",
+                "run": run,
+                "round": number,
+                "attempt": row.attempt,
+                "clients": [{n: getattr(c, n) for n in named} for c in sorted(asked, key=lambda c: c.client)],
+            }
+            append(session, "incident", body, self.signing)
 
     def charge_noised_sum(self, row: NoisedSum, price: Callable[[list[NoisedSum]], float]) -> NoisedSum:
         """Charges the federation's ledger durably; only then may the noise be drawn.
@@ -360,7 +405,7 @@ class Store(Releases):
                     lifetime=row.epsilon,
                 )
             )
-            append(session, "spend", {"scope": "client"} | row.model_dump(), self._signing)
+            append(session, "spend", {"scope": "client"} | row.model_dump(), self.signing)
         return row
 
     def noised_sums(self) -> list[NoisedSum]:
@@ -374,12 +419,12 @@ class Store(Releases):
             return list(session.exec(select(Run).order_by(Run.created)))  # type: ignore[arg-type]
 
     def find_run(self, name: str | None) -> Run:
-        """A run by a prefix of its id; the newest for None.
+        """A run by a prefix of its id; for None the newest that was not imported.
 
         Raises:
             InputError: None or several.
         """
-        found = [r for r in self.runs() if name is None or r.id.startswith(name)]
+        found = [r for r in self.runs() if (r.rounds if name is None else r.id.startswith(name))]
         if not found or (name is not None and len(found) > 1):
             raise InputError(
                 "no such run" if not found else "several runs begin so",

@@ -7,6 +7,7 @@ import os
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,19 @@ import numpy as np
 import pytest
 import typer
 from cloister_server.compare import fields, modules
-from cloister_server.release_commands import aliases, diff, promote, rollback
+from cloister_server.keeping_commands import give_up, hold, holds, release
+from cloister_server.release_commands import aliases, diff, promote, protect, rollback
 from cloister_server.rounds import run_rounds
 from cloister_server.store import Store
 from cloister_server.upkeep import check, fsck, gc, unreachable
 from cloister_shared import console
-from cloister_shared.errors import CloisterError, StateError, VerificationError
+from cloister_shared.audit.bundle import Bundle, SignedLeaf
+from cloister_shared.audit.command import audit
+from cloister_shared.audit.trust import trust_of
+from cloister_shared.errors import CloisterError, RefusedError, StateError, VerificationError
+from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import Schema
+from cloister_shared.witness import ALIAS_PURPOSE, alias_move
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,6 +45,7 @@ SCHEMA = Schema(
 def world(tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     """Three committed rounds, and the command line set up for them."""
     made = make_world(tmp_path, tiny_bert, sites=2, rounds=3)
+    made.store.log_members(made.coordinator.sites())
     run_rounds(made.context(), made.link)
     monkeypatch.setattr(console.OUTPUT, "home", made.coordinator.home.parent)
     monkeypatch.setattr(console.OUTPUT, "json", True)
@@ -74,7 +82,7 @@ def test_an_alias_moves_forward_and_back_and_all_of_it_stays(world: World, capsy
 
 
 def test_what_is_not_committed_or_not_whole_is_not_released(world: World) -> None:
-    with pytest.raises(StateError, match="only a committed round"):
+    with pytest.raises(StateError, match="not a committed round"):
         promote("production", 9)
     with pytest.raises(CloisterError):
         promote("../x", 1)
@@ -211,3 +219,136 @@ def test_a_missing_and_a_changed_blob_are_named(world: World) -> None:
     second.chmod(0o600)
     second.write_bytes(bytes(second.stat().st_size))
     assert {one.split(": ")[1] for one in whole(world)} == {"blob is missing", "blob was changed"}
+
+
+def test_a_guarded_alias_moves_with_its_operators_key_alone(world: World, tmp_path: Path) -> None:
+    keys = [tmp_path / name for name in ("one.key", "two.key")]
+    for path in keys:
+        SigningKey.generate().save(path)
+    one, two = (SigningKey.load(path) for path in keys)
+    promote("production", 1)
+    protect("production", keys[0])
+    deeds: list[Callable[[], None]] = [
+        lambda: promote("production", 2),
+        lambda: promote("production", 2, key=keys[1]),
+        lambda: rollback("production"),
+        lambda: protect("production", keys[1]),
+        lambda: protect("production", keys[1], off=True),
+    ]
+    for deed in deeds:
+        with pytest.raises(CloisterError):
+            deed()
+    now = world.store.alias("production")
+    assert now is not None
+    assert (now.number, now.version, now.guard) == (1, 2, one.verify_key.raw.hex())
+    promote("production", 2, key=keys[0])
+    protect("production", keys[0], to=two.verify_key.raw.hex())
+    with pytest.raises(RefusedError, match="operator"):
+        promote("production", 3, key=keys[0])
+    rollback("production", key=keys[1])
+    protect("production", keys[1], off=True)
+    promote("production", 3)
+    events = world.store.alias_events("production")
+    assert [(e.number, e.rollback, bool(e.guard)) for e in events] == [
+        (1, False, False), (1, False, True), (2, False, True), (2, False, True), (1, True, True), (1, False, False),
+        (3, False, False),
+    ]  # fmt: skip
+    assert whole(world) == []
+
+
+def test_a_move_that_nobody_signed_is_a_violation_for_whoever_audits(world: World, tmp_path: Path) -> None:
+    key = tmp_path / "operator.key"
+    SigningKey.generate().save(key)
+    promote("production", 1)
+    protect("production", key)
+    promote("production", 2, key=key)
+    assert audited(world) == set()
+    # A coordinator that writes its own log as it likes, but has not the operator's key.
+    row = world.store.rounds(world.run.id)[3]
+    body = {"log": world.store.origin, "alias": "production", "run": world.run.id, "round": 3, "adapter": row.adapter}
+    body |= {"version": 4, "rollback": False, "guard": "", "why": ""}
+    forged = world.coordinator.signing.sign(ALIAS_PURPOSE, alias_move(body)).hex()
+    world.store.log("alias_set", body | {"operator": forged})
+    assert audited(world) == {"operator"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "code"),
+    [
+        ("alias_set", {"round": 2}, "release"),
+        ("alias_set", {"adapter": "00" * 32}, "release"),
+        ("alias_set", {"version": 7}, "alias"),
+        ("alias_set", {"version": "1"}, "leaf"),
+        ("export", {"adapter": "00" * 32}, "release"),
+        ("hold", {"round": 9}, "release"),
+        ("tombstone", {"run": "00" * 16}, "release"),
+    ],
+)
+def test_what_names_a_round_that_the_log_has_not_is_a_violation(
+    world: World, kind: str, changes: dict[str, Any], code: str
+) -> None:
+    row = world.store.rounds(world.run.id)[1]
+    body = {"alias": "a", "run": world.run.id, "round": 1, "adapter": row.adapter, "version": 1, "guard": ""}
+    world.store.log(kind, body)
+    assert audited(world) == set()
+    world.store.log(kind, body | {"version": 2} | changes)
+    assert audited(world) == {code}
+
+
+def audited(world: World) -> set[str]:
+    """Violations that an audit of the federation's log alone finds."""
+    leaves = tuple(SignedLeaf(one.record, one.key, one.signature) for one in world.store.leaves())
+    trust = trust_of("fed", world.coordinator.signing.verify_key, {}, [])
+    bundle = Bundle(1.0, leaves, world.store.signed_checkpoint(world.store.checkpoint()))
+    return {f.code for f in audit(bundle, trust).findings.found if f.kind == "violation"}
+
+
+def test_what_is_held_stays_and_what_is_given_up_goes(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [row.adapter or "" for row in world.store.rounds(world.run.id)]
+    for name in names:
+        os.utime(blob_path(world.store, name), (1.0, 1.0))
+    promote("production", 3)
+    hold(1, "asked by the court")
+    give_up(0, "no longer needed")
+    for number, why in ((1, "hold 1"), (3, "alias production")):
+        with pytest.raises(RefusedError, match="needed") as caught:
+            give_up(number, "no longer needed")
+        assert why in caught.value.got
+    with pytest.raises(StateError, match="given up before"):
+        give_up(0, "again")
+    gc()
+    assert said(capsys)["blobs"] == [names[0]]
+    assert [blob_path(world.store, n).exists() for n in names] == [False, True, True, True]
+    assert whole(world) == []
+    with pytest.raises(CloisterError):
+        promote("production", 0)
+    with pytest.raises(StateError, match="given up"):
+        world.store.set_alias("production", world.run.id, 0, names[0], 1, "")
+    release(1, "the court is done")
+    with pytest.raises(StateError, match="no such hold"):
+        release(1, "again")
+    give_up(1, "no longer needed")
+    gc()
+    assert not blob_path(world.store, names[1]).exists()
+    assert whole(world) == []
+    assert audited(world) == set()
+    holds()
+    told = said(capsys)
+    assert [h["released"] is not None for h in told["holds"]] == [True]
+    assert {t["number"] for t in told["given_up"]} == {0, 1}
+
+
+def test_an_unfinished_runs_adapters_are_not_given_up(tmp_path: Path, tiny_bert: Path) -> None:
+    made = make_world(tmp_path, tiny_bert, sites=2, rounds=3)
+    with pytest.raises(RefusedError, match="needed") as caught:
+        made.store.give_up(made.run.id, 0, "too early")
+    assert "unfinished run" in caught.value.got
+
+
+def test_a_blob_that_is_about_to_be_named_is_not_taken(world: World) -> None:
+    """gc waits for whoever names a blob, and whoever names one after it finds it gone and says so."""
+    lone = world.store.blobs.put(b"about to be named")
+    os.utime(blob_path(world.store, lone), (1.0, 1.0))
+    world.store.blobs.put(b"about to be named")  # a coordinator that made the same again: young
+    gc()
+    assert blob_path(world.store, lone).exists()

@@ -436,7 +436,7 @@ def test_what_is_registered_for_good_stays(store: Store, statement: str) -> None
     store.hold(RUN, 1, "asked by the court")
     store.finish_run(RUN)
     store.give_up(RUN, 0, "no longer needed")
-    store.add_statement(RUN, 1, b"{}", "k", "s")
+    store.add_statement(RUN, 1, b'{"signature": "s"}', "k")
     before = raw(store, "SELECT * FROM log_leaf ORDER BY 1")
     with pytest.raises(DBAPIError):
         raw(store, statement)

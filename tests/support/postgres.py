@@ -40,7 +40,9 @@ class Server:
     def run(self, program: str, *arguments: str) -> str:
         """Runs one of its programs, as its user."""
         command = [str(self._bin / program), *arguments]
-        done: subprocess.CompletedProcess[str] = subprocess.run(command, capture_output=True, text=True, cwd="/", **self._who)
+        done: subprocess.CompletedProcess[str] = subprocess.run(
+            command, capture_output=True, text=True, cwd="/", **self._who
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -7,6 +7,7 @@ the truth; where it is not, PLD (Doroshenko et al. 2022) decides. The same histo
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 from cloister_shared.audit.federation import History
 from cloister_shared.audit.findings import Findings
 from cloister_shared.audit.reading import MALFORMED, number
-from cloister_shared.audit.sites import Ledger, Step
+from cloister_shared.audit.sites import Entry, Ledger, Step
 
 Steps = tuple[tuple[Step, int], ...]
 # A published figure may be above this accountant's, never below it by more than the two's numerical error.
@@ -42,6 +43,23 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Period:
+    """What one calendar month cost a block, alone; the lifetime beside it is what counts.
+
+    Attributes:
+        month: For example 2026-11, UTC, by the site's clock.
+        rounds: Entries charged in it.
+        epsilon: Of the month alone, by PLD.
+        lifetime: Of everything up to its end, by RDP.
+    """
+
+    month: str
+    rounds: int
+    epsilon: float
+    lifetime: float
+
+
+@dataclass(frozen=True)
 class Block:
     """What one block of text has spent.
 
@@ -56,6 +74,8 @@ class Block:
         rounds: Entries charged.
         steps: Gaussian releases in all.
         points: Its way there.
+        periods: What each month cost.
+        alone: Epsilon of each round by itself, by PLD: terms and how many rounds had them.
     """
 
     client: str
@@ -68,6 +88,8 @@ class Block:
     rounds: int
     steps: int
     points: tuple[Point, ...]
+    periods: tuple[Period, ...]
+    alone: tuple[tuple[float, int], ...]
 
 
 def _event(steps: Steps) -> Any:
@@ -136,9 +158,30 @@ def _block(ledger: Ledger, block: int, findings: Findings) -> Block:
                 )
     final, bound = _epsilon(tuple(sorted(whole.items())), delta) if whole else (0.0, 0.0)
     cap = charged[-1].cap if charged else 0.0
-    return Block(
-        ledger.client, ledger.name, block, final, bound, delta, cap, len(charged), sum(whole.values()), tuple(points)
+    months, kinds = dict[str, list[Entry]](), Counter[Steps]()
+    for entry in charged:
+        months.setdefault(_month(entry.at), []).append(entry)
+        kinds[tuple(sorted(entry.steps.items()))] += 1
+    ends = {_month(point.at): point.rdp for point in points}
+    periods = tuple(
+        Period(month, len(found), _epsilon(_together(found), delta)[0], ends[month]) for month, found in months.items()
     )
+    alone = tuple((_epsilon(steps, delta)[0], count) for steps, count in kinds.items())
+    return Block(
+        *(ledger.client, ledger.name, block, final, bound, delta, cap, len(charged), sum(whole.values())),
+        *(tuple(points), periods, alone),
+    )
+
+
+def _month(at: float) -> str:
+    return time.strftime("%Y-%m", time.gmtime(at)) if 0 <= at < 1e11 else "at no time"
+
+
+def _together(entries: list[Entry]) -> Steps:
+    whole = Counter[Step]()
+    for entry in entries:
+        whole += entry.steps
+    return tuple(sorted(whole.items()))
 
 
 def check_published(history: History, findings: Findings) -> None:

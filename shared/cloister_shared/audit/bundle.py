@@ -129,7 +129,10 @@ def read_bundle(path: Path) -> Bundle:
     try:
         return _bundle_of(parts)
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError, OverflowError, VerificationError) as error:
-        raise InputError("not a bundle", where=str(path), got=f"{type(error).__name__}: {error}"[:200]) from error
+        got = f"no {error}" if isinstance(error, KeyError) else "a part of it of another form"
+        raise InputError(
+            "not a bundle", where=str(path), expected=FORMAT, got=got, mend="cloister audit export --out BUNDLE"
+        ) from error
 
 
 def _bundle_of(parts: dict[str, bytes]) -> Bundle:

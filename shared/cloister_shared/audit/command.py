@@ -21,6 +21,7 @@ from cloister_shared.audit.bundle import Bundle, SiteLog, read_bundle
 from cloister_shared.audit.federation import History, check_covered, check_federation
 from cloister_shared.audit.findings import Findings
 from cloister_shared.audit.reading import printable
+from cloister_shared.audit.releases import check_releases
 from cloister_shared.audit.report import VERDICTS, answers, as_csv, as_html, as_record
 from cloister_shared.audit.sites import Ledger, check_site, check_spends
 from cloister_shared.audit.trust import Trust, read_trust
@@ -54,6 +55,7 @@ def audit(bundle: Bundle, trust: Trust) -> Audit:
         found = check_site(client, log, bundle, trust, history, findings)
         if found is not None:
             ledgers[client] = found
+    check_releases(history, findings)
     check_spends(ledgers, trust, history, findings)
     check_covered(history, findings)
     blocks = check_budgets(ledgers, findings)

@@ -93,6 +93,7 @@ class History:
         tree: Its tree.
         records: Its leaves, read; empty ones where they are malformed.
         commits: The round commits among them.
+        aborted: Work that was accepted in rounds that came to nothing: leaf, client, name, digest of the work.
         seen: When each witness cosigned it, by client id.
         covered: How many leaves somebody else saw.
     """
@@ -100,6 +101,7 @@ class History:
     tree: Tree = field(default_factory=Tree)
     records: list[dict[str, Any]] = field(default_factory=list)
     commits: list[RoundCommit] = field(default_factory=list)
+    aborted: list[tuple[int, str, str, str]] = field(default_factory=list)
     seen: dict[str, int] = field(default_factory=dict)
     covered: int = 0
 
@@ -116,6 +118,7 @@ def check_federation(bundle: Bundle, trust: Trust, findings: Findings) -> Histor
     if not bundle.note:
         findings.incomplete("no-federation-log", origin, "the bundle has no federation's log")
         return history
+    unsigned = list[tuple[str, str]]()
     for index, leaf in enumerate(bundle.leaves):
         where, record = f"leaf {index}", dict[str, Any]()
         history.tree.append(leaf_hash(leaf.record))
@@ -123,12 +126,18 @@ def check_federation(bundle: Bundle, trust: Trust, findings: Findings) -> Histor
             trust.federation.verify(LEAF_PURPOSE, leaf.record, bytes.fromhex(leaf.signature), where)
             record = record_of(leaf.record, where)
         except (CloisterError, *MALFORMED) as error:
-            findings.violation("leaf-signature", where, str(error)[:300])
+            unsigned.append((where, str(error)[:300]))
         if record and (record.get("index"), record.get("log")) != (index, origin):
             findings.violation(
                 "leaf-order", where, f"says that it is leaf {record.get('index')} of {record.get('log')}"
             )
         history.records.append(record)
+    if len(unsigned) == len(bundle.leaves):
+        what = f"none of its {len(bundle.leaves)} leaves is signed by the key that the trust file names"
+        findings.violation("leaf-signature", origin, f"{what}: another federation's log, or another's trust file")
+        return History()
+    for where, what in unsigned:
+        findings.violation("leaf-signature", where, what)
     if not _check_head(bundle, trust, findings, history, origin):
         # What is not what was signed proves nothing of anybody: nothing more is made of it.
         return History()
@@ -202,6 +211,12 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
                 if run in runs:
                     raise ValueError("this run began before")
                 runs[run] = (0, hexes(record, "adapter", 32), hexes(record, "base", 32))
+            elif kind == "incident" and isinstance(record.get("clients"), list):
+                history.aborted += [
+                    (index, hexes(one, "client", 16), words(one, "name"), hexes(one, "plan", 32))
+                    for one in rows(record, "clients")
+                    if words(one, "verdict") == "accepted"
+                ]
             elif kind == "round_commit":
                 commit = _commit(record, index)
                 history.commits.append(commit)

@@ -26,6 +26,11 @@ UNITS = (
     "One privacy unit is a record, or all records of one person where a site registered its text so. Neighbours: with and without one"
     " unit (add/remove). Each site's ledger is the authority over its own text."
 )
+ACCOUNTANTS = (
+    "RDP bounds from above and is loose: a line or figure of it above a cap says nothing by itself; where it is above, PLD decides."
+    " The sites charge the larger of PRV's upper bound and PLD, so that their own figures lie up to 0.02 above this PLD: numerical"
+    " error, on the safe side."
+)
 NOT_PROVEN = (
     "That a client really added the noise that its ledger says: short of attestation of its machine nobody outside can see that.",
     "That a site registered all of its text, or that two units are not the same person under two names.",
@@ -57,6 +62,22 @@ def _when(at: object) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at))
 
 
+def _unit(card: object) -> str:
+    """What a site declared at enrolment."""
+    known = card if isinstance(card, dict) else {}
+    return f"{known.get('name')}: one unit is one {known.get('unit')}; {known.get('records')} declared at enrolment"
+
+
+def _moved(r: Mapping[str, Any]) -> str:
+    guard = r.get("guard")
+    parts = (
+        "a rollback" if r.get("rollback") else "",
+        f"guarded by {str(guard)[:16]}" if guard else "",
+        str(r.get("why") or ""),
+    )
+    return "".join(f"; {part}" for part in parts if part)
+
+
 def _round(r: Mapping[str, Any]) -> str:
     return f"round {r.get('round')} of run {str(r.get('run'))[:8]}"
 
@@ -73,7 +94,7 @@ def answers(
     records = history.records
     of = {
         kind: [r for r in records if r.get("kind") == kind]
-        for kind in ("policy", "spend", "incident", "alias_set", "export")
+        for kind in ("policy", "spend", "incident", "alias_set", "export", "enrol", "hold", "tombstone", "round_commit")
     }
     names = sorted({one.name for commit in history.commits for one in commit.asked})
     caps = [
@@ -95,6 +116,18 @@ def answers(
         f" {b.rounds} rounds, {b.steps} Gaussian steps; lifetime"
         for b in blocks
     ]
+    rounds = [
+        f"{b.site} block {b.block}: a round alone: epsilon {', '.join(f'{e:.4f} ({n} rounds)' for e, n in sorted(b.alone))}"
+        for b in blocks
+        if b.alone
+    ]
+    periods = [
+        f"{b.site} block {b.block}, {p.month}: epsilon {p.epsilon:.4f} (PLD) for {p.rounds} rounds of that month alone;"
+        f" its lifetime by then {p.lifetime:.4f} (RDP). Months do not add up, and none resets anything"
+        for b in blocks
+        for p in b.periods
+    ]
+    units = sorted({_unit(r.get("card")) for r in of["enrol"]})
     whole = [
         f"client level: epsilon {r.get('epsilon'):.4f} at delta {r.get('delta'):g} after {_round(r | {'round': r.get('number')})}"
         for r in of["spend"]
@@ -114,7 +147,11 @@ def answers(
         for c in history.commits
     ]
     code = sorted(
-        {f"{r.get('code')}, base {str(r.get('base'))[:16]}, settings {str(r.get('config'))[:16]}" for r in of["policy"]}
+        {
+            f"{r.get('code')}, lock file {str(r.get('lock') or 'not said')[:16]}, base {str(r.get('base'))[:16]},"
+            f" settings {str(r.get('settings') or r.get('config'))[:16]}"
+            for r in (*of["policy"], *of["round_commit"])
+        }
     )
     incidents = [f"leaf {r.get('index')}: {r.get('what')}" for r in of["incident"]]
     incidents += [f"{ledger.name}: {line}" for ledger in ledgers.values() for line in ledger.incidents]
@@ -134,10 +171,13 @@ def answers(
         if f.kind == "fork" or f.code in ("no-witness", "nothing-remembered")
     ]
     return [
-        Answer("Whose text, which unit, which neighbours?", (", ".join(names) or absent or "no site took part", UNITS)),
+        Answer(
+            "Whose text, which unit, which neighbours?",
+            (", ".join(names) or absent or "no site took part", *units, UNITS),
+        ),
         Answer(
             "Epsilon and delta, per round, period and lifetime?",
-            (*final, *whole) or ("no site's own log is here: incomplete",),
+            (*rounds, *periods, *final, *whole) or ("no site's own log is here: incomplete",),
         ),
         Answer(
             "Who was trusted with what?",
@@ -162,13 +202,26 @@ def answers(
             "Does an independent accountant agree?",
             tuple(x for x in findings.held if "dp-accounting" in x)
             + tuple(f"{f.where}: {f.what}" for f in findings.found if f.code in ("cap", "published"))
+            + ((ACCOUNTANTS,) if blocks else ())
             or none,
         ),
         Answer("Which model holds which text?", tuple(models) or none),
         Answer(
-            "Who promoted it?",
-            tuple(
-                f"leaf {r.get('index')}: {r.get('alias')} to {_round(r)}, {_when(r.get('at'))}" for r in of["alias_set"]
+            "Who promoted it, exported it, kept it or gave it up?",
+            (
+                *(
+                    f"leaf {r.get('index')}: {r.get('alias')} to {_round(r)}, {_when(r.get('at'))}{_moved(r)}"
+                    for r in of["alias_set"]
+                ),
+                *(f"leaf {r.get('index')}: {_round(r)} was exported, {_when(r.get('at'))}" for r in of["export"]),
+                *(
+                    f"leaf {r.get('index')}: {_round(r)}: hold {'released' if r.get('released') else 'set'}: {r.get('why')}"
+                    for r in of["hold"]
+                ),
+                *(
+                    f"leaf {r.get('index')}: {_round(r)}: its adapter was given up: {r.get('why')}"
+                    for r in of["tombstone"]
+                ),
             )
             or (absent or "nobody",),
         ),

@@ -361,6 +361,15 @@ def check_spends(ledgers: dict[str, Ledger], trust: Trust, history: History, fin
                 if one.plan not in ledger.receipts:
                     late = " (the last of its run: it may be on its way)" if commit.number == last[commit.run] else ""
                     findings.incomplete("no-receipt", where, f"the site has no receipt for it{late}")
+    for index, client, name, plan in history.aborted:
+        # A round that came to nothing has used the text of those whose updates came.
+        if (ledger := of.get(client)) is not None:
+            states = {e.state for e in ledger.entries.values() if e.plan == plan}
+            if not states & {"spent", "lost", "reserved"}:
+                where = f"leaf {index}, {name}"
+                findings.violation(
+                    "unspent", where, "an update came in an aborted round, and its site never spent for it"
+                )
     if matched:
         findings.held.append(
             f"{matched} accepted updates are each in their site's own ledger, reserved before they were spent"

@@ -1,0 +1,109 @@
+"""A round of another federation, from its export: everything that the statement says is checked before anything of it is registered.
+
+    key (from elsewhere) -> statement's signature -> log's head and inclusion proof -> the leaf says the same -> each file's digest
+    -> the adapter's tensors -> the same base model as here -> registered as round 0 of a run of its own
+
+Nothing in the folder that the statement does not name is read. No privacy of this federation's sites is touched by it; what it cost its
+own sites stands in the statement, which is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from pathlib import Path
+
+from cloister_shared.encoding import digest
+from cloister_shared.errors import InputError, VerificationError
+from cloister_shared.plan import TaskSpec
+from cloister_shared.signing import VerifyKey
+from cloister_shared.statement import FILE, check_statement
+from cloister_shared.vectors import Schema, from_safetensors
+
+from cloister_server.export import REGISTERED, peft_files
+from cloister_server.store import Origin, Store
+from cloister_server.tables import Model, Run
+
+MAX_BYTES = 1 << 30
+
+
+def import_round(store: Store, folder: Path, key: VerifyKey, federation: str, base: str) -> Run:
+    """Registers an exported round; returns the run that it is round 0 of.
+
+    Args:
+        store: This federation's registry.
+        folder: The export.
+        key: The other federation's key, from elsewhere than the export.
+        federation: This federation's name.
+        base: Digest of this federation's base model.
+
+    Raises:
+        InputError: The folder is not an export.
+        VerificationError: Something does not hold.
+        StateError: It was imported before.
+    """
+    data = _read(folder, FILE)
+    stated = check_statement(data, key, f"{folder}/{FILE}")
+    where = str(folder)
+    if stated["base"] != base:
+        raise VerificationError(
+            "it was trained on another base model", where=where, expected=base[:16], got=str(stated["base"])[:16]
+        )
+    if not isinstance(stated["files"], dict) or REGISTERED not in stated["files"]:
+        raise VerificationError("the statement names no adapter", where=where, expected=REGISTERED)
+    files = {str(name): _named(folder, str(name), str(named)) for name, named in sorted(stated["files"].items())}
+    adapter = files[REGISTERED]
+    task_text, tensors_text = str(stated["run_task"]), str(stated["run_tensors"])
+    pairs = (("adapter", adapter), ("task", task_text.encode()), ("tensors", tensors_text.encode()))
+    if odd := [name for name, got in pairs if digest(got) != stated[name]]:
+        raise VerificationError("its parts are not what its leaf says", where=where, got=", ".join(odd))
+    try:
+        task, schema = TaskSpec.from_dict(json.loads(task_text)), Schema.from_list(json.loads(tensors_text), where)
+    except ValueError as error:
+        raise VerificationError("its task or its tensors cannot be read", where=where, got=str(error)[:120]) from error
+    vector = from_safetensors(adapter, schema, f"{folder}/{REGISTERED}")
+    frozen = {"fan_in_fan_out": stated["fan_in_fan_out"], "frozen": stated["frozen"]}
+    run = Run(
+        id=secrets.token_hex(16),
+        federation=federation,
+        created=(now := time.time()),
+        rounds=0,
+        base=base,
+        task=task_text,
+        rule=str(stated["rule"]),
+        tensors=tensors_text,
+        config=json.dumps({"settings": "", "client_level": None, "public": None} | frozen),
+        code=str(stated["code"]),
+        tokenizer=str(stated["tokenizer"] or ""),
+        finished=now,
+    )
+    # What PEFT loads must be the registered adapter itself, whatever its signer put beside it.
+    if odd := [name for name, made in peft_files(run, task, schema, vector).items()
+               if name.endswith(".safetensors") and files.get(name) != made]:  # fmt: skip
+        raise VerificationError("what PEFT would load is not the registered adapter", where=where, got=", ".join(odd))
+    said = {name: stated[name] for name in ("federation", "log", "run", "round", "leaf")}
+    model = Model(digest=base, source="imported", tokenizer=run.tokenizer, kind=task.kind)
+    store.start_run(run, adapter, model, Origin(data, key.raw.hex(), said))
+    return run
+
+
+def _named(folder: Path, name: str, named: str) -> bytes:
+    if Path(name).name != name or name.startswith("."):
+        raise VerificationError("the statement names a file elsewhere", where=str(folder), got=name[:80])
+    data = _read(folder, name)
+    if digest(data) != named:
+        raise VerificationError(
+            "a file was changed", where=str(folder / name), expected=named[:16], got=digest(data)[:16]
+        )
+    return data
+
+
+def _read(folder: Path, name: str) -> bytes:
+    path = folder / name
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError("a file of it is too large", where=str(path), expected=f"<= {MAX_BYTES} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError("not an export", where=str(path), got=error.strerror or str(error)) from error

@@ -1,0 +1,74 @@
+"""Checks of what became of rounds: aliases that point at them and who let them, holds, adapters that were given up, exports.
+
+Each names an adapter that the log's own rounds made. An alias moves one version at a time; a guarded one only with the signature of the
+operator who guarded it before the move, so that a coordinator's key alone does not release.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cloister_shared.audit.federation import History
+from cloister_shared.audit.findings import Findings
+from cloister_shared.audit.reading import MALFORMED, hexes, integer, words
+from cloister_shared.errors import CloisterError
+from cloister_shared.signing import VerifyKey
+from cloister_shared.witness import ALIAS_PURPOSE, alias_move
+
+_KINDS = ("alias_set", "hold", "tombstone", "export")
+
+
+def check_releases(history: History, findings: Findings) -> None:
+    """Walks the log's leaves in order.
+
+    Args:
+        history: The federation's log.
+        findings: Where what is found goes.
+    """
+    made, gone, aliases, guarded = dict[tuple[str, int], str](), set[str](), dict[str, tuple[int, str]](), 0
+    for index, record in enumerate(history.records):
+        where, kind = f"leaf {index}", record.get("kind")
+        try:
+            if kind == "policy":
+                made[hexes(record, "run", 16), 0] = hexes(record, "adapter", 32)
+            elif kind == "round_commit":
+                made[hexes(record, "run", 16), integer(record, "round", 1, 1_000_000)] = hexes(record, "adapter", 32)
+            if kind not in _KINDS:
+                continue
+            place = hexes(record, "run", 16), integer(record, "round", 0, 1_000_000)
+            adapter = hexes(record, "adapter", 32)
+            if made.get(place) != adapter:
+                what = f"{kind} names an adapter that round {place[1]} of run {place[0][:8]} did not make"
+                findings.violation("release", where, what)
+            if kind == "tombstone":
+                gone.add(adapter)
+            if kind == "alias_set":
+                if adapter in gone:
+                    findings.violation("release", where, "an alias points at an adapter that was given up before")
+                guarded += _move(record, aliases, findings, where)
+        except (CloisterError, *MALFORMED) as error:
+            findings.violation("leaf", where, f"malformed: {error}"[:300])
+    if aliases:
+        signed = f", {guarded} of them signed by the operator who guards the alias" if guarded else ""
+        moves = sum(version for version, _ in aliases.values())
+        findings.held.append(f"{moves} moves of {len(aliases)} aliases, each at a round that the log has{signed}")
+
+
+def _move(record: dict[str, Any], aliases: dict[str, tuple[int, str]], findings: Findings, where: str) -> int:
+    """One move; returns whether an operator signed it."""
+    name, version = words(record, "alias"), integer(record, "version", 1, 1_000_000)
+    # Leaves from before aliases could be guarded say nothing of it.
+    guard = hexes(record, "guard", 32, empty=True) if "guard" in record else ""
+    last, before = aliases.get(name, (0, ""))
+    aliases[name] = version, guard
+    if version != last + 1:
+        findings.violation("alias", where, f"move {version} of {name} follows move {last}")
+    if not (by := before or guard):
+        return 0
+    try:
+        signature = bytes.fromhex(words(record, "operator"))
+        VerifyKey.from_hex(by, where).verify(ALIAS_PURPOSE, alias_move(record), signature, where)
+    except (CloisterError, *MALFORMED):
+        findings.violation("operator", where, f"{name} was moved without the signature of the operator who guards it")
+        return 0
+    return 1

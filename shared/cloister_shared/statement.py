@@ -1,0 +1,110 @@
+"""The signed statement of a round: what it is, what it was made of and what it cost, with the proof that a federation's log has it.
+
+    {"format": "cloister-round/1", "statement": {...}, "key": hex, "signature": hex,
+     "leaf": {"record": text, "signature": hex, "index": n}, "path": [hex, ...], "head": signed note}
+
+It travels with an export as ``statement.json`` and names each file beside it by digest. Whoever has the federation's key from elsewhere
+can check all of it with no server; the key that stands in it is never believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cloister_shared.encoding import canonical, parse_record
+from cloister_shared.errors import VerificationError
+from cloister_shared.merkle import check_inclusion, leaf_hash
+from cloister_shared.notes import read_checkpoint
+from cloister_shared.signing import SigningKey, VerifyKey
+from cloister_shared.witness import LEAF_PURPOSE, log_of_federation
+
+FORMAT, PURPOSE = "cloister-round/1", "round-statement"
+FILE = "statement.json"
+_FIELDS = {"format", "statement", "key", "signature", "leaf", "path", "head"}
+# What the leaf says too, and must say alike; round 0 has a leaf of its own kind, which knows no round.
+_ALIKE = ("run", "adapter", "base", "tokenizer", "rule", "task", "tensors", "config")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """That a log has a leaf.
+
+    Attributes:
+        record: The leaf's signed bytes.
+        signature: Its keeper's signature, hex.
+        index: Its place.
+        path: Inclusion proof, 32 bytes each (RFC 6962 section 2.1.1).
+        head: The signed note of the head that it is for.
+    """
+
+    record: bytes
+    signature: str
+    index: int
+    path: Sequence[bytes]
+    head: str
+
+
+def make_statement(statement: Mapping[str, Any], proof: Proof, by: SigningKey) -> bytes:
+    """Signs a statement and puts its proof beside it; returns the file's bytes.
+
+    Args:
+        statement: What is stated, JSON types only.
+        proof: That the log has the round.
+        by: The coordinator's key.
+    """
+    return canonical(
+        {
+            "format": FORMAT,
+            "statement": dict(statement),
+            "key": by.verify_key.raw.hex(),
+            "signature": by.sign(PURPOSE, canonical(dict(statement))).hex(),
+            "leaf": {"record": proof.record.decode(), "signature": proof.signature, "index": proof.index},
+            "path": [part.hex() for part in proof.path],
+            "head": proof.head,
+        }
+    )
+
+
+def check_statement(data: bytes, key: VerifyKey, where: str) -> dict[str, Any]:
+    """Reads a statement after every signature and proof of it was checked.
+
+    Args:
+        data: The file's bytes.
+        key: The federation's key, from elsewhere.
+        where: For errors.
+
+    Returns:
+        What is stated.
+
+    Raises:
+        VerificationError: It is malformed, another key's, or something does not hold.
+    """
+    record = parse_record(data, where)
+    try:
+        if set(record) != _FIELDS or record["format"] != FORMAT:
+            raise VerificationError("not a statement of a round", where=where, expected=FORMAT)
+        stated, leaf = record["statement"], record["leaf"]
+        text, index = str(leaf["record"]).encode(), leaf["index"]
+        path = [bytes.fromhex(part) for part in record["path"]]
+        signatures = bytes.fromhex(record["signature"]), bytes.fromhex(leaf["signature"])
+        if not isinstance(stated, dict) or type(index) is not int:
+            raise TypeError("a field of another type")
+    except (KeyError, TypeError, ValueError) as error:
+        raise VerificationError("not a statement of a round", where=where, got=str(error)[:120]) from error
+    if record["key"] != key.raw.hex():
+        raise VerificationError(
+            "another federation's statement", where=where, expected=key.id.hex(), got=str(record["key"])[:32]
+        )
+    key.verify(PURPOSE, canonical(stated), signatures[0], where)
+    key.verify(LEAF_PURPOSE, text, signatures[1], f"{where} leaf")
+    head = read_checkpoint(str(record["head"]), key, log_of_federation(key), f"{where} head").checkpoint
+    check_inclusion(leaf_hash(text), index, head.size, path, head.root, where)
+    said = parse_record(text, f"{where} leaf")
+    kind = "round_commit" if stated.get("round") else "policy"
+    if (said.get("kind"), said.get("round", 0), said.get("index")) != (kind, stated.get("round"), index):
+        raise VerificationError("the leaf is not of this round", where=where, expected=kind, got=str(said.get("kind")))
+    if odd := [name for name in _ALIKE if said.get(name) != stated.get(name)]:
+        raise VerificationError("the leaf says something else than the statement", where=where, got=", ".join(odd))
+    return stated
