@@ -219,6 +219,14 @@ class Chain:
             mend="free space, or see to the file's owner and mode; restore no older copy",
         )
 
+    def _found(self) -> os.stat_result:
+        try:
+            return self.path.stat()
+        except FileNotFoundError as error:
+            raise self._broken("no file", "the one that was opened") from error
+        except OSError as error:
+            raise self._unusable(error) from error
+
     @contextmanager
     def _locked(self, how: Literal["DEFERRED", "IMMEDIATE"]) -> Iterator[sqlite3.Connection]:
         if os.getpid() != self._pid:
@@ -226,7 +234,7 @@ class Chain:
         with self._lock:
             db = self._db
             try:
-                now = self.path.stat()
+                now = self._found()
                 if (now.st_dev, now.st_ino) != (self._file.st_dev, self._file.st_ino):
                     raise self._broken("another file", "the one that was opened")
                 db.execute(f"BEGIN {how}")
@@ -237,8 +245,6 @@ class Chain:
                     if db.in_transaction:
                         db.execute("ROLLBACK")
                     raise
-            except FileNotFoundError as error:
-                raise self._broken("no file", "the one that was opened") from error
             except sqlite3.IntegrityError:
                 raise
             except sqlite3.Error as error:

@@ -26,15 +26,14 @@ from cloister_server.store import Store
 
 coordinator_app = typer.Typer(no_args_is_help=True, help="Create and serve a federation.")
 rounds_app = typer.Typer(no_args_is_help=True, help="Look at registered rounds.")
+for _commands in (release_commands, keeping_commands, export_commands):
+    _commands.register(rounds_app)
 
 
 def register(app: typer.Typer) -> None:
     """Adds the coordinator's commands."""
     app.add_typer(coordinator_app, name="coordinator")
     app.add_typer(rounds_app, name="rounds")
-    release_commands.register(rounds_app)
-    keeping_commands.register(rounds_app)
-    export_commands.register(rounds_app)
     app.add_typer(upkeep.registry_app, name="registry")
     app.command("run")(run)
 

@@ -6,6 +6,7 @@ An installation with one extra has that side's commands; the other side's name t
 from __future__ import annotations
 
 import sys
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
@@ -44,6 +45,7 @@ def _common(
     console.choose(json, home)
 
 
+@cache  # once a process, however often it is called: what is added is added for good
 def _assemble() -> None:
     for entry in sorted(entry_points(group="cloister.commands"), key=lambda e: e.name):
         try:

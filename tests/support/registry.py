@@ -27,3 +27,20 @@ def planned(
 def blob_path(store: Store, name: str | None) -> Path:
     """Where a blob lies in the folder."""
     return Path(store.blobs.address(name or ""))
+
+
+def a_row(number: int, client: str, run: str = "ab" * 16) -> RoundClient:
+    """What one client is asked."""
+    return RoundClient(
+        run=run,
+        number=number,
+        client=client,
+        name=client,
+        plan="11" * 32,
+        core="{}",
+        weight=1.0,
+        noise_multiplier=1.0,
+        sample_rate=0.1,
+        steps=1,
+        delta=1e-5,
+    )
