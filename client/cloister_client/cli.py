@@ -205,6 +205,37 @@ def registered(
     console.table({"site": own.name, "rounds": found}, title, columns, cells)
 
 
+@site_app.command("rounds")
+def list_rounds(
+    number: Annotated[int | None, typer.Argument(help="A round to prove; without it, all are listed.")] = None,
+    run: Annotated[str, typer.Option(help="The run's id; with a round, the newest by default.")] = "",
+    site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
+    json: Json = False,
+    home: Home = None,
+) -> None:
+    """List the federation's rounds, or fetch one with the proof that the log has it."""
+    console.choose(json, home)
+    from cloister_client.registry import fetch_round, fetch_rounds
+
+    own = read_site(console.site_home(site))
+    found = fetch_rounds(own, run)
+    if number is None:
+        cells = [[r["run"][:8], r["number"], r["state"], r["adapter"][:12], r["rule"]] for r in found]
+        console.table(
+            {"rounds": found}, "rounds, by the coordinator's word", ["run", "round", "state", "adapter", "rule"], cells
+        )
+        return
+    if not found:
+        raise InputError("the federation has no rounds yet", where=own.name)
+    seen = open_ledger(own).seen_head(log_of_federation(own.coordinator().verify_key))
+    said = fetch_round(own, run or found[-1]["run"], number, seen)
+    console.emit(
+        said,
+        f"round {number} of run {said['run'][:8]}: leaf {said['index']} of the log, proven; adapter {said['adapter'][:16]},"
+        f" {len(said.get('clients', []))} clients, code {said['code']}",
+    )
+
+
 @site_app.command()
 def pull(
     alias: Annotated[str, typer.Argument(help="The alias that the coordinator promoted.")],

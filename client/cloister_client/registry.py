@@ -25,7 +25,7 @@ from typing import Any
 import grpc
 from cloister_shared.cards import CoordinatorCard, coordinator_card_of, split_address
 from cloister_shared.encoding import digest, parse_record, write_durably
-from cloister_shared.errors import CloisterError, RefusedError, StateError, VerificationError
+from cloister_shared.errors import CloisterError, RefusedError, RollbackError, StateError, VerificationError
 from cloister_shared.invitation import Invitation
 from cloister_shared.merkle import check_consistency, check_inclusion, leaf_hash
 from cloister_shared.notes import Checkpoint, checkpoint_of, read_checkpoint
@@ -326,6 +326,56 @@ def fetch_log(site: Site) -> tuple[list[tuple[bytes, str, str]], str, dict[str, 
             leaves += page
     said = parse_record(head.cosignatures, "cosignatures")
     return leaves[:size], head.note, {str(i): (int(a), str(b), str(c)) for i, (a, b, c) in said.items()}
+
+
+def fetch_rounds(site: Site, run: str = "") -> list[dict[str, Any]]:
+    """The federation's rounds as its coordinator lists them: its word alone, ``fetch_round`` proves one.
+
+    Raises:
+        CloisterError: Nobody answers, or the coordinator refuses.
+    """
+    names = ("run", "number", "state", "attempt", "adapter", "base", "rule", "committed")
+    with _registry(site) as stub:
+        answer = stub.List(registry_pb2.ListRequest(run=run), timeout=CALL_SECONDS)
+    return [{name: getattr(one, name) for name in names} for one in answer.rounds]
+
+
+def fetch_round(site: Site, run: str, number: int, seen: Checkpoint | None) -> dict[str, Any]:
+    """What the log says of a committed round, after its proof was checked, and that the log only grew since this site saw it.
+
+    Args:
+        site: The site.
+        run: The run's id.
+        number: The round.
+        seen: The newest head of the log that this site saw.
+
+    Raises:
+        VerificationError: A proof does not hold, or it proves something else.
+        RollbackError: The log shrank or forked.
+        CloisterError: Nobody answers, or the coordinator refuses.
+    """
+    card, where = site.coordinator(), f"round {number} of run {run[:8]}"
+    origin = log_of_federation(card.verify_key)
+    with _registry(site) as stub:
+        got = stub.Get(registry_pb2.GetRequest(run=run, number=number), timeout=CALL_SECONDS)
+        head = read_checkpoint(got.note, card.verify_key, origin, where).checkpoint
+        if seen is not None:
+            _grown(stub, seen, head, card, where)
+    said = _proven(got.commit, head, card, where)
+    wanted = (run, number, "round_commit" if number else "policy")
+    if (said.get("run"), said.get("round", 0), said.get("kind")) != wanted:
+        raise VerificationError("the proof is of something else", where=where, got=str(said.get("kind")))
+    return said
+
+
+def _grown(stub: Any, seen: Checkpoint, head: Checkpoint, card: CoordinatorCard, where: str) -> None:
+    old, new = sorted((seen, head), key=lambda one: one.size)
+    asked = registry_pb2.ConsistencyRequest(old=old.size, size=new.size)
+    got = stub.Consistency(asked, timeout=CALL_SECONDS)
+    note = read_checkpoint(got.note, card.verify_key, log_of_federation(card.verify_key), where).checkpoint
+    if note != new:
+        raise RollbackError("the log's head is another one than this site saw", where=where, got=f"{note.size} leaves")
+    check_consistency(old.size, old.root, new.size, new.root, list(got.path), where)
 
 
 @dataclass(frozen=True)

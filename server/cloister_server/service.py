@@ -32,6 +32,7 @@ from typing import Any
 import grpc
 from cloister_shared.encoding import canonical
 from cloister_shared.errors import CloisterError, StateError
+from cloister_shared.notes import Checkpoint
 from cloister_shared.processes import die_with_parent
 from cloister_shared.v1 import registry_pb2, registry_pb2_grpc
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -39,7 +40,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cloister_server.enrolment import Caller, caller, invited, redeem, renew
 from cloister_server.federation import Coordinator, open_coordinator
 from cloister_server.store import Store
-from cloister_server.tables import Leaf
+from cloister_server.tables import COMMITTED, Leaf
 
 ENROLMENT, REGISTRY = "enrolment", "registry"
 MESSAGE_BYTES = 256 * 1024
@@ -180,6 +181,67 @@ class Registry(registry_pb2_grpc.RegistryServicer):  # type: ignore[misc]
 
     def _head(self) -> tuple[str, dict[str, tuple[int, str, str]]]:
         return self._store.signed_checkpoint(self._store.checkpoint()), self._store.cosignatures()
+
+    async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Runs' rounds as they stand, at most ``_MOST_ROUNDS``, newest last."""
+        async with self._call(context):
+            found = await _answer(context, lambda: self._list(request.run))
+            if request.run and not found:
+                await context.abort(grpc.StatusCode.NOT_FOUND, "no such run")
+            return registry_pb2.ListReply(rounds=found)
+
+    def _list(self, run: str) -> list[Any]:
+        found = [
+            registry_pb2.RegisteredRound(
+                run=of.id,
+                number=row.number,
+                state=row.state,
+                attempt=row.attempt,
+                adapter=row.adapter or "",
+                base=of.base,
+                rule=of.rule,
+                committed=row.committed or 0.0,
+            )
+            for of in self._store.runs()
+            if run in ("", of.id)
+            for row in self._store.rounds(of.id)
+        ]
+        return found[-_MOST_ROUNDS:]
+
+    async def Get(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """One committed round, proven."""
+        async with self._call(context):
+            made = await _answer(context, lambda: self._get(request.run, request.number))
+            if made is None:
+                await context.abort(grpc.StatusCode.NOT_FOUND, "no such committed round")
+            return made
+
+    def _get(self, run: str, number: int) -> Any:
+        rows = [r for of in self._store.runs() if of.id == run for r in self._store.rounds(run)]
+        if not any(r.number == number and r.state == COMMITTED for r in rows):
+            return None
+        proof = self._store.proof(run, number)
+        leaf = registry_pb2.LogLeaf(
+            record=proof.record, key=self._store.signing.verify_key.id.hex(), signature=proof.signature
+        )
+        proven = registry_pb2.Proven(leaf=leaf, index=proof.index, path=proof.path)
+        return registry_pb2.GetReply(note=proof.head, commit=proven)
+
+    async def Consistency(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """That one size of the log begins with another."""
+        async with self._call(context):
+            made = await _answer(context, lambda: self._consistency(request.old, request.size))
+            if made is None:
+                await context.abort(grpc.StatusCode.NOT_FOUND, "the log has no such sizes")
+            return made
+
+    def _consistency(self, old: int, size: int) -> Any:
+        tree = self._store.tree()
+        most = size or len(tree)
+        if not 0 <= old <= most <= len(tree):
+            return None
+        note = self._store.signed_checkpoint(Checkpoint(self._store.origin, most, tree.root(most)))
+        return registry_pb2.ConsistencyReply(note=note, path=tree.consistency(old, most))
 
     async def Released(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Where an alias points, with proofs."""

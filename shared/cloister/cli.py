@@ -16,7 +16,7 @@ import typer
 from cloister_shared import __version__, console
 from cloister_shared.errors import CloisterError, InputError
 
-from cloister import attack_command, bundle_command, demo_command, privacy_command
+from cloister import attack_command, bundle_command, demo_command, doctor_command, privacy_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -64,6 +64,7 @@ def _assemble() -> None:
     demo_command.register(app)
     attack_command.register(app)
     privacy_command.register(app)
+    doctor_command.register(app)
     audit = next((group.typer_instance for group in app.registered_groups if group.name == "audit"), None)
     if audit is None:
         audit = typer.Typer(no_args_is_help=True, help="Check what is claimed about privacy.")

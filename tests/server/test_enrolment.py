@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -29,10 +30,10 @@ from cloister_server import enrolment
 from cloister_server.enrolment import caller, invite, invited, redeem, renew, revoke
 from cloister_server.federation import Coordinator, admit_site, init, is_admitted, open_coordinator, read_federation
 from cloister_server.rounds import run_rounds
-from cloister_server.store import Store
+from cloister_server.store import Commit, Store
 from cloister_server.tables import RoundClient, Run
 from cloister_shared.cards import CoordinatorCard, SiteCard, read_site_card
-from cloister_shared.errors import CloisterError, InputError, RefusedError, StateError, VerificationError
+from cloister_shared.errors import CloisterError, InputError, RefusedError, RollbackError, StateError, VerificationError
 from cloister_shared.invitation import PREFIX, Invitation
 from cloister_shared.processes import free_port
 from cloister_shared.signing import SigningKey
@@ -299,6 +300,46 @@ def test_nobody_sees_anybody_elses_rounds(served: Coordinator, tmp_path: Path) -
     for site, foreign in ((one, f"{2:032x}"), (two, f"{1:032x}")):
         with pytest.raises(RefusedError, match="no such run"):
             client.rounds(site, foreign)
+
+
+def test_rounds_are_listed_and_one_is_proven(served: Coordinator, tmp_path: Path) -> None:
+    site = joined(served, tmp_path / "s", "tau")
+    store, run = Store(served.home), "cd" * 16
+    store.start_run(Run(id=run, federation="fed", created=9e9, rounds=1, base="11" * 32, task="{}", rule="average",
+                        tensors="[]", config="{}", code=""), b"adapter", a_model())  # fmt: skip
+    early = store.checkpoint()
+    planned(store, run, 1)
+    store.commit_round(run, 1, Commit(store.blobs.put(b"made"), 1.0, 0.0, {}, {"accuracy": 0.5}))
+    planned(store, run, 2, upto="open")
+    listed = [(r["number"], r["state"]) for r in client.fetch_rounds(site, run)]
+    assert listed == [(0, "committed"), (1, "committed"), (2, "open")]
+    assert client.fetch_rounds(site)[-1]["run"] == run
+    for seen in (None, early, store.checkpoint()):
+        said = client.fetch_round(site, run, 1, seen)
+        assert (said["kind"], said["round"], said["metrics"]) == ("round_commit", 1, {"accuracy": 0.5})
+    assert client.fetch_round(site, run, 0, early)["kind"] == "policy"
+    for other, number in ((run, 2), (run, 9), ("ee" * 16, 0)):
+        with pytest.raises(RefusedError, match="no such committed round"):
+            client.fetch_round(site, other, number, None)
+    with pytest.raises(RefusedError, match="no such run"):
+        client.fetch_rounds(site, "ee" * 16)
+    for odd in (replace(early, root=bytes(32)), replace(early, size=early.size + 1)):
+        with pytest.raises(RollbackError):
+            client.fetch_round(site, run, 1, odd)
+    with pytest.raises(RefusedError, match="no such sizes"):
+        client.fetch_round(site, run, 1, replace(early, size=10_000))
+    # Another adapter in a leaf, by whoever has the database: the head was signed over the other.
+    with sqlite3.connect(served.home / "registry.db") as db:
+        db.execute("DROP TRIGGER kept_log_leaf_update")
+        leaf = store.commit_leaf(run, 1)
+        assert leaf is not None
+        row = leaf.record.replace(b"0.5", b"0.9"), leaf.index
+        db.execute('UPDATE log_leaf SET record = ? WHERE "index" = ?', row)
+    with pytest.raises(VerificationError):
+        client.fetch_round(site, run, 1, early)
+    with sqlite3.connect(served.home / "registry.db") as db:
+        db.execute('UPDATE log_leaf SET record = ? WHERE "index" = ?', (leaf.record, leaf.index))
+    store.close()
 
 
 def test_a_token_works_once_over_the_wire(served: Coordinator, tmp_path: Path) -> None:

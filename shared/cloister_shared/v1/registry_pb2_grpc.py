@@ -175,6 +175,21 @@ class RegistryStub:
                 request_serializer=cloister__shared_dot_v1_dot_registry__pb2.HeadRequest.SerializeToString,
                 response_deserializer=cloister__shared_dot_v1_dot_registry__pb2.HeadReply.FromString,
                 _registered_method=True)
+        self.List = channel.unary_unary(
+                '/cloister.v1.Registry/List',
+                request_serializer=cloister__shared_dot_v1_dot_registry__pb2.ListRequest.SerializeToString,
+                response_deserializer=cloister__shared_dot_v1_dot_registry__pb2.ListReply.FromString,
+                _registered_method=True)
+        self.Get = channel.unary_unary(
+                '/cloister.v1.Registry/Get',
+                request_serializer=cloister__shared_dot_v1_dot_registry__pb2.GetRequest.SerializeToString,
+                response_deserializer=cloister__shared_dot_v1_dot_registry__pb2.GetReply.FromString,
+                _registered_method=True)
+        self.Consistency = channel.unary_unary(
+                '/cloister.v1.Registry/Consistency',
+                request_serializer=cloister__shared_dot_v1_dot_registry__pb2.ConsistencyRequest.SerializeToString,
+                response_deserializer=cloister__shared_dot_v1_dot_registry__pb2.ConsistencyReply.FromString,
+                _registered_method=True)
         self.Released = channel.unary_unary(
                 '/cloister.v1.Registry/Released',
                 request_serializer=cloister__shared_dot_v1_dot_registry__pb2.ReleasedRequest.SerializeToString,
@@ -219,6 +234,27 @@ class RegistryServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def List(self, request, context):
+        """Every run's rounds, newest last, as they stand now; only what is proven by Get is more than the coordinator's word.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Get(self, request, context):
+        """A committed round with the proof that the log has it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Consistency(self, request, context):
+        """That the log only grew between two sizes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Released(self, request, context):
         """What an alias points at, with proofs that log and commit say so.
         """
@@ -255,6 +291,21 @@ def add_RegistryServicer_to_server(servicer, server):
                     servicer.Head,
                     request_deserializer=cloister__shared_dot_v1_dot_registry__pb2.HeadRequest.FromString,
                     response_serializer=cloister__shared_dot_v1_dot_registry__pb2.HeadReply.SerializeToString,
+            ),
+            'List': grpc.unary_unary_rpc_method_handler(
+                    servicer.List,
+                    request_deserializer=cloister__shared_dot_v1_dot_registry__pb2.ListRequest.FromString,
+                    response_serializer=cloister__shared_dot_v1_dot_registry__pb2.ListReply.SerializeToString,
+            ),
+            'Get': grpc.unary_unary_rpc_method_handler(
+                    servicer.Get,
+                    request_deserializer=cloister__shared_dot_v1_dot_registry__pb2.GetRequest.FromString,
+                    response_serializer=cloister__shared_dot_v1_dot_registry__pb2.GetReply.SerializeToString,
+            ),
+            'Consistency': grpc.unary_unary_rpc_method_handler(
+                    servicer.Consistency,
+                    request_deserializer=cloister__shared_dot_v1_dot_registry__pb2.ConsistencyRequest.FromString,
+                    response_serializer=cloister__shared_dot_v1_dot_registry__pb2.ConsistencyReply.SerializeToString,
             ),
             'Released': grpc.unary_unary_rpc_method_handler(
                     servicer.Released,
@@ -376,6 +427,87 @@ class Registry:
             '/cloister.v1.Registry/Head',
             cloister__shared_dot_v1_dot_registry__pb2.HeadRequest.SerializeToString,
             cloister__shared_dot_v1_dot_registry__pb2.HeadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def List(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.v1.Registry/List',
+            cloister__shared_dot_v1_dot_registry__pb2.ListRequest.SerializeToString,
+            cloister__shared_dot_v1_dot_registry__pb2.ListReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Get(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.v1.Registry/Get',
+            cloister__shared_dot_v1_dot_registry__pb2.GetRequest.SerializeToString,
+            cloister__shared_dot_v1_dot_registry__pb2.GetReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Consistency(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.v1.Registry/Consistency',
+            cloister__shared_dot_v1_dot_registry__pb2.ConsistencyRequest.SerializeToString,
+            cloister__shared_dot_v1_dot_registry__pb2.ConsistencyReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,240 @@
+"""What ``cloister doctor`` looks at: this installation, the coordinator and the sites here. It changes nothing and asks no network.
+
+Each look gives lines of what is well and of what is wrong with its mend; one that fails is told as wrong and does not end the others.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from cloister_shared.cards import read_coordinator_card
+from cloister_shared.errors import CloisterError
+from cloister_shared.installed import lock_file
+from cryptography import x509
+from packaging.requirements import Requirement
+
+LEAST_BYTES = 1 << 30
+SOON_DAYS = 14
+_SECRETS = ("sign.key", "control.token", "superexec.secret", "tls/tls.key", "tls/site-ca.key")
+
+
+@dataclass(frozen=True)
+class Look:
+    """One thing that was looked at.
+
+    Attributes:
+        what: What it is.
+        fine: Whether it is well.
+        found: How it is, in one line.
+        mend: What to do where it is not.
+    """
+
+    what: str
+    fine: bool
+    found: str
+    mend: str = ""
+
+
+def looks(home: Path, coordinator: Path, sites: list[Path]) -> Iterator[Look]:
+    """Everything there is to look at, in order.
+
+    Args:
+        home: The folder of state.
+        coordinator: The coordinator's folder in it; it may be missing.
+        sites: Sites' folders in it.
+    """
+    parts: list[tuple[str, Callable[[], Iterator[Look]]]] = [
+        ("packages", packages),
+        ("sandbox", sandbox),
+        ("device", device),
+        ("disk", lambda: disk(home)),
+    ]
+    if (coordinator / "card.json").is_file():
+        parts.append(("coordinator", lambda: of_coordinator(coordinator)))
+    for folder in sites:
+        parts.append((f"site {folder.name}", lambda folder=folder: of_site(folder, home)))  # type: ignore[misc]
+    for name, part in parts:
+        try:
+            yield from part()
+        except CloisterError as error:
+            yield Look(name, False, _said(error), error.mend or "mend, or restore, what is named")
+        except OSError as error:
+            yield Look(name, False, str(error), "see to the file's owner and mode")
+
+
+def _said(error: CloisterError) -> str:
+    parts = (f"{error.where}: {error.what}" if error.where else error.what, error.expected, error.got)
+    return "; ".join(f"{word}{part}" for word, part in zip(("", "expected ", "got "), parts, strict=True) if part)
+
+
+def packages() -> Iterator[Look]:
+    """Python, and what is installed against the lock file."""
+    other = []
+    for line in lock_file().read_text().splitlines():
+        if "==" not in line or line.startswith(" "):
+            continue
+        wanted = Requirement(line.removesuffix(" \\"))
+        if wanted.marker is not None and not wanted.marker.evaluate():
+            continue
+        try:
+            found = metadata.version(wanted.name)
+        except metadata.PackageNotFoundError:
+            continue  # of an extra that is not installed
+        if found not in wanted.specifier:
+            other.append(f"{wanted.name} {found} instead of {wanted.specifier}")
+    yield Look("python", True, ".".join(map(str, sys.version_info[:3])))
+    mend = "pip install --no-deps --require-hashes -r requirements.lock"
+    yield Look("packages", not other, ", ".join(other)[:300] or "as the lock file has them", mend if other else "")
+
+
+def sandbox() -> Iterator[Look]:
+    """Whether an agent could shut its own door here."""
+    try:
+        import pyseccomp
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        yield Look("sandbox", False, f"an agent cannot shut its door: {error}", "Linux: apt-get install libseccomp2")
+        return
+    pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+    yield Look("sandbox", True, "seccomp is there: an agent can shut its door")
+
+
+def device() -> Iterator[Look]:
+    """What there is to train on."""
+    try:
+        import torch
+    except ImportError:
+        yield Look("device", True, "torch is not installed: an auditor's machine, or half an installation")
+        return
+    cuda = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no CUDA device: the CPU"
+    yield Look("device", True, f"torch {torch.__version__}, {cuda}")
+
+
+def disk(home: Path) -> Iterator[Look]:
+    """Room for state."""
+    folder = next(p for p in (home, *home.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(folder).free
+    yield Look(
+        "disk", free >= LEAST_BYTES, f"{free / (1 << 30):.1f} GiB free at {folder}", "free space, at least 1 GiB"
+    )
+
+
+def of_coordinator(home: Path) -> Iterator[Look]:
+    """Keys, certificates, registry and log of the coordinator that is here."""
+    from cloister_server.database import Database
+    from cloister_server.federation import open_coordinator
+    from cloister_server.storage import read_storage
+    from cloister_server.store import Store
+    from cloister_server.upkeep import check
+
+    yield from _secrets(home)
+    for name in ("ca.crt", "tls.crt", "site-ca.crt"):
+        if (home / "tls" / name).is_file():
+            yield _certificate("coordinator", home / "tls" / name, "make the federation anew, or have it signed again")
+    federation = open_coordinator(home).federation
+    yield Look("federation", True, f"{federation.name}: {federation.path}")
+    yield from _base(federation.base, str(federation.path), read_coordinator_card(home / "card.json").base)
+    storage = read_storage(home)
+    database = Database(storage.database, migrating=True)
+    version = database.version()
+    database.close()
+    yield Look("registry", True, f"version {version or 'none yet'} at {database.where}")
+    if not version:
+        return
+    store = Store(home)
+    try:
+        wrong = list(check(store))
+        for one in wrong[:20]:
+            yield Look("registry", False, f"{one.where}: {one.what}", one.mend)
+        if not wrong:
+            yield Look("registry", True, "whole: rounds, leaves, aliases, blobs, rules (cloister registry fsck)")
+        newest = max((json.loads(leaf.record)["at"] for leaf in store.leaves()[-1:]), default=0.0)
+        late = newest - time.time()
+        yield Look(
+            "clock",
+            late < 60,
+            "not behind the log" if late < 60 else f"{late / 3600:.1f} hours behind the log's newest leaf",
+            "" if late < 60 else "set the clock: certificates and plans go by it, order does not",
+        )
+        unfinished = [run for run in store.runs() if run.finished is None]
+        for run in unfinished[:-1]:
+            yield Look("run", True, f"{run.id[:8]} was left unfinished, and a newer one began")
+    finally:
+        store.close()
+
+
+def of_site(home: Path, root: Path) -> Iterator[Look]:
+    """Settings, keys, socket, base model, certificate and ledger of a site that is here."""
+    from cloister_client.policy import read_policy
+    from cloister_client.registry import IDENTITY
+    from cloister_client.site import is_up, read_site
+
+    site = read_site(home)
+    what = f"site {site.name}"
+    read_policy(home / "policy.toml")
+    site.socket  # noqa: B018  its path may be too long
+    apart = "agent and relay are different users" if site.isolated else "NOT ISOLATED: agent and relay run as one user"
+    yield Look(what, True, f"{apart}; {'up' if is_up(home) else 'not up'}")
+    for path in (site.agent_home, site.agent_home / "sign.key"):
+        mode = path.stat().st_mode & 0o077
+        if mode:
+            yield Look(what, False, f"others may read {path}", f"chmod go= {path}")
+    if (home / IDENTITY).is_file():
+        yield _certificate(
+            what, home / IDENTITY, "cloister site up renews it; once it is over: cloister site rejoin TOKEN"
+        )
+    yield from _base(site.base, str(home / "site.toml"), site.coordinator().base)
+    # A process of its own: it becomes the agent's user for good.
+    command = [sys.executable, "-m", "cloister.cli", "--json", "--home", str(root), "privacy", "status", site.name]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    last = (done.stdout.splitlines() or [""])[-1]
+    if done.returncode:
+        # Its errors are JSON on standard output; anything else is told as it came.
+        error = json.loads(last) if last.startswith("{") else {"what": (done.stderr or last)[-300:]}
+        found = "; ".join(str(error[k]) for k in ("where", "what", "expected", "got") if k in error)
+        yield Look(what, False, f"ledger: {found}", str(error.get("mend", "restore what is named")))
+    else:
+        blocks = json.loads(last)["sites"][0]["blocks"]
+        spent = ", ".join(f"{b['name']} {b['spent']:.3f} of {b['cap']:g}" for b in blocks) or "nothing registered yet"
+        yield Look(what, True, f"ledger holds together, and is the one that its counter knows: {spent}")
+
+
+def _secrets(home: Path) -> Iterator[Look]:
+    for name in _SECRETS:
+        path = home / name
+        if path.is_file() and path.stat().st_mode & 0o077:
+            yield Look("coordinator", False, f"others may read {path}", f"chmod go= {path}")
+
+
+def _certificate(what: str, path: Path, mend: str) -> Look:
+    text = path.read_bytes()
+    start = text.index(b"-----BEGIN CERTIFICATE-----")
+    found = x509.load_pem_x509_certificate(text[start:])
+    left = (found.not_valid_after_utc - datetime.datetime.now(datetime.UTC)).total_seconds() / 86_400
+    early = found.not_valid_before_utc > datetime.datetime.now(datetime.UTC)
+    whole = (found.not_valid_after_utc - found.not_valid_before_utc).total_seconds() / 86_400
+    if early:
+        return Look(what, False, f"{path.name} is not valid yet: the clock is behind", "set the clock")
+    # A short certificate is renewed while the site is up: only one that is over is wrong.
+    fine = left > (SOON_DAYS if whole > 2 * SOON_DAYS else 0)
+    until = f"{found.not_valid_after_utc:%F %R} UTC"
+    return Look(
+        what, fine, f"{path.name} {'is over since' if left < 0 else 'is good until'} {until}", "" if fine else mend
+    )
+
+
+def _base(source: str, where: str, pinned: str) -> Iterator[Look]:
+    from cloister_model.base import find_base
+
+    base = find_base(source, where)
+    fine = base.digest == pinned
+    found = f"base model {base.digest[:16]} at {base.path}"
+    yield Look("base model", fine, found, "" if fine else f"put the pinned model there: {pinned}")
