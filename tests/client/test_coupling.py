@@ -279,4 +279,6 @@ def test_weights_stay_bounded_at_any_rate(tiny_bert: Path) -> None:
     parent = signs(schema, 2, 0.5)
     update = trainer.run(spec(steps=3, adapter_rate=10.0, head_rate=10.0), parent, data, lambda *_: None)
     check_bounded(np.asarray(np.nextafter(np.abs(parent + update), np.float32(0)), dtype=np.float32), schema, "test")
-    assert np.abs(parent + update).max() > BIAS_LIMIT / 2
+    # At that rate they are at their limits; how far a bias gets is the noise's.
+    for limit in (ADAPTER_LIMIT, HEAD_LIMIT):
+        assert np.isclose(np.abs(parent + update), limit).sum() > 10

@@ -452,7 +452,7 @@ def test_the_two_statements_are_told_apart(noised: World, tmp_path: Path) -> Non
     folder = export_round(noised.store, noised.run, 1, tmp_path / "out")
     card = (folder / "README.md").read_text()
     assert told in card
-    assert "Unit: one record." in card
+    assert "Record-level differential privacy" in card
     assert json.loads((folder / "cloister.json").read_text())["client_level"] == said
 
 
