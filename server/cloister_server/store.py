@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cloister_shared.encoding import digest
+from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import InputError, RefusedError, StateError
 from cloister_shared.statement import Proof
 from sqlmodel import Session, select
@@ -244,6 +244,12 @@ class Store(Releases):
             found = session.get(Draw, run)
             return None if found is None else found.transcript
 
+    def draws(self) -> dict[str, Any]:
+        """Every run's draw, JSON by digest."""
+        with self.database.reading() as session:
+            found = [json.loads(row.transcript) for row in session.exec(select(Draw))]
+        return {digest(canonical(one)): one for one in found}
+
     def keep_opening(self, row: Opening) -> None:
         """Writes down for whom a group is asked to open, once.
 
@@ -340,6 +346,9 @@ class Store(Releases):
             row.seconds, row.judging_seconds, row.residual = commit.seconds, commit.judging_seconds, commit.residual
             extra = _run_facts(of_run) | _round_facts(row)
             extra |= {
+                "draw": ""
+                if (drawn := session.get(Draw, run)) is None
+                else digest(canonical(json.loads(drawn.transcript))),
                 "metrics": commit.metrics,
                 "defence": None if commit.judgement is None else commit.judgement.model_dump(exclude={"run", "number"}),
                 "sums": [one.model_dump(exclude={"run", "number"}) for one in commit.summed],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from cloister_shared import console
@@ -83,19 +83,20 @@ def export(
         raise InputError("there is a file already", where=str(out), mend="choose another --out")
     leaves, note, cosignatures = _federation() if here else _fetched(sites)
     logs = dict(map(_site_log, sites))
-    files = dict[str, bytes]()
-    if adapters and here:
+    files, draws = dict[str, bytes](), dict[str, Any]()
+    if here:
         from cloister_server.store import Store
 
         store = Store(coordinator)
-        for run in store.runs():
+        draws, gone = store.draws(), store.tombstones()
+        for run in store.runs() if adapters else ():
             files |= {
                 r.adapter: store.adapter(r.adapter)
                 for r in store.rounds(run.id)
-                if r.adapter and r.state == "committed"
+                if r.adapter and r.state == "committed" and r.adapter not in gone
             }
         store.close()
-    write_bundle(out, Bundle(round(time.time()), leaves, note, cosignatures, logs, files))
+    write_bundle(out, Bundle(round(time.time()), leaves, note, cosignatures, logs, files, draws))
     console.emit(
         {
             "bundle": str(out),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,13 @@ from cloister_server.rounds import one_round, run_rounds
 from cloister_server.run import drawn
 from cloister_server.unmask import unmasked
 from cloister_shared import console, masks, shamir
-from cloister_shared.encoding import canonical
+from cloister_shared.audit.bundle import Bundle, SignedLeaf
+from cloister_shared.audit.command import audit
+from cloister_shared.audit.trust import trust_of
+from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import InputError, RefusedError
+from cloister_shared.merkle import Tree, leaf_hash
+from cloister_shared.notes import Checkpoint
 from cloister_shared.plan import SecureSum
 from cloister_shared.sealing import Codec, Direction, OpeningKey, SealingKey, open_envelope, read_header, seal
 from cloister_shared.vectors import F32, from_safetensors, vector_from_bytes
@@ -470,3 +476,46 @@ def test_the_plan_names_the_group(world: World) -> None:
     assert plan.core.secure.members == tuple(sorted(plan.sharers)) == tuple(sorted(m.id for m in world.members))
     assert plan.sharers[plan.core.client] == plan.core.digest
     assert plan.core.weight == 1.0
+
+
+def test_an_auditor_holds_sums_against_the_draw_of_all_members(tmp_path: Path, tiny_bert: Path) -> None:
+    world = secure_world(tmp_path, tiny_bert, sites=8)
+    world.store.log_members(world.coordinator.sites())
+    one_round(drawn(world.context(), world.link, 4), world.link, 1)
+    key, keys = world.coordinator.signing, {m.id: (m.card.name, m.card.verify_key) for m in world.members}
+
+    def codes(change: Callable[[dict[str, Any]], None] = lambda _: None, **changes: Any) -> set[str]:
+        """What an auditor finds of draws, where the keeper wrote its commit as it liked."""
+        records, leaves = [json.loads(x.record) for x in world.store.leaves()], []
+        for record in records:
+            if record["kind"] == "round_commit":
+                change(record)
+            data = canonical(record)
+            leaves.append(SignedLeaf(data, "", key.sign("log-leaf", data).hex()))
+        tree = Tree(leaf_hash(x.record) for x in leaves)
+        note = Checkpoint(world.store.origin, len(leaves), tree.root()).signed(key)
+        bundle = Bundle(1.0, tuple(leaves), note, draws=world.store.draws())
+        got = audit(replace(bundle, **changes), trust_of("fed", key.verify_key, keys, []))
+        return {f"{f.kind} {f.code}" for f in got.findings.found if "draw" in f.code or f.kind == "violation"}
+
+    (named,) = world.store.draws()
+    draw = world.store.draws()[named]
+
+    def mixed(record: dict[str, Any]) -> None:
+        one, two = (json.loads(s["clients"]) for s in record["sums"])
+        for place, ids in enumerate(([*one[:-1], two[-1]], [*two[:-1], one[-1]])):
+            record["sums"][place]["clients"] = json.dumps(ids)
+
+    def chosen(record: dict[str, Any]) -> None:
+        record["draw"] = digest(canonical(other))
+
+    other = json.loads(json.dumps(draw))
+    other["size"] = 3
+    assert codes() == set()
+    assert codes(draws={}) == {"incomplete no-draw"}
+    assert codes(lambda r: r.update(draw="")) == {"incomplete no-draw"}
+    assert codes(mixed) == {"violation draw"}
+    assert codes(draws={named: other}) == {"violation draw"}
+    assert codes(draws={named: []}) == {"violation draw"}
+    # A draw that the coordinator made up itself: nobody signed it.
+    assert codes(chosen, draws={digest(canonical(other)): other}) == {"violation draw"}

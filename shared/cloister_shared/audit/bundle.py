@@ -6,6 +6,7 @@
     federation/cosignatures.json     {client: [size, root, line]}: what sites cosigned
     sites/ID/events.jsonl            {"record": text} a line: a site's own log, whole; what says something of its text is a hash in it
     sites/ID/head.note               its signed checkpoint
+    federation/draws.json            draws of groups under secure aggregation, by digest
     adapters/DIGEST.safetensors      adapters, where they were asked for
 
 A record's text is the exact bytes that are hashed and signed. Writing is repeatable: same content, same bytes.
@@ -29,7 +30,13 @@ FORMAT = "cloister-bundle/1"
 MAX_BYTES, MAX_FILES = 2 << 30, 100_000
 _SITE = re.compile(r"sites/([0-9a-f]{32})/(events\.jsonl|head\.note)")
 _ADAPTER = re.compile(r"adapters/([0-9a-f]{64})\.safetensors")
-_FIXED = ("bundle.json", "federation/leaves.jsonl", "federation/head.note", "federation/cosignatures.json")
+_FIXED = (
+    "bundle.json",
+    "federation/leaves.jsonl",
+    "federation/head.note",
+    "federation/cosignatures.json",
+    "federation/draws.json",
+)
 _WHEN = (2000, 1, 1, 0, 0, 0)
 
 
@@ -72,6 +79,7 @@ class Bundle:
         cosignatures: By client: size, root (hex) and signature line.
         sites: Sites' own logs by client id.
         adapters: Adapter files by digest.
+        draws: Draws of groups for secure sums, JSON by digest.
     """
 
     made: float
@@ -80,6 +88,7 @@ class Bundle:
     cosignatures: Mapping[str, tuple[int, str, str]] = field(default_factory=dict)
     sites: Mapping[str, SiteLog] = field(default_factory=dict)
     adapters: Mapping[str, bytes] = field(default_factory=dict)
+    draws: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_bundle(path: Path, bundle: Bundle) -> None:
@@ -94,6 +103,7 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
         "federation/leaves.jsonl": b"".join(canonical(line) + b"\n" for line in lines),
         "federation/head.note": bundle.note.encode(),
         "federation/cosignatures.json": canonical({i: list(one) for i, one in bundle.cosignatures.items()}),
+        "federation/draws.json": canonical(dict(bundle.draws)),
     }
     for client, log in bundle.sites.items():
         events = (canonical({"record": e.decode()}) + b"\n" for e in log.events)
@@ -159,6 +169,7 @@ def _bundle_of(parts: dict[str, bytes]) -> Bundle:
         },
         sites,
         {m[1]: data for name, data in parts.items() if (m := _ADAPTER.fullmatch(name))},
+        {str(name): draw for name, draw in _json(parts.get("federation/draws.json", b"{}")).items()},
     )
 
 

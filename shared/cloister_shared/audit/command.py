@@ -18,6 +18,7 @@ import typer
 from cloister_shared import console
 from cloister_shared.audit.budget import Block, check_budgets, check_published
 from cloister_shared.audit.bundle import Bundle, SiteLog, read_bundle
+from cloister_shared.audit.draws import check_draws
 from cloister_shared.audit.federation import History, check_covered, check_federation
 from cloister_shared.audit.findings import Findings
 from cloister_shared.audit.reading import printable
@@ -56,6 +57,7 @@ def audit(bundle: Bundle, trust: Trust) -> Audit:
         if found is not None:
             ledgers[client] = found
     check_releases(history, findings)
+    check_draws(bundle, history, findings)
     check_spends(ledgers, trust, history, findings)
     check_covered(history, findings)
     blocks = check_budgets(ledgers, findings)
@@ -79,7 +81,8 @@ def merged(bundles: list[Bundle]) -> Bundle:
         for client, line in one.cosignatures.items():
             lines[client] = max(lines.get(client, line), line)
     adapters = {name: data for one in bundles for name, data in one.adapters.items()}
-    return replace(whole, sites=sites, cosignatures=lines, adapters=adapters)
+    draws = {name: draw for one in bundles for name, draw in one.draws.items()}
+    return replace(whole, sites=sites, cosignatures=lines, adapters=adapters, draws=draws)
 
 
 def verify(

@@ -72,6 +72,7 @@ class RoundCommit:
         start: Digest of the adapter that it began with.
         asked: Its clients.
         sums: Clients of each sum under secure aggregation.
+        draw: Digest of the draw of its groups; empty without secure aggregation.
         metrics: Scores.
     """
 
@@ -82,6 +83,7 @@ class RoundCommit:
     start: str
     asked: tuple[Asked, ...]
     sums: tuple[frozenset[str], ...]
+    draw: str
     metrics: dict[str, float]
 
 
@@ -289,6 +291,7 @@ def _commit(record: dict[str, Any], index: int) -> RoundCommit:
         hexes(record, "start", 32),
         asked,
         sums,
+        hexes(record, "draw", 32, empty=True) if "draw" in record else "",
         scores,
     )
 

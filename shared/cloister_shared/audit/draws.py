@@ -1,0 +1,57 @@
+"""Checks of secure sums' groups: each sum is of sites that one draw put into one group, and all committed and revealed for that draw.
+
+A commit names its run's draw by digest; the draw itself is in the bundle, signed by each site that was in it. Which updates were inside a
+sum nobody can tell from it: that is what it is for.
+"""
+
+from __future__ import annotations
+
+from cloister_shared.audit.bundle import Bundle
+from cloister_shared.audit.federation import History
+from cloister_shared.audit.findings import Findings
+from cloister_shared.audit.reading import MALFORMED
+from cloister_shared.draw import Transcript
+from cloister_shared.errors import CloisterError
+
+
+def check_draws(bundle: Bundle, history: History, findings: Findings) -> None:
+    """Holds every sum of every commit against its run's draw.
+
+    Args:
+        bundle: The bundle.
+        history: The federation's log.
+        findings: Where what is found goes.
+    """
+    groups, of_run, good = dict[tuple[str, str], tuple[frozenset[str], ...]](), dict[str, str](), 0
+    for commit in history.commits:
+        if not commit.sums:
+            continue
+        where = f"round {commit.number} of run {commit.run[:8]}"
+        if of_run.setdefault(commit.run, commit.draw) != commit.draw:
+            findings.violation("draw", where, "its groups are of another draw than its run began with")
+            continue
+        if commit.draw not in bundle.draws:
+            findings.incomplete(
+                "no-draw", where, "the draw of its groups is not here: ask the coordinator for its export"
+            )
+            continue
+        key = commit.run, commit.draw
+        if key not in groups:
+            try:
+                groups[key] = _groups(bundle, commit.run, commit.draw)
+            except (CloisterError, *MALFORMED) as error:
+                findings.violation("draw", where, f"the draw of its groups does not hold: {error}"[:300])
+                groups[key] = ()
+        inside = [any(one <= group for group in groups[key]) for one in commit.sums]
+        if groups[key] and not all(inside):
+            findings.violation("draw", where, "a sum is of sites that were not drawn into one group")
+        good += sum(inside)
+    if good:
+        findings.held.append(f"{good} secure sums are each of sites that one draw of all members put together")
+
+
+def _groups(bundle: Bundle, run: str, named: str) -> tuple[frozenset[str], ...]:
+    draw = Transcript.from_dict(bundle.draws[named])
+    if (draw.digest, draw.run) != (named, run):
+        raise ValueError("it is another one than the commit names")
+    return tuple(map(frozenset, draw.groups()))
