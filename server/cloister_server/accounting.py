@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,7 +81,8 @@ def record_costs(
     sizes: dict[str, int],
     costs: dict[str, Cost],
     earlier: dict[str, RoundClient],
-    unit: str,
+    units: Mapping[str, str],
+    attempt: int,
 ) -> list[Privacy]:
     """Adds to each client's record what it cost: bytes sent, epsilon so far.
 
@@ -92,7 +93,8 @@ def record_costs(
         sizes: Bytes sent, by id of those that were sent anything.
         costs: From ``spending``; one for each client of the round.
         earlier: The round's rows as they were before this attempt, by id.
-        unit: The privacy unit of the statements.
+        units: The privacy unit that each client declared, by id.
+        attempt: The attempt at the round.
 
     Returns:
         The same as rows of the registry.
@@ -105,7 +107,9 @@ def record_costs(
         known = earlier[client]
         # Under secure aggregation no update is seen, so that none can be told to be the same: counted as charged.
         again = change["verdict"] == "accepted" and known.charged and change["update"] == known.update != ""
-        free = client not in sizes or change["verdict"] == REFUSED or again
+        # A row that is open though this is not the first attempt is of a coordinator that died: its site may have been charged then.
+        died = attempt > 1 and known.verdict == "open"
+        free = (client not in sizes or change["verdict"] == REFUSED or again) and not died
         change |= {
             "sent_bytes": sizes.get(client, 0),
             "charged": known.charged + (0 if free else 1),
@@ -117,7 +121,7 @@ def record_costs(
                 number=known.number,
                 client=client,
                 scope="record",
-                unit=unit,
+                unit=units.get(client, "not said"),
                 epsilon=cost.run_before if free else cost.run_after,
                 delta=known.delta,
                 lifetime=cost.before if free else cost.after,
@@ -213,6 +217,16 @@ def client_level_statement(store: Store) -> dict[str, Any] | None:
         "sums": len(sums),
         "uncovered": len(committed - noised),
     }
+
+
+def client_level_of(store: Store, run: str, number: int) -> dict[str, Any] | None:
+    """The client-level statement for one round's adapter; None where a round on the way to it had no such noise, or none was made.
+
+    Its epsilon is of every sum of this federation, which is never less than that of the adapter's own.
+    """
+    noised = {s.number for s in store.noised_sums() if s.run == run}
+    covered = number > 0 and noised >= set(range(1, number + 1))
+    return client_level_statement(store) if covered else None
 
 
 def client_level_line(said: dict[str, Any]) -> str:

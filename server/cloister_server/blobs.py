@@ -50,10 +50,14 @@ def checked_place(text: str, where: str) -> str:
     Raises:
         InputError: Not such a URL, or credentials in it.
     """
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError as error:
+        raise InputError("not a place for blobs", where=where, got=str(error)[:80]) from error
     if parts.scheme not in SCHEMES or "::" in text:
         raise InputError("not a place for blobs", where=where, expected=f"{', '.join(SCHEMES)}://…", got=parts.scheme)
-    if parts.password is not None or parts.query:
+    named = parts.username is not None and (parts.scheme != "sftp" or "%3a" in text.lower())
+    if parts.password is not None or named or parts.query or parts.fragment:
         raise InputError(
             "credentials are in the URL, where others read them", where=where, mend="its driver's own settings"
         )

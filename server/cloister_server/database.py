@@ -28,6 +28,7 @@ from cloister_server import rules
 VERSION = "0002"
 SECONDS = 30
 _LOCK = 0x636C6F6973746572  # "cloister"
+_KEYS = {"host", "port", "sslmode", "sslrootcert", "application_name"}
 _ENCRYPTED = ("verify-full", "verify-ca")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -49,7 +50,7 @@ def checked_url(text: str, where: str) -> URL:
     """
     try:
         url = make_url(text)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:
         raise InputError("not the URL of a database", where=where, expected="postgresql://USER@HOST/NAME") from error
     if url.drivername == "sqlite":
         return url
@@ -59,8 +60,22 @@ def checked_url(text: str, where: str) -> URL:
         raise InputError(
             "a password is in the URL, where others read it", where=where, mend="put it into ~/.pgpass, or PGPASSWORD"
         )
+    odd = sorted(set(url.query) - _KEYS)
+    values = [url.host or "", *(v for v in url.query.values() if isinstance(v, str))]
+    if (
+        odd
+        or len(values) <= len(url.query)
+        or any("," in value for value in values)
+        or ("host" in url.query and url.host)
+    ):
+        raise InputError(
+            "not the URL of one database", where=where, expected=f"one host, and of options {', '.join(sorted(_KEYS))}",
+            got=", ".join(odd) or "several hosts",
+        )  # fmt: skip
     host, mode = str(url.query.get("host", url.host or "")), url.query.get("sslmode")
-    local = not host or host.startswith("/") or host in _LOOPBACK
+    if not host:
+        raise InputError("a database without a host", where=where, expected="a host, or ?host=/FOLDER/OF/SOCKET")
+    local = host.startswith("/") or host in _LOOPBACK
     if not local and mode is None:
         url = url.update_query_dict({"sslmode": "verify-full", "sslrootcert": url.query.get("sslrootcert", "system")})
     elif not local and mode not in _ENCRYPTED:

@@ -24,10 +24,10 @@ from cloister_shared.privacy import ACCOUNTANT, NEIGHBOURS
 from cloister_shared.statement import FILE, make_statement
 from cloister_shared.vectors import F32, Schema, from_safetensors, to_safetensors
 
-from cloister_server.accounting import client_level_statement
+from cloister_server.accounting import client_level_of
 from cloister_server.export_card import card_text
 from cloister_server.store import Store
-from cloister_server.tables import COMMITTED, Round, Run
+from cloister_server.tables import COMMITTED, Round, RoundClient, Run
 
 REGISTERED = "registered.safetensors"
 
@@ -83,10 +83,10 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     temp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        card = card_text(stated, task.labels).encode()
-        stated["files"] |= {"README.md": digest(card)}
+        card, short = card_text(stated, task.labels).encode(), _short(stated, task)
+        stated["files"] |= {"README.md": digest(card), "cloister.json": digest(short)}
         statement = make_statement(stated, store.proof(run.id, number), store.signing)
-        named = {REGISTERED: registered, "README.md": card, FILE: statement, "cloister.json": _short(stated, task)}
+        named = {REGISTERED: registered, "README.md": card, FILE: statement, "cloister.json": short}
         for name, data in (files | named).items():
             write_durably(temp / name, data, mode=0o644)
         temp.chmod(0o755)
@@ -131,8 +131,12 @@ def statement_of(store: Store, run: Run, row: Round, files: dict[str, bytes]) ->
     """What is stated of a round; what its leaf says is taken from the leaf."""
     proof, config = store.proof(run.id, row.number), json.loads(run.config)
     leaf = json.loads(proof.record)
-    costs = {p.client: p for p in store.privacy(run.id) if p.number == row.number and p.scope == "record"}
-    clients = store.clients(run.id, row.number)
+    costs = {(p.client, p.number): p for p in store.privacy(run.id) if p.scope == "record"}
+    # Whoever's text may be in the adapter: of all rounds up to this one, each site as it stood after its last.
+    clients = dict[str, RoundClient]()
+    for number in range(1, row.number + 1):
+        asked = store.clients(run.id, number)
+        clients |= {c.client: c for c in asked if number == row.number or c.charged or c.verdict == "accepted"}
     return {
         "federation": run.federation,
         "log": store.origin,
@@ -157,23 +161,24 @@ def statement_of(store: Store, run: Run, row: Round, files: dict[str, bytes]) ->
         "metrics": store.metrics(run.id, row.number),
         "accountant": ACCOUNTANT,
         "neighbours": NEIGHBOURS,
-        "client_level": client_level_statement(store),
+        "client_level": client_level_of(store, run.id, row.number),
         "privacy": [
             {
                 "name": c.name,
                 "key": c.client,
+                "round": c.number,
                 "verdict": c.verdict,
                 "plan": c.plan,
-                "unit": costs[c.client].unit if c.client in costs else "record",
+                "unit": costs[c.client, c.number].unit if (c.client, c.number) in costs else "not said",
                 # Rounds from before there was a statement by run have the lifetime alone, which is never less.
-                "epsilon": costs[c.client].epsilon if c.client in costs else c.epsilon,
+                "epsilon": costs[c.client, c.number].epsilon if (c.client, c.number) in costs else c.epsilon,
                 "lifetime": c.epsilon,
                 "delta": c.delta,
                 "noise_multiplier": c.noise_multiplier,
                 "sample_rate": c.sample_rate,
                 "steps": c.steps,
             }
-            for c in clients
+            for c in sorted(clients.values(), key=lambda c: c.name)
         ],
         "files": {name: digest(data) for name, data in files.items()},
     }

@@ -30,8 +30,9 @@ A LoRA adapter that Cloister trained on text that never left the organisations t
 ## Privacy, as the coordinator accounts it
 Record-level differential privacy of each site's text, against everyone outside that site's agent. Neighbours: {neighbours}, where a
 record is one unit of the table. Accountant: {accountant}. Charged before text is read; epsilon grows with every round that a site takes
-part in, and nothing is ever refunded. "Of its lifetime here" is over all runs of this federation; each site's own ledger, which knows of
-other federations too, is the authority over its text.
+part in, and nothing is ever refunded. "Of its lifetime by then" is over all runs of this federation up to the last round that the site took
+part in on the way to this adapter; what it spent later is not in it. Each site's own ledger, which knows of other federations too, is the
+authority over its text.
 
 {privacy}
 
@@ -88,12 +89,12 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), 
 def privacy_table(stated: Sequence[Mapping[str, Any]]) -> str:
     """What a round cost each site, as a table."""
     lines = [
-        "| site | unit | epsilon of this run | of its lifetime here | delta | noise multiplier | sample rate | steps a round | verdict |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| site | unit | last round | epsilon of this run | of its lifetime by then | delta | noise | sample rate | steps | verdict |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for c in stated:
         lines.append(
-            f"| {c['name']} | {c['unit']} | {c['epsilon']:.4f} | {c['lifetime']:.4f} | {c['delta']:g}"
+            f"| {c['name']} | {c['unit']} | {c['round']} | {c['epsilon']:.4f} | {c['lifetime']:.4f} | {c['delta']:g}"
             f" | {c['noise_multiplier']:g} | {c['sample_rate']:.6g} | {c['steps']} | {c['verdict']} |"
         )
     return "\n".join(lines)
@@ -114,7 +115,7 @@ def card_text(stated: Mapping[str, Any], labels: Sequence[str]) -> str:
         federation=stated["federation"],
         run=str(stated["run"])[:8],
         number=stated["round"],
-        sites=sum(c["verdict"] == "accepted" for c in stated["privacy"]),
+        sites=sum(c["verdict"] == "accepted" and c["round"] == stated["round"] for c in stated["privacy"]),
         base=stated["base"],
         adapter=stated["adapter"],
         rule=stated["rule"],

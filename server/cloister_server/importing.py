@@ -3,14 +3,16 @@
     key (from elsewhere) -> statement's signature -> log's head and inclusion proof -> the leaf says the same -> each file's digest
     -> the adapter's tensors -> the same base model as here -> registered as round 0 of a run of its own
 
-Nothing in the folder that the statement does not name is read. No privacy of this federation's sites is touched by it; what it cost its
+A folder with anything that the statement does not name is refused. No privacy of this federation's sites is touched by it; what it cost its
 own sites stands in the statement, which is kept.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import stat
 import time
 from pathlib import Path
 
@@ -53,6 +55,12 @@ def import_round(store: Store, folder: Path, key: VerifyKey, federation: str, ba
     if not isinstance(stated["files"], dict) or REGISTERED not in stated["files"]:
         raise VerificationError("the statement names no adapter", where=where, expected=REGISTERED)
     files = {str(name): _named(folder, str(name), str(named)) for name, named in sorted(stated["files"].items())}
+    try:
+        unnamed = sorted({p.name for p in folder.iterdir()} - set(files) - {FILE})
+    except OSError as error:
+        raise InputError("not an export", where=where, got=str(error)) from error
+    if unnamed:
+        raise VerificationError("files that the statement does not name", where=where, got=", ".join(unnamed)[:200])
     adapter = files[REGISTERED]
     task_text, tensors_text = str(stated["run_task"]), str(stated["run_tensors"])
     pairs = (("adapter", adapter), ("task", task_text.encode()), ("tensors", tensors_text.encode()))
@@ -60,7 +68,7 @@ def import_round(store: Store, folder: Path, key: VerifyKey, federation: str, ba
         raise VerificationError("its parts are not what its leaf says", where=where, got=", ".join(odd))
     try:
         task, schema = TaskSpec.from_dict(json.loads(task_text)), Schema.from_list(json.loads(tensors_text), where)
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise VerificationError("its task or its tensors cannot be read", where=where, got=str(error)[:120]) from error
     vector = from_safetensors(adapter, schema, f"{folder}/{REGISTERED}")
     frozen = {"fan_in_fan_out": stated["fan_in_fan_out"], "frozen": stated["frozen"]}
@@ -79,8 +87,13 @@ def import_round(store: Store, folder: Path, key: VerifyKey, federation: str, ba
         finished=now,
     )
     # What PEFT loads must be the registered adapter itself, whatever its signer put beside it.
-    if odd := [name for name, made in peft_files(run, task, schema, vector).items()
-               if name.endswith(".safetensors") and files.get(name) != made]:  # fmt: skip
+    try:
+        made = peft_files(run, task, schema, vector) | {REGISTERED: adapter}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise VerificationError("its frozen A cannot be read", where=where, got=str(error)[:120]) from error
+    if stated["vector"] != digest(vector.tobytes()):
+        raise VerificationError("it states another vector than its adapter has", where=where)
+    if odd := [name for name, data in made.items() if files.get(name) != data]:
         raise VerificationError("what PEFT would load is not the registered adapter", where=where, got=", ".join(odd))
     said = {name: stated[name] for name in ("federation", "log", "run", "round", "leaf")}
     model = Model(digest=base, source="imported", tokenizer=run.tokenizer, kind=task.kind)
@@ -102,8 +115,13 @@ def _named(folder: Path, name: str, named: str) -> bytes:
 def _read(folder: Path, name: str) -> bytes:
     path = folder / name
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError("a file of it is too large", where=str(path), expected=f"<= {MAX_BYTES} bytes")
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError("not an export", where=str(path), got=error.strerror or str(error)) from error
+        # Neither a link to somewhere else, nor a device or a pipe that never ends.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise InputError("not an export", where=str(path), got="not a plain file")
+            data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise InputError("not an export", where=str(path), got=getattr(error, "strerror", "") or str(error)) from error
+    if len(data) > MAX_BYTES:
+        raise InputError("a file of it is too large", where=str(path), expected=f"<= {MAX_BYTES} bytes")
+    return data

@@ -123,8 +123,9 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
         del intake.updates[client], intake.members[client]
         intake.changes[client] |= {"verdict": "revoked", "reason": "revoked while the round ran", "report": ""}
     costs = intake.costs or spending(store, cores)
-    unit = " and ".join(sorted({m.card.unit for m in members.values()}))
-    privacy = record_costs(intake.changes, intake.asked, costs, {c.client: c for c in clients}, unit)
+    units = {card.verify_key.id.hex(): card.unit for card in (*context.cards, *(m.card for m in context.members))}
+    known = {c.client: c for c in clients}
+    privacy = record_costs(intake.changes, intake.asked, costs, known, units, row.attempt)
     if sum(map(len, intake.members.values())) < federation.min_clients:
         store.abort_round(context.run.id, number, intake.changes, privacy)
         inside = {client for group in intake.members.values() for client in group}

@@ -40,8 +40,14 @@ class Rule:
 
     def sqlite(self) -> Iterator[str]:
         """Statements that make it on SQLite."""
+        when = self.when
+        if self.deed == "INSERT":
+            # A row that comes under another's rowid would take its place by REPLACE.
+            when = f'({when}) OR EXISTS (SELECT 1 FROM "{self.table}" WHERE rowid = NEW.rowid)'
+        if self.name == "key":
+            when = f"{when} OR OLD.rowid <> NEW.rowid"
         yield (
-            f'CREATE TRIGGER {self.trigger} BEFORE {self.deed} ON "{self.table}" WHEN {self.when}'
+            f'CREATE TRIGGER {self.trigger} BEFORE {self.deed} ON "{self.table}" WHEN {when}'
             f" BEGIN SELECT RAISE(ABORT, '{self.words}'); END"
         )
 
@@ -72,6 +78,21 @@ _KEYS = {
     "tombstone": "adapter = NEW.adapter",
 }
 _WORDS = {"noised_sum": "what was charged stays", "log_leaf": "the log is only added to"}
+_MOVED = {
+    "run": ("id",),
+    "round": ("run", "number"),
+    "round_client": ("run", "number", "client"),
+    "metric": ("run", "number", "name"),
+    "evidence": ("run", "number", "client", "test"),
+    "judgement": ("run", "number"),
+    "summed": ("run", "number", "group"),
+    "privacy": ("run", "number", "client", "scope"),
+    "opening": ("run", "number", "group"),
+    "fence": ("id",),
+    "hold": ("id",),
+    "alias": ("name",),
+}
+_ONCE = ("run", "opening", "fence", "hold", "alias")
 OF_ROUNDS = ("round_client", "metric", "evidence", "judgement", "summed", "privacy")
 _FIXED = ("id", "federation", "created", "rounds", "base", "task", "rule", "tensors", "config", "code", "tokenizer")
 
@@ -92,8 +113,18 @@ def rules() -> Iterator[Rule]:
         "a round does not move so",
         "state",
     )
+    for table, keys in _MOVED.items():
+        # REPLACE would take the place of the row that has the key already.
+        other = " OR ".join(f'OLD."{key}" <> NEW."{key}"' for key in keys)
+        yield Rule(table, "UPDATE", other, f"UNIQUE: a row of {table} keeps its key: {_STAYS}", "key")
+        if table in _ONCE:
+            same_key = " AND ".join(f'"{key}" = NEW."{key}"' for key in keys)
+            there = f'EXISTS (SELECT 1 FROM "{table}" WHERE {same_key})'
+            yield Rule(table, "INSERT", there, f"UNIQUE: a row of {table} is there already")
+    yield Rule("round", "UPDATE", "NEW.attempt < OLD.attempt", "attempts only rise", "attempt")
     for table in OF_ROUNDS:
-        for deed, row in (("UPDATE", "OLD"), ("DELETE", "OLD"), ("INSERT", "NEW")):
+        yield Rule(table, "DELETE", "1 = 1", f"what was asked and what it cost stays: {_STAYS}")
+        for deed, row in (("UPDATE", "OLD"), ("INSERT", "NEW")):
             of = f"run = {row}.run AND number = {row}.number AND state = '{COMMITTED}'"
             yield Rule(table, deed, f"EXISTS (SELECT 1 FROM round WHERE {of})", _STAYS)
     for table, key in _KEYS.items():

@@ -45,6 +45,7 @@ from cloister_server.tables import (
     Run,
     Signature,
     Summed,
+    Tombstone,
 )
 
 
@@ -186,6 +187,10 @@ class Store(Releases):
             raise StateError(
                 "the blob is not there", where=self.blobs.place, got=name[:16], mend="cloister run --resume"
             )
+        if (grave := session.get(Tombstone, name)) is not None:
+            raise StateError(
+                "this adapter was given up", where=f"run {grave.run[:8]} round {grave.number}", got=grave.why
+            )
         if session.get(Blob, name) is None:
             session.add(Blob(digest=name, kind=kind, bytes=size_now, created=time.time()))
 
@@ -205,6 +210,7 @@ class Store(Releases):
         if origin is not None:
             self.blobs.put(origin.statement)
         with self.database.writing() as session:
+            self._fenced(session)
             self._named(session, name, "adapter")
             if session.get(Model, model.digest) is None:
                 session.add(model)
@@ -215,9 +221,10 @@ class Store(Releases):
             )
             body = _run_facts(run) | {"rounds": run.rounds, "adapter": name}
             if origin is not None:
-                known = session.exec(select(Signature).where(Signature.statement == digest(origin.statement))).first()
-                if known is not None:
-                    raise StateError("this statement was imported before", where=f"run {known.run[:8]}")
+                for leaf in session.exec(select(Leaf).where(Leaf.kind == "policy")):
+                    before = json.loads(leaf.record).get("imported") or {}
+                    if (before.get("log"), before.get("leaf")) == (origin.said["log"], origin.said["leaf"]):
+                        raise StateError("this round was imported before", where=f"leaf {leaf.index}")
                 session.flush()
                 self._stated(session, run.id, 0, digest(origin.statement), origin.key, origin.statement)
                 body["imported"] = dict(origin.said) | {"statement": digest(origin.statement)}
@@ -226,6 +233,7 @@ class Store(Releases):
     def set_flower_run(self, run: str, flower_run: int) -> None:
         """Remembers Flower's id of the run's present attempt."""
         with self.database.writing() as session:
+            self._fenced(session)
             row = session.get_one(Run, run)
             row.flower_run = str(flower_run)
 
@@ -236,6 +244,7 @@ class Store(Releases):
             StateError: There is one.
         """
         with self.database.writing() as session:
+            self._fenced(session)
             session.add(Draw(run=run, transcript=transcript))
 
     def transcript(self, run: str) -> str | None:
@@ -257,11 +266,13 @@ class Store(Releases):
             StateError: It is there.
         """
         with self.database.writing() as session:
+            self._fenced(session)
             session.add(row)
 
     def keep_mean(self, run: str, number: int, group: str, mean: str) -> None:
         """Writes down what a group's opening gave."""
         with self.database.writing() as session:
+            self._fenced(session)
             self._named(session, mean, "mean")
             session.get_one(Opening, (run, number, group)).mean = mean
 
@@ -278,6 +289,7 @@ class Store(Releases):
     def finish_run(self, run: str) -> None:
         """Marks a run as finished."""
         with self.database.writing() as session:
+            self._fenced(session)
             row = session.get_one(Run, run)
             row.finished = time.time()
 
@@ -394,6 +406,7 @@ class Store(Releases):
             StateError: This attempt was charged before.
         """
         with self.database.writing() as session:
+            self._fenced(session)
             # In one transaction with the reading: two coordinators cannot both take the last of a budget.
             if session.get(NoisedSum, (row.run, row.number, row.attempt)) is not None:
                 where = f"run {row.run[:8]} round {row.number} attempt {row.attempt}"

@@ -10,6 +10,7 @@ a blob too many, never one too few.
 from __future__ import annotations
 
 import json as jsonlib
+import operator
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from cloister_server.database import Database
 from cloister_server.here import Home, Json, registry
 from cloister_server.storage import has_registry, read_storage
 from cloister_server.store import Store
-from cloister_server.tables import COMMITTED, Blob, Hold, Leaf, Tombstone
+from cloister_server.tables import COMMITTED, Blob, Hold, Leaf, Round, Tombstone
 
 registry_app = typer.Typer(no_args_is_help=True, help="Look after the registry.")
 GRACE_DAYS = 7.0
@@ -70,10 +71,10 @@ def unreachable(store: Store, now: float, grace_days: float) -> list[Stored]:
 
 def check(store: Store) -> Iterator[Wrong]:
     """Everything that is wrong, first what everything else rests on."""
-    if missing := sorted(rules.expected(store.database.dialect) - store.database.rules()):
+    if missing := sorted(rules.expected(store.database.dialect) ^ store.database.rules()):
         yield Wrong(
             "database",
-            f"rules are missing or changed: {', '.join(missing)[:200]}",
+            f"rules are missing, changed or another's: {', '.join(missing)[:200]}",
             "it was changed by hand: compare it with a copy and with the log, then cloister registry migrate lays them anew",
         )
     yield from _leaves(store)
@@ -93,7 +94,8 @@ def check(store: Store) -> Iterator[Wrong]:
                 yield from _blob(store, row.adapter or "", at)
             if row.state == COMMITTED and row.number:
                 leaf = by_index.get(-1 if row.leaf is None else row.leaf)
-                said = jsonlib.loads(leaf.record) if leaf is not None else {}
+                said = _said(leaf)
+                yield from _costs(store, row, said, at)
                 if (said.get("run"), said.get("round"), said.get("adapter")) != (run.id, row.number, row.adapter):
                     yield Wrong(at, "its leaf is missing or says something else", "restore the registry")
     for alias in store.aliases():
@@ -117,10 +119,48 @@ def _unmarked(store: Store, by_index: Mapping[int, Leaf]) -> Iterator[Wrong]:
     rows: list[Hold | Tombstone] = [*store.holds(), *store.tombstones().values()]
     for row in rows:
         leaf = by_index.get(row.leaf)
-        said = jsonlib.loads(leaf.record) if leaf is not None else {}
+        said = _said(leaf)
         if (said.get("run"), said.get("round"), said.get("adapter")) != (row.run, row.number, row.adapter):
             at = f"{type(row).__name__.lower()} of run {row.run[:8]} round {row.number}"
             yield Wrong(at, "its leaf is missing or says something else", "restore the registry")
+
+
+def _said(leaf: Leaf | None) -> dict[str, Any]:
+    """What a leaf says; nothing where it is missing or no record."""
+    try:
+        said = jsonlib.loads(leaf.record) if leaf is not None else {}
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _costs(store: Store, row: Round, said: Mapping[str, Any], at: str) -> Iterator[Wrong]:
+    """Rows of a committed round, against its leaf: who was asked and charged what, scores, and what is stated of privacy."""
+    names = (
+        "client",
+        "name",
+        "plan",
+        "verdict",
+        "weight",
+        "update",
+        "noise_multiplier",
+        "sample_rate",
+        "steps",
+        "delta",
+        "epsilon",
+        "charged",
+    )
+    rows = [{n: getattr(c, n) for n in names} for c in store.clients(row.run, row.number)]
+    told = [{n: c.get(n) for n in names} for c in said.get("clients") or [] if isinstance(c, dict)]
+    key = operator.itemgetter("client")
+    if sorted(rows, key=key) != sorted(told, key=key):
+        yield Wrong(at, "its clients are others than its leaf says, or were charged otherwise", "restore the registry")
+    if store.metrics(row.run, row.number) != said.get("metrics"):
+        yield Wrong(at, "its scores are others than its leaf says", "restore the registry")
+    lifetime = {c["client"]: c["epsilon"] for c in told}
+    costs = [p for p in store.privacy(row.run) if p.number == row.number and p.scope == "record"]
+    if any(p.lifetime != lifetime.get(p.client) or not 0 <= p.epsilon <= p.lifetime + 0.02 for p in costs):
+        yield Wrong(at, "what is stated of its privacy is not what its leaf says", "restore the registry")
 
 
 def _leaves(store: Store) -> Iterator[Wrong]:

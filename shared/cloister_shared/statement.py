@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cloister_shared.cards import check_name
 from cloister_shared.encoding import canonical, parse_record
 from cloister_shared.errors import VerificationError
 from cloister_shared.merkle import check_inclusion, leaf_hash
@@ -24,6 +25,21 @@ FORMAT, PURPOSE = "cloister-round/1", "round-statement"
 FILE = "statement.json"
 _FIELDS = {"format", "statement", "key", "signature", "leaf", "path", "head"}
 # What the leaf says too, and must say alike; round 0 has a leaf of its own kind, which knows no round.
+_COSTS = ("name", "verdict", "plan", "delta", "noise_multiplier", "sample_rate", "steps")
+_TEXT, _NUMBER, _NONE = (str,), (int, float), (type(None),)
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("federation", "log", "run", "adapter", "base", "rule", "task", "tensors", "config"), _TEXT),
+    **dict.fromkeys(
+        ("settings", "code", "lock", "run_task", "run_tensors", "accountant", "neighbours", "vector"), _TEXT
+    ),
+    **dict.fromkeys(("leaf", "round"), (int,)),
+    **dict.fromkeys(("tokenizer", "parent", "frozen_a"), (*_TEXT, *_NONE)),
+    **dict.fromkeys(("residual", "committed"), (*_NUMBER, *_NONE)),
+    **dict.fromkeys(("imported", "frozen", "client_level"), (dict, *_NONE)),
+    **dict.fromkeys(("metrics", "files"), (dict,)),
+    "fan_in_fan_out": (bool,),
+    "privacy": (list,),
+}
 _ALIKE = ("run", "adapter", "base", "tokenizer", "rule", "task", "tensors", "config")
 
 
@@ -107,4 +123,42 @@ def check_statement(data: bytes, key: VerifyKey, where: str) -> dict[str, Any]:
         raise VerificationError("the leaf is not of this round", where=where, expected=kind, got=str(said.get("kind")))
     if odd := [name for name in _ALIKE if said.get(name) != stated.get(name)]:
         raise VerificationError("the leaf says something else than the statement", where=where, got=", ".join(odd))
+    _said_alike(stated, said, index, key, where)
     return stated
+
+
+def _said_alike(stated: dict[str, Any], leaf: dict[str, Any], index: int, key: VerifyKey, where: str) -> None:
+    """What a round was made with and what it cost must be what its leaf says."""
+    if missing := sorted(set(_TYPES) ^ set(stated)):
+        raise VerificationError("a statement has other fields", where=where, got=", ".join(missing)[:200])
+    if odd := [name for name, kinds in _TYPES.items() if not isinstance(stated[name], kinds)]:
+        raise VerificationError("a statement has fields of another type", where=where, got=", ".join(odd)[:200])
+    check_name(stated["federation"], f"{where} federation")
+    again = {
+        "log": log_of_federation(key),
+        "leaf": index,
+        "federation": leaf.get("federation"),
+        "code": leaf.get("code"),
+    }
+    again |= {name: leaf.get(name, "") for name in ("settings", "lock")} | {"imported": leaf.get("imported")}
+    if leaf.get("kind") == "round_commit":
+        again |= {name: leaf.get(name) for name in ("metrics", "parent", "residual")}
+    else:
+        again |= {"metrics": {}, "privacy": []}
+    if odd := [name for name, value in again.items() if stated[name] != value]:
+        raise VerificationError("the leaf says something else than the statement", where=where, got=", ".join(odd))
+    try:
+        told = {c["key"]: c for c in stated["privacy"]}
+        if len(told) != len(stated["privacy"]):
+            raise VerificationError("a statement has a site twice", where=where)
+        for one in leaf.get("clients", []):
+            cost = told[one["client"]]
+            pairs = [(cost[name], one[name]) for name in _COSTS] + [(cost["lifetime"], one["epsilon"])]
+            if any(a != b for a, b in pairs) or cost["round"] != stated["round"]:
+                raise VerificationError("the leaf says something else of what it cost", where=where, got=one["name"])
+        if not all(
+            0 <= c["epsilon"] <= c["lifetime"] + 0.02 and 1 <= c["round"] <= stated["round"] for c in told.values()
+        ):
+            raise VerificationError("a statement's costs do not hold together", where=where)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise VerificationError("a statement's costs are malformed", where=where, got=str(error)[:80]) from error

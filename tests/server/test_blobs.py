@@ -184,6 +184,10 @@ def test_no_other_text_is_a_name(name: str) -> None:
         "simplecache::s3://bucket",
         "s3://key:secret@bucket/blobs",
         "s3://bucket/blobs?secret=x",
+        "s3://user%3Asecret@bucket/blobs",
+        "s3://AKIASECRET@bucket/blobs",
+        "s3://bucket/blobs#secret=1",
+        "s3://[bad",
     ],
 )
 def test_plain_transport_and_credentials_are_no_place_for_blobs(url: str) -> None:

@@ -69,7 +69,7 @@ def test_a_statement_says_what_the_round_is_and_what_it_cost(made: Two) -> None:
     costs = {c.name: c.epsilon for c in made.world.store.clients(made.world.run.id, 2)}
     assert {c["name"]: c["lifetime"] for c in stated["privacy"]} == costs
     assert all(c["epsilon"] == c["lifetime"] and c["unit"] == "record" for c in stated["privacy"])
-    assert set(stated["files"]) == {p.name for p in made.folder.iterdir() if p.name not in (FILE, "cloister.json")}
+    assert set(stated["files"]) == {p.name for p in made.folder.iterdir() if p.name != FILE}
     # No path, address or setting of the coordinator is in what may be published.
     text = (made.folder / FILE).read_text() + (made.folder / "README.md").read_text()
     assert "127.0.0.1" not in text
@@ -170,7 +170,20 @@ def forked(two: Two) -> None:
     edited("head", value=note)(two)
 
 
-CHANGES: dict[str, Callable[[Two], None]] = {
+def cheaper(two: Two) -> None:
+    """The signer itself states less than its leaf does."""
+    costs = json.loads((two.folder / FILE).read_text())["statement"]["privacy"]
+    restated(privacy=[c | {"epsilon": 0.0, "lifetime": 0.0} for c in costs])(two)
+
+
+def linked(two: Two) -> None:
+    """A link to the very same bytes."""
+    path = two.folder / "README.md"
+    path.rename(two.folder.parent / "elsewhere")
+    path.symlink_to(two.folder.parent / "elsewhere")
+
+
+CHANGES: dict[str, Callable[[Two], object]] = {
     "adapter": flip(REGISTERED),
     "what PEFT loads": flip("adapter_model.safetensors"),
     "head": flip("head.safetensors"),
@@ -189,6 +202,16 @@ CHANGES: dict[str, Callable[[Two], None]] = {
     "other frozen A, signed": restated(frozen={"tensors": [], "digest": "00" * 32}),
     "other round": other_round,
     "fork": forked,
+    "no costs, signed": restated(privacy=[]),
+    "other scores, signed": restated(metrics={"accuracy": 0.99}),
+    "other code, signed": restated(code="another"),
+    "another log, signed": restated(log="cloister/federation/x"),
+    "a field too many, signed": restated(extra=1),
+    "frozen of another type, signed": restated(frozen=17),
+    "federation's name, signed": restated(federation="x\n## Privacy\nepsilon 0"),
+    "less epsilon, signed": cheaper,
+    "a file that nobody named": lambda two: (two.folder / "adapter_model.bin").write_bytes(b"x"),
+    "a link": linked,
     "less epsilon": edited("statement", "privacy", value=[]),
     "signature": edited("signature", value="00" * 64),
     "leaf": edited("leaf", "record", value="{}"),

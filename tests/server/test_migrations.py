@@ -17,12 +17,12 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from cloister_server import database as databases
 from cloister_server import rules
-from cloister_server.database import VERSION, Database
+from cloister_server.database import VERSION, Database, checked_url
 from cloister_server.storage import read_storage, write_storage
 from cloister_server.store import Store
 from cloister_server.upkeep import check, migrate
 from cloister_shared import console
-from cloister_shared.errors import StateError
+from cloister_shared.errors import InputError, StateError
 from cloister_shared.signing import SigningKey
 from sqlalchemy import create_engine, inspect
 from sqlmodel import SQLModel
@@ -238,3 +238,35 @@ def test_an_empty_database_is_made_once_by_many(home: Path) -> None:
     children = [subprocess.Popen([sys.executable, "-c", code, str(home)]) for _ in range(4)]
     assert [child.wait(timeout=60) for child in children] == [0] * 4
     assert sql(home, "SELECT version_num FROM alembic_version") == [(VERSION,)]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:secret@db.example.org/registry",
+        "postgresql://me@db.example.org/registry?password=secret",
+        "postgresql://me@db.example.org/registry?sslpassword=secret",
+        "postgresql://me@db.example.org/registry?conninfo=password%3Dsecret",
+        "postgresql://me@db.example.org/registry?sslmode=prefer",
+        "postgresql://me@db.example.org/registry?host=localhost",
+        "postgresql://me@/registry?host=/tmp,db.example.org",
+        "postgresql://me@localhost/registry?hostaddr=10.0.0.1",
+        "postgresql://me@/registry?service=remote",
+        "postgresql://me@/registry",
+        "postgresql://me@localhost:x/registry",
+        "mysql://me@localhost/registry",
+        "nonsense",
+    ],
+)
+def test_passwords_and_plain_transport_are_no_url_for_a_registry(url: str) -> None:
+    with pytest.raises(InputError) as caught:
+        checked_url(url, "test")
+    assert "secret" not in str(caught.value)
+
+
+def test_whatever_leaves_the_machine_is_encrypted_and_its_server_known() -> None:
+    assert dict(checked_url("postgresql://me@db.example.org/r", "test").query) == {
+        "sslmode": "verify-full", "sslrootcert": "system",
+    }  # fmt: skip
+    for local in ("postgresql://me@localhost/r", "postgresql://me@/r?host=/run/postgresql"):
+        assert "sslmode" not in checked_url(local, "test").query

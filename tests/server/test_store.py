@@ -506,3 +506,38 @@ def test_leaves_that_many_write_at_once_have_each_a_place(store: Store) -> None:
     assert sum(leaf.kind == "incident" for leaf in leaves) == 20
     for other in others:
         other.close()
+
+
+@pytest.mark.parametrize("home", ["sqlite"], indirect=True)  # PostgreSQL has no REPLACE and no rowid
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE OR REPLACE round SET number = 1 WHERE number = 2",
+        "UPDATE OR REPLACE round_client SET number = 1 WHERE number = 2",
+        "UPDATE OR REPLACE privacy SET number = 1 WHERE number = 2",
+        "UPDATE OR REPLACE privacy SET rowid = 1 WHERE number = 2",
+        "INSERT OR REPLACE INTO privacy (rowid, run, number, client, scope, unit, epsilon, delta, lifetime)"
+        " SELECT 1, run, 9, client, scope, unit, 0, delta, 0 FROM privacy WHERE number = 2",
+        "INSERT OR REPLACE INTO hold SELECT id, run, number, adapter, why, at, leaf, 1.0 FROM hold",
+        "INSERT OR REPLACE INTO fence VALUES (1, 0)",
+        "INSERT OR REPLACE INTO alias SELECT name, run, 0, adapter, version, guard FROM alias",
+        "DELETE FROM round_client WHERE number = 2",
+        "UPDATE round SET attempt = 0 WHERE number = 2",
+        "UPDATE fence SET id = 9, number = number + 1",
+    ],
+)
+def test_no_row_takes_anothers_place(store: Store, statement: str) -> None:
+    store.take_fence()
+    cost = Privacy(run=RUN, number=1, client="a", scope="record", unit="record", epsilon=1.0, delta=1e-5, lifetime=2.0)
+    other = Privacy(**cost.model_dump() | {"number": 2})
+    planned(store, RUN, 1)
+    store.commit_round(RUN, 1, replace(a_commit(blob(store, 3), "a", "b"), privacy=[cost]))
+    planned(store, RUN, 2, [a_client("a", number=2)])
+    store.abort_round(RUN, 2, {}, [other])
+    store.set_alias("production", RUN, 1, blob(store, 3), 0, "")
+    store.hold(RUN, 1, "asked by the court")
+    tables = ("round", "round_client", "privacy", "hold", "fence", "alias")
+    before = [raw(store, f"SELECT * FROM {table} ORDER BY 1, 2") for table in tables]
+    with pytest.raises(DBAPIError):
+        raw(store, statement)
+    assert [raw(store, f"SELECT * FROM {table} ORDER BY 1, 2") for table in tables] == before

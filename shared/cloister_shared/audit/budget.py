@@ -191,9 +191,11 @@ def check_published(history: History, findings: Findings) -> None:
         for one in commit.asked:
             if not one.took_part:
                 continue
-            whole.setdefault(one.client, Counter())[one.noise_multiplier, one.sample_rate] += one.steps
+            # An attempt that was charged counts, whatever came of it: its text was used.
+            times = max(1, one.charged)
+            whole.setdefault(one.client, Counter())[one.noise_multiplier, one.sample_rate] += one.steps * times
             mine, _ = _epsilon(tuple(sorted(whole[one.client].items())), one.delta)
-            if one.verdict == "accepted" and one.epsilon < mine - TOLERANCE:
+            if one.epsilon < mine - TOLERANCE:
                 where = f"site {one.name}, round {commit.number} of run {commit.run[:8]}"
                 findings.violation("published", where, f"epsilon {one.epsilon:.4f} was published, {mine:.4f} is right")
             else:
