@@ -16,6 +16,7 @@ from cloister_client.standing import Limits
 from cloister_flower.frames import frame_of, refusal, reply
 from cloister_model.text import Record
 from cloister_server.accounting import Cost, spending
+from cloister_server.export import export_round
 from cloister_server.rounds import one_round, run_rounds
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import RefusedError
@@ -575,3 +576,28 @@ def test_the_loopback_carries_real_flower_messages(long: World) -> None:
 
     one_round(long.context(), Reading(long.desks), number)
     assert len(seen) == 3
+
+
+def test_who_may_have_been_charged_by_a_coordinator_that_died_is_counted(world: World, tmp_path: Path) -> None:
+    """A site answers, the coordinator dies, the site is away at the next attempt: its text was used, and its ledger charged."""
+
+    class Dying(Loopback):
+        def exchange(self, *args: Any, **kwargs: Any) -> Iterator[tuple[int, Any]]:
+            yield from itertools.islice(super().exchange(*args, **kwargs), 1)
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        one_round(world.context(), Dying(world.desks), 1)
+    assert world.charged(100) == 1
+    gone = world.id_of(100)
+    one_round(world.context(members=world.members[1:]), world.link, 1)
+    one_round(world.context(members=world.members[1:]), world.link, 2)
+    row = next(c for c in world.store.clients(world.run.id, 1) if c.client == gone)
+    assert (row.verdict, row.charged) == ("missing", 1)
+    assert row.epsilon == world.desks[100].ledger.standing().epsilon > 0
+    # It is not in round 2, and still on the card of what round 2 made.
+    folder = export_round(world.store, world.run, 2, tmp_path / "out")
+    told = json.loads((folder / "statement.json").read_text())["statement"]["privacy"]
+    assert {(c["name"], c["round"], c["epsilon"] > 0) for c in told} == {
+        ("site-1", 1, True), ("site-2", 2, True), ("site-3", 2, True),
+    }  # fmt: skip
