@@ -54,6 +54,7 @@ def init(
         )
     folder = console.coordinator_home()
     card = make_coordinator(folder, settings, find_base(settings.base, f"{federation} base").digest, build_bundle()[1])
+    Store(folder).close()  # a registry that is missing from now on was lost
     console.emit(
         {
             "federation": card.federation,
@@ -432,7 +433,8 @@ def show(
             got=str(number),
         )
     clients = [c.model_dump(exclude={"core"}) for c in store.clients(found.id, number)]
-    if row["adapter"]:
+    gone = store.tombstones().get(row["adapter"] or "")
+    if row["adapter"] and gone is None:
         store.adapter(row["adapter"])
     columns = ["site", "verdict", "weight", "noise", "rate", "steps", "epsilon", "kB in", "update", "reason"]
     cells = [
@@ -454,7 +456,8 @@ def show(
     lost = "" if row["residual"] is None else f"residual {row['residual']:.2%}"
     facts = ", ".join(filter(None, (row["state"], scores, f"rule {found.rule}", lost)))
     title = f"run {found.id[:8]} round {number}: {facts}"
-    title += f"\nadapter {row['adapter']}, digest checked" if row["adapter"] else "\nno adapter"
+    state = "digest checked" if gone is None else f"given up: {gone.why}"
+    title += f"\nadapter {row['adapter']}, {state}" if row["adapter"] else "\nno adapter"
     title += "".join(f"\n{_noised(s)}" for s in row["client_level"])
     judgement = next((j.model_dump() for j in store.judgements(found.id) if j.number == number), None)
     if judgement is not None:

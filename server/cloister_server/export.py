@@ -71,6 +71,8 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
             expected=f"0 to {store.last_committed(run.id).number}",
             got=str(number),
         )
+    if (grave := store.tombstones().get(row.adapter)) is not None:
+        raise InputError("its adapter was given up", where=f"run {run.id[:8]} round {number}", got=grave.why)
     if out.exists():
         raise InputError("the folder is there already", where=str(out), mend="choose another --out")
     schema = Schema.from_list(json.loads(run.tensors), "registry")

@@ -31,11 +31,19 @@ def append(session: Session, kind: str, body: Mapping[str, Any], by: SigningKey)
     """Adds a leaf in the session's transaction.
 
     Raises:
-        StateError: There is no such kind.
+        StateError: There is no such kind, or the log is another key's.
     """
     if kind not in LEAF_KINDS:
         raise StateError("no such kind of leaf", where="log", expected=", ".join(LEAF_KINDS), got=kind)
-    index = size(session)
+    index, first = size(session), session.get(Leaf, 0)
+    if first is not None and first.key != by.verify_key.id.hex():
+        raise StateError(
+            "this registry is another federation's",
+            where="log",
+            expected=f"key {by.verify_key.id.hex()}",
+            got=f"key {first.key}",
+            mend="a database of its own for each federation ([storage])",
+        )
     named = {"log": log_of_federation(by.verify_key), "index": index, "kind": kind, "at": time.time()}
     record = canonical(dict(body) | named)
     leaf = Leaf(

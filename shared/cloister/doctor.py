@@ -131,7 +131,7 @@ def of_coordinator(home: Path) -> Iterator[Look]:
     """Keys, certificates, registry and log of the coordinator that is here."""
     from cloister_server.database import Database
     from cloister_server.federation import open_coordinator
-    from cloister_server.storage import read_storage
+    from cloister_server.storage import has_registry, read_storage
     from cloister_server.store import Store
     from cloister_server.upkeep import check
 
@@ -142,6 +142,14 @@ def of_coordinator(home: Path) -> Iterator[Look]:
     federation = open_coordinator(home).federation
     yield Look("federation", True, f"{federation.name}: {federation.path}")
     yield from _base(federation.base, str(federation.path), read_coordinator_card(home / "card.json").base)
+    if not has_registry(home):
+        yield Look(
+            "registry",
+            False,
+            f"there is none in {home}",
+            "restore it from a copy; cloister run makes one where nothing ever ran",
+        )
+        return
     storage = read_storage(home)
     database = Database(storage.database, migrating=True)
     version = database.version()

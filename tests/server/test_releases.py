@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 import threading
 import time
@@ -15,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+from cloister_server.cli import show
 from cloister_server.compare import fields, modules
+from cloister_server.export import export_round
 from cloister_server.keeping_commands import give_up, hold, holds, release
 from cloister_server.release_commands import aliases, diff, promote, protect, rollback
 from cloister_server.rounds import run_rounds
@@ -25,7 +28,7 @@ from cloister_shared import console
 from cloister_shared.audit.bundle import Bundle, SignedLeaf
 from cloister_shared.audit.command import audit
 from cloister_shared.audit.trust import trust_of
-from cloister_shared.errors import CloisterError, RefusedError, StateError, VerificationError
+from cloister_shared.errors import CloisterError, InputError, RefusedError, StateError, VerificationError
 from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import Schema
 from cloister_shared.witness import ALIAS_PURPOSE, alias_move
@@ -324,6 +327,9 @@ def test_what_is_held_stays_and_what_is_given_up_goes(world: World, capsys: pyte
         promote("production", 0)
     with pytest.raises(StateError, match="given up"):
         world.store.set_alias("production", world.run.id, 0, names[0], 1, "")
+    with pytest.raises(InputError, match="given up"):
+        export_round(world.store, world.run, 0, world.store.home / "out")
+    show(0)  # its record stays
     release(1, "the court is done")
     with pytest.raises(StateError, match="no such hold"):
         release(1, "again")
@@ -352,3 +358,19 @@ def test_a_blob_that_is_about_to_be_named_is_not_taken(world: World) -> None:
     world.store.blobs.put(b"about to be named")  # a coordinator that made the same again: young
     gc()
     assert blob_path(world.store, lone).exists()
+
+
+def test_a_registry_is_one_federations(world: World, tmp_path: Path) -> None:
+    """Another coordinator on the same database, by mistake: it writes nothing into this one's log."""
+    SigningKey.generate().save(tmp_path / "sign.key")
+    other = shutil.copytree(world.store.home, tmp_path / "other", ignore=shutil.ignore_patterns("sign.key"))
+    shutil.copy(tmp_path / "sign.key", other / "sign.key")
+    store, size = Store(other), len(world.store.leaves())
+    row = world.store.rounds(world.run.id)[1]
+    with pytest.raises(StateError, match="another federation"):
+        store.set_alias("a", world.run.id, 1, row.adapter or "", 0, "")
+    with pytest.raises(StateError, match="another federation"):
+        store.log("incident", {"what": "x"})
+    assert len(store.leaves()) == size
+    assert store.aliases() == []
+    store.close()
