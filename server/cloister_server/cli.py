@@ -153,7 +153,10 @@ def operator_key(
     key.save(out)
     console.emit(
         {"key": key.verify_key.raw.hex(), "id": key.verify_key.id.hex(), "path": str(out)},
-        f"{out}: key {key.verify_key.id.hex()}; who has this file moves the aliases that it guards, and nobody else does",
+        [
+            f"{out}: public key {key.verify_key.raw.hex()} (id {key.verify_key.id.hex()})",
+            "who has this file moves the aliases that it guards, and nobody else does",
+        ],
     )
 
 
