@@ -15,9 +15,11 @@ from cloister_model.text import Source, read
 from cloister_shared import console
 from cloister_shared.cards import read_coordinator_card, read_site_card
 from cloister_shared.encoding import canonical, write_durably
-from cloister_shared.errors import CloisterError, InputError, StateError
+from cloister_shared.errors import CloisterError, InputError, RefusedError, StateError
 from cloister_shared.invitation import Invitation
+from cloister_shared.notes import own_note, read_checkpoint
 from cloister_shared.processes import Group, free_port
+from cloister_shared.signing import VerifyKey
 from cloister_shared.witness import log_of_federation
 
 from cloister_client import audit_command
@@ -37,6 +39,8 @@ site_app.add_typer(data_app, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Home = Annotated[Path | None, typer.Option("--home", help="Folder of state.")]
+# The newest head of the federation's log that a pull saw.
+PULLED = "pulled.head"
 
 
 def register(app: typer.Typer) -> None:
@@ -239,6 +243,9 @@ def list_rounds(
 @site_app.command()
 def pull(
     alias: Annotated[str, typer.Argument(help="The alias that the coordinator promoted.")],
+    guard: Annotated[
+        str, typer.Option(help="Take it only where this operator's public key (64 hex digits) guards the alias.")
+    ] = "",
     out: Annotated[
         Path | None, typer.Option(help="Folder to make; pulled/ALIAS in the site's folder by default.")
     ] = None,
@@ -246,24 +253,45 @@ def pull(
     json: Json = False,
     home: Home = None,
 ) -> None:
-    """Fetch the adapter that an alias points at, its place in the log proven before anything is kept."""
+    """Fetch the adapter that an alias points at; log, moves and operator's signatures are checked before anything is kept."""
     console.choose(json, home)
     from cloister_client.registry import fetch_release
 
     own = read_site(console.site_home(site))
-    ledger = open_ledger(own)
-    got = fetch_release(own, alias, ledger.seen_head(log_of_federation(own.coordinator().verify_key)))
+    key = own.coordinator().verify_key
+    log, pulled = log_of_federation(key), own.home / PULLED
+    seen = [open_ledger(own).seen_head(log)]
+    if pulled.is_file():
+        seen.append(read_checkpoint(pulled.read_text(), key, log, str(pulled)).checkpoint)
+    wanted = VerifyKey.from_hex(guard, "--guard").raw.hex() if guard else ""
+    got = fetch_release(own, alias, [head for head in seen if head is not None])
+    if wanted and got.guard != wanted:
+        raise RefusedError(
+            "registry.guarded",
+            "this operator does not guard the alias",
+            where=alias,
+            expected=f"key {_key_id(wanted)}",
+            got=f"key {_key_id(got.guard)}" if got.guard else "nobody's key",
+            mend="ask the operator that you trust whether the alias is theirs",
+        )
     folder = out or own.home / "pulled" / f"{alias}-{got.run[:8]}-{got.number}"
     if folder.exists():
         raise InputError("there is a folder already", where=str(folder), mend="choose another --out")
     folder.mkdir(parents=True)
+    # Not the ledger's: a head that no round brought has no cosignatures yet, and the next round asks for them.
+    write_durably(pulled, own_note(got.record["head"], key, log).encode(), mode=0o644)
     write_durably(folder / "adapter.safetensors", got.adapter, mode=0o644)
     write_durably(folder / "release.json", canonical(got.record) + b"\n", mode=0o644)
     name = got.record["commit"]["adapter"]
+    by = f"guarded by its operator, key {_key_id(got.guard)}" if got.guard else "guarded by no operator's key"
     console.emit(
-        {"alias": alias, "run": got.run, "round": got.number, "adapter": name, "path": str(folder)},
-        f"{alias}: round {got.number} of run {got.run[:8]}, adapter {name[:16]}, in the log and by its digest: {folder}",
+        {"alias": alias, "run": got.run, "round": got.number, "adapter": name, "guard": got.guard, "path": str(folder)},
+        f"{alias}: round {got.number} of run {got.run[:8]}, adapter {name[:16]}, its newest move in the log and {by}: {folder}",
     )
+
+
+def _key_id(key: str) -> str:
+    return VerifyKey.from_hex(key, "key").id.hex()
 
 
 @site_app.command()

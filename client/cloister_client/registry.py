@@ -16,18 +16,19 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
+from cloister_shared.aliases import Move, newest_move
 from cloister_shared.cards import CoordinatorCard, coordinator_card_of, split_address
 from cloister_shared.encoding import digest, parse_record, write_durably
 from cloister_shared.errors import CloisterError, RefusedError, RollbackError, StateError, VerificationError
 from cloister_shared.invitation import Invitation
-from cloister_shared.merkle import check_consistency, check_inclusion, leaf_hash
+from cloister_shared.merkle import Tree, check_consistency, check_inclusion, leaf_hash
 from cloister_shared.notes import Checkpoint, checkpoint_of, read_checkpoint
 from cloister_shared.signing import read_secret
 from cloister_shared.tls import make_request
@@ -302,7 +303,10 @@ class Renewer:
             self._tell(f"certificate not renewed: {error}")
 
 
-def fetch_log(site: Site) -> tuple[list[tuple[bytes, str, str]], str, dict[str, tuple[int, str, str]]]:
+SignedRecord = tuple[bytes, str, str]
+
+
+def fetch_log(site: Site) -> tuple[list[SignedRecord], str, dict[str, tuple[int, str, str]]]:
     """The federation's whole log as the coordinator has it: leaves (record, key, signature), signed head, cosignatures.
 
     Nothing of it is believed here: whoever reads it checks it against keys of its own (``cloister_shared.audit``).
@@ -310,22 +314,23 @@ def fetch_log(site: Site) -> tuple[list[tuple[bytes, str, str]], str, dict[str, 
     Raises:
         CloisterError: Nobody answers, or the coordinator refuses.
     """
-    leaves = list[tuple[bytes, str, str]]()
     with _registry(site) as stub:
-        head = stub.Head(registry_pb2.HeadRequest(), timeout=CALL_SECONDS)
-        size = checkpoint_of(head.note.partition("\n\n")[0] + "\n", "head of the log").size
-        while len(leaves) < size:
-            page = [
-                (o.record, o.key, o.signature)
-                for o in stub.Log(registry_pb2.LogRequest(start=len(leaves)), timeout=LONG_SECONDS)
-            ]
-            if not page:
-                raise VerificationError(
-                    "the log is shorter than its head says", expected=str(size), got=str(len(leaves))
-                )
-            leaves += page
+        leaves, head = _whole_log(stub)
     said = parse_record(head.cosignatures, "cosignatures")
-    return leaves[:size], head.note, {str(i): (int(a), str(b), str(c)) for i, (a, b, c) in said.items()}
+    return leaves, head.note, {str(i): (int(a), str(b), str(c)) for i, (a, b, c) in said.items()}
+
+
+def _whole_log(stub: Any) -> tuple[list[SignedRecord], Any]:
+    leaves = list[SignedRecord]()
+    head = stub.Head(registry_pb2.HeadRequest(), timeout=CALL_SECONDS)
+    size = checkpoint_of(head.note.partition("\n\n")[0] + "\n", "head of the log").size
+    while len(leaves) < size:
+        asked = registry_pb2.LogRequest(start=len(leaves))
+        page = [(o.record, o.key, o.signature) for o in stub.Log(asked, timeout=LONG_SECONDS)]
+        if not page:
+            raise VerificationError("the log is shorter than its head says", expected=str(size), got=str(len(leaves)))
+        leaves += page
+    return leaves[:size], head
 
 
 def fetch_rounds(site: Site, run: str = "") -> list[dict[str, Any]]:
@@ -386,59 +391,85 @@ class Release:
         run: The run.
         number: The round.
         adapter: The adapter's safetensors file, digest checked.
+        guard: The operator's public key that guards the alias, hex; empty where nobody's does.
         record: What was proven, for a file beside it.
     """
 
     run: str
     number: int
     adapter: bytes
+    guard: str
     record: dict[str, Any]
 
 
-def fetch_release(site: Site, alias: str, seen: Checkpoint | None) -> Release:
-    """Fetches what an alias points at, after its proofs were checked and before anything of it is loaded.
+def fetch_release(site: Site, alias: str, seen: Sequence[Checkpoint]) -> Release:
+    """Fetches what an alias points at, after all of it was checked and before anything of it is loaded.
 
-    Head signed by the pinned key -> consistent with what this site saw -> the alias' move and the round's commit are leaves of it ->
-    they name one adapter -> its bytes have that digest, and its tensors are those that the commit's run has.
+    Head signed by the pinned key -> the whole log is what it signs, and begins with what this site saw -> the alias's moves, each in its
+    order and a guarded one by its operator -> its newest one and the commit that it names say one adapter -> the adapter's bytes have
+    that digest, and its tensors are those that the commit's run has. What was promoted after the newest head that this site ever saw
+    can be kept from it; nothing older can be shown to it as the newest.
 
     Args:
         site: The site.
         alias: The alias.
-        seen: The newest head of the log that this site saw.
+        seen: Heads of the log that this site saw.
 
     Raises:
-        VerificationError: A proof does not hold.
+        VerificationError: A proof does not hold, or a move of a guarded alias is not its operator's.
         RollbackError: The log shrank or forked.
         CloisterError: Nobody answers, or the coordinator refuses.
     """
     card, where = site.coordinator(), f"alias {alias}"
-    origin = log_of_federation(card.verify_key)
     with _registry(site) as stub:
-        asked = registry_pb2.ReleasedRequest(alias=alias, seen=0 if seen is None else seen.size)
-        got = stub.Released(asked, timeout=CALL_SECONDS)
-        head = read_checkpoint(got.note, card.verify_key, origin, where).checkpoint
-        if seen is not None:
-            check_consistency(seen.size, seen.root, head.size, head.root, list(got.consistency), where)
-        move, commit = (_proven(one, head, card, where) for one in (got.alias, got.commit))
-        wanted = ("alias_set", alias, commit.get("run"), commit.get("adapter"))
-        if (move.get("kind"), move.get("alias"), move.get("run"), move.get("adapter")) != wanted:
-            raise VerificationError("the alias points at another round than its proof", where=where)
-        if commit.get("kind") not in ("round_commit", "policy") or commit.get("round", 0) != move.get("round"):
-            raise VerificationError("what the alias points at is no commit of that round", where=where)
+        leaves, answer = _whole_log(stub)
+        head = read_checkpoint(answer.note, card.verify_key, log_of_federation(card.verify_key), where).checkpoint
+        _check_whole([record for record, _, _ in leaves], head, seen, where)
+        records = [parse_record(record, where) for record, _, _ in leaves]
+        move = newest_move(records, alias, where)
+        if move is None:
+            raise RefusedError("registry", "no such alias", where="the federation's log", got=alias)
+        commit = _committed(records, move, where)
+        of = stub.Run(registry_pb2.RunRequest(run=move.run), timeout=CALL_SECONDS)
         for name in ("task", "tensors", "config"):
-            if digest(getattr(got, name)) != commit.get(name):
+            if digest(getattr(of, name)) != commit.get(name):
                 raise VerificationError(f"the run's {name} is not what its commit says", where=where)
-        name = str(commit["adapter"])
-        pieces = [o.data for o in stub.Adapter(registry_pb2.AdapterRequest(digest=name), timeout=LONG_SECONDS)]
-    data = b"".join(pieces)
-    if digest(data) != name:
-        raise VerificationError(
-            "the adapter has another digest", where=where, expected=name[:16], got=digest(data)[:16]
-        )
-    tensors = json.loads(got.tensors)
+        asked = registry_pb2.AdapterRequest(digest=move.adapter)
+        data = b"".join(one.data for one in stub.Adapter(asked, timeout=LONG_SECONDS))
+    if (got := digest(data)) != move.adapter:
+        raise VerificationError("the adapter has another digest", where=where, expected=move.adapter[:16], got=got[:16])
+    tensors = json.loads(of.tensors)
     from_safetensors(data, Schema.from_list(tensors, where), where)
-    record = {"alias": move, "commit": commit, "head": got.note, "task": json.loads(got.task), "tensors": tensors}
-    return Release(str(commit["run"]), int(move["round"]), data, record | {"config": json.loads(got.config)})
+    record = {"alias": move.record, "commit": commit, "head": answer.note, "task": json.loads(of.task)}
+    record |= {"tensors": tensors, "config": json.loads(of.config)}
+    return Release(move.run, move.number, data, move.guard, record)
+
+
+def _check_whole(records: Sequence[bytes], head: Checkpoint, seen: Sequence[Checkpoint], where: str) -> None:
+    """Sees that leaves are what a head is of, and begin with what was seen."""
+    tree = Tree()
+    for record in records:
+        tree.append(leaf_hash(record))
+    if tree.root() != head.root:
+        raise VerificationError("the log's leaves are other ones than its signed head is of", where=where)
+    for one in seen:
+        if one.size > head.size:
+            raise RollbackError(
+                "the log shrank", where=where, expected=f">= {one.size} leaves, as was seen", got=str(head.size)
+            )
+        if tree.root(one.size) != one.root:
+            raise RollbackError("the log's history was changed", where=where, expected=f"the {one.size} leaves seen")
+
+
+def _committed(records: Sequence[dict[str, Any]], move: Move, where: str) -> dict[str, Any]:
+    """The one leaf, before the move, that made the round that it names."""
+    kind, before = "round_commit" if move.number else "policy", records[: int(move.record["index"])]
+    for record in before:
+        if (record.get("kind"), record.get("run"), record.get("round", 0)) == (kind, move.run, move.number):
+            if record.get("adapter") != move.adapter:
+                raise VerificationError("the alias points at another adapter than its round made", where=where)
+            return record
+    raise VerificationError("what the alias points at is no commit of that round", where=where)
 
 
 def _proven(one: Any, head: Checkpoint, card: CoordinatorCard, where: str) -> dict[str, Any]:

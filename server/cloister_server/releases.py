@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 
+from cloister_shared.aliases import ALIAS_PURPOSE, alias_move
 from cloister_shared.errors import RefusedError, StateError
 from cloister_shared.signing import SigningKey, VerifyKey
-from cloister_shared.witness import ALIAS_PURPOSE, alias_move
 from sqlmodel import Session, select
 
 from cloister_server.log import append

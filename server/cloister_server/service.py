@@ -151,6 +151,14 @@ class Registry(registry_pb2_grpc.RegistryServicer):  # type: ignore[misc]
         async with self._quota.held(who.card.name, context):
             yield who
 
+    @staticmethod
+    async def _found(context: Any, deed: Callable[[], Any], words: str) -> Any:
+        """What ``deed`` gives; where that is nothing, the call ends with these words."""
+        made = await _answer(context, deed)
+        if made is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, words)
+        return made
+
     async def Renew(self, request: Any, context: Any) -> Any:  # noqa: N802
         """One more certificate."""
         async with self._call(context) as who:
@@ -160,11 +168,8 @@ class Registry(registry_pb2_grpc.RegistryServicer):  # type: ignore[misc]
     async def Rounds(self, request: Any, context: Any) -> Any:  # noqa: N802
         """The caller's part in rounds, newest last."""
         async with self._call(context) as who:
-            found = await _answer(context, lambda: self._rounds(who, request.run))
-            if request.run and not found:
-                # A run that is not there, and one that is another's, are one answer.
-                await context.abort(grpc.StatusCode.NOT_FOUND, "no such run")
-            return registry_pb2.RoundsReply(rounds=found)
+            # A run that is not there, and one that is another's, are one answer.
+            return await self._found(context, lambda: self._rounds(who, request.run), "no such run")
 
     async def Log(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """Leaves from a place on, at most ``_MOST_LEAVES`` a call."""
@@ -185,12 +190,9 @@ class Registry(registry_pb2_grpc.RegistryServicer):  # type: ignore[misc]
     async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Runs' rounds as they stand, at most ``_MOST_ROUNDS``, newest last."""
         async with self._call(context):
-            found = await _answer(context, lambda: self._list(request.run))
-            if request.run and not found:
-                await context.abort(grpc.StatusCode.NOT_FOUND, "no such run")
-            return registry_pb2.ListReply(rounds=found)
+            return await self._found(context, lambda: self._list(request.run), "no such run")
 
-    def _list(self, run: str) -> list[Any]:
+    def _list(self, run: str) -> Any:
         found = [
             registry_pb2.RegisteredRound(
                 run=of.id,
@@ -206,15 +208,12 @@ class Registry(registry_pb2_grpc.RegistryServicer):  # type: ignore[misc]
             if run in ("", of.id)
             for row in self._store.rounds(of.id)
         ]
-        return found[-_MOST_ROUNDS:]
+        return None if run and not found else registry_pb2.ListReply(rounds=found[-_MOST_ROUNDS:])
 
     async def Get(self, request: Any, context: Any) -> Any:  # noqa: N802
         """One committed round, proven."""
         async with self._call(context):
-            made = await _answer(context, lambda: self._get(request.run, request.number))
-            if made is None:
-                await context.abort(grpc.StatusCode.NOT_FOUND, "no such committed round")
-            return made
+            return await self._found(context, lambda: self._get(request.run, request.number), "no such committed round")
 
     def _get(self, run: str, number: int) -> Any:
         rows = [r for of in self._store.runs() if of.id == run for r in self._store.rounds(run)]
@@ -230,10 +229,9 @@ class Registry(registry_pb2_grpc.RegistryServicer):  # type: ignore[misc]
     async def Consistency(self, request: Any, context: Any) -> Any:  # noqa: N802
         """That one size of the log begins with another."""
         async with self._call(context):
-            made = await _answer(context, lambda: self._consistency(request.old, request.size))
-            if made is None:
-                await context.abort(grpc.StatusCode.NOT_FOUND, "the log has no such sizes")
-            return made
+            return await self._found(
+                context, lambda: self._consistency(request.old, request.size), "the log has no such sizes"
+            )
 
     def _consistency(self, old: int, size: int) -> Any:
         tree = self._store.tree()
@@ -243,42 +241,22 @@ class Registry(registry_pb2_grpc.RegistryServicer):  # type: ignore[misc]
         note = self._store.signed_checkpoint(Checkpoint(self._store.origin, most, tree.root(most)))
         return registry_pb2.ConsistencyReply(note=note, path=tree.consistency(old, most))
 
-    async def Released(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Where an alias points, with proofs."""
+    async def Run(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """What a run's adapters are made for."""
         async with self._call(context):
-            made = await _answer(context, lambda: self._released(request.alias, request.seen))
-            if made is None:
-                await context.abort(grpc.StatusCode.NOT_FOUND, "no such alias")
-            return made
+            return await self._found(context, lambda: self._run(request.run), "no such run")
 
-    def _released(self, alias: str, seen: int) -> Any:
-        moves = self._store.alias_events(alias)
-        if not moves:
+    def _run(self, run: str) -> Any:
+        found = [of for of in self._store.runs() if of.id == run]
+        if not found:
             return None
-        last, at = moves[-1], self._store.checkpoint()
-        run = self._store.find_run(last.run)
-        commit = self._store.commit_leaf(last.run, last.number) or self._store.policy_leaf(last.run)
-        tree = self._store.tree()
-
-        def proven(leaf: Leaf) -> Any:
-            return registry_pb2.Proven(leaf=_leaf(leaf), index=leaf.index, path=tree.inclusion(leaf.index, at.size))
-
-        return registry_pb2.ReleasedReply(
-            note=self._store.signed_checkpoint(at),
-            consistency=tree.consistency(min(seen, at.size), at.size),
-            alias=proven(self._store.leaves(last.leaf, last.leaf + 1)[0]),
-            commit=proven(commit),
-            task=run.task.encode(),
-            tensors=run.tensors.encode(),
-            config=run.config.encode(),
-        )
+        of = found[0]
+        return registry_pb2.RunReply(task=of.task.encode(), tensors=of.tensors.encode(), config=of.config.encode())
 
     async def Adapter(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """An adapter of a committed round, in pieces."""
         async with self._call(context):
-            data = await _answer(context, lambda: self._adapter(request.digest))
-            if data is None:
-                await context.abort(grpc.StatusCode.NOT_FOUND, "no such adapter")
+            data = await self._found(context, lambda: self._adapter(request.digest), "no such adapter")
             for start in range(0, len(data), _PIECE_BYTES):
                 yield registry_pb2.AdapterPiece(data=data[start : start + _PIECE_BYTES])
 
@@ -286,12 +264,12 @@ class Registry(registry_pb2_grpc.RegistryServicer):  # type: ignore[misc]
         # Of committed rounds alone: means of groups lie in the same place.
         return self._store.adapter(name) if self._store.is_committed(name) else None
 
-    def _rounds(self, who: Caller, run: str) -> list[Any]:
+    def _rounds(self, who: Caller, run: str) -> Any:
         mine = [c for c in self._store.asked(who.card.verify_key.id.hex()) if run in ("", c.run)]
         states = {
             (row.run, row.number): row.state for name in {c.run for c in mine} for row in self._store.rounds(name)
         }
-        return [
+        found = [
             registry_pb2.SiteRound(
                 run=c.run,
                 number=c.number,
@@ -303,6 +281,7 @@ class Registry(registry_pb2_grpc.RegistryServicer):  # type: ignore[misc]
             )
             for c in sorted(mine, key=lambda c: (c.run, c.number))[-_MOST_ROUNDS:]
         ]
+        return None if run and not found else registry_pb2.RoundsReply(rounds=found)
 
 
 async def serve(coordinator: Coordinator, which: str) -> Any:

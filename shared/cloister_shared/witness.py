@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from cloister_shared.encoding import canonical
 from cloister_shared.errors import RollbackError, VerificationError
 from cloister_shared.merkle import Range
 from cloister_shared.notes import Checkpoint, read_checkpoint, read_cosignature
@@ -24,25 +23,8 @@ LEAF_PURPOSE = "log-leaf"
 LEAF_KINDS = (
     "policy", "enrol", "revoke", "spend", "round_commit", "alias_set", "export", "hold", "tombstone", "recovery", "incident",
 )  # fmt: skip
-# What the operator of a guarded alias signs a move of it for.
-ALIAS_PURPOSE = "alias-move"
-_MOVE = ("log", "alias", "run", "round", "adapter", "version", "rollback", "guard")
 MAX_HASHES = 50_000
 MAX_COSIGNATURES = 1000
-
-
-def alias_move(body: Mapping[str, Any]) -> bytes:
-    """What an operator signs of a move of an alias: the canonical bytes of where it goes, of which log, and who guards it from then on.
-
-    Args:
-        body: A leaf ``alias_set``, or what one will say.
-
-    Raises:
-        VerificationError: Something of it is missing.
-    """
-    if missing := [name for name in _MOVE if name not in body]:
-        raise VerificationError("not a move of an alias", where="alias", expected=", ".join(missing), got="nothing")
-    return canonical({name: body[name] for name in _MOVE})
 
 
 @dataclass(frozen=True)

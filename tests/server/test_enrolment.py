@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from cloister_client import registry as client
 from cloister_client.policy import Policy
@@ -33,12 +34,16 @@ from cloister_server.rounds import run_rounds
 from cloister_server.store import Commit, Store
 from cloister_server.tables import RoundClient, Run
 from cloister_shared.cards import CoordinatorCard, SiteCard, read_site_card
+from cloister_shared.encoding import digest
 from cloister_shared.errors import CloisterError, InputError, RefusedError, RollbackError, StateError, VerificationError
 from cloister_shared.invitation import PREFIX, Invitation
+from cloister_shared.merkle import Tree, leaf_hash
+from cloister_shared.notes import Checkpoint
 from cloister_shared.processes import free_port
 from cloister_shared.signing import SigningKey
 from cloister_shared.tls import certify, make_request, make_site_ca, make_tls
 from cloister_shared.v1 import registry_pb2, registry_pb2_grpc
+from cloister_shared.vectors import Schema, to_safetensors
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given
@@ -340,6 +345,71 @@ def test_rounds_are_listed_and_one_is_proven(served: Coordinator, tmp_path: Path
     with sqlite3.connect(served.home / "registry.db") as db:
         db.execute('UPDATE log_leaf SET record = ? WHERE "index" = ?', (leaf.record, leaf.index))
     store.close()
+
+
+def test_what_is_released_is_fetched_and_nothing_else_can_be_shown(served: Coordinator, tmp_path: Path) -> None:
+    """A coordinator with its own key that shows an older move, another adapter, or a move that the operator did not sign."""
+    site, operator = joined(served, tmp_path / "s", "phi"), SigningKey.generate()
+    store, run = Store(served.home), "df" * 16
+    schema = Schema((("x.lora_A.weight", (2, 3)),))
+    adapters = [to_safetensors(np.full(6, n, np.float32), schema, {}) for n in range(4)]
+    told: dict[str, Any] = {"task": '{"labels": []}', "tensors": json.dumps(schema.as_list()), "config": '{"r": 2}'}
+    store.start_run(Run(id=run, federation="fed", created=9e9, rounds=3, base="11" * 32, rule="average", code="", **told),
+                    adapters[0], a_model())  # fmt: skip
+    for number in (1, 2, 3):
+        planned(store, run, number)
+        store.commit_round(run, number, Commit(store.blobs.put(adapters[number]), 1.0, 0.0, {}, {}))
+    guard, names = operator.verify_key.raw.hex(), [digest(one) for one in adapters]
+    store.set_alias("best", run, 0, names[0], 0, "first")
+    got = client.fetch_release(site, "best", [])
+    assert (got.number, got.adapter, got.guard) == (0, adapters[0], "")
+    early = store.checkpoint()
+    store.set_alias("best", run, 1, names[1], 1, "guarded", operator=operator, guard=guard)
+    store.set_alias("best", run, 3, names[3], 2, "newer", operator=operator)
+    now = store.checkpoint()
+    for seen in ([], [early], [now], [early, now]):
+        got = client.fetch_release(site, "best", seen)
+        assert (got.run, got.number, got.adapter, got.guard) == (run, 3, adapters[3], guard)
+        assert got.record["alias"]["why"] == "newer"
+    for odd in (replace(early, root=bytes(32)), replace(now, root=bytes(32)), replace(now, size=now.size + 1)):
+        with pytest.raises(RollbackError):
+            client.fetch_release(site, "best", [early, odd])
+    with pytest.raises(RefusedError, match="no such alias"):
+        client.fetch_release(site, "worst", [])
+    # Its own leaves, with the key that every leaf is signed with: not at a round that made this adapter, nor at none.
+    unlike = (("odd", 1, names[2], "another adapter"), ("odder", 9, names[1], "no commit"))
+    for alias, number, adapter, words in unlike:
+        body = {"alias": alias, "run": run, "round": number, "adapter": adapter, "version": 1}
+        store.log("alias_set", body | {"rollback": False, "guard": ""})
+        with pytest.raises(VerificationError, match=words):
+            client.fetch_release(site, alias, [])
+    # Another task than the commit was of, and another adapter under its digest's name.
+    with sqlite3.connect(served.home / "registry.db") as db:
+        db.execute("DROP TRIGGER kept_run_update")
+        db.execute("UPDATE run SET task = '{}' WHERE id = ?", (run,))
+    with pytest.raises(VerificationError, match="task"):
+        client.fetch_release(site, "best", [])
+    with sqlite3.connect(served.home / "registry.db") as db:
+        db.execute("UPDATE run SET task = ? WHERE id = ?", (told["task"], run))
+    assert client.fetch_release(site, "best", [now]).number == 3
+    # A move that the coordinator alone wrote: this alias gives nothing any more.
+    body = {"log": store.origin, "alias": "best", "run": run, "round": 2, "adapter": names[2], "version": 4}
+    store.log("alias_set", body | {"rollback": True, "guard": "", "operator": "", "why": ""})
+    with pytest.raises(VerificationError, match="signature of the operator"):
+        client.fetch_release(site, "best", [now])
+    store.close()
+
+
+def test_leaves_that_the_head_is_not_of_are_seen(tmp_path: Path) -> None:
+    records = [bytes([n]) for n in range(5)]
+    tree = Tree()
+    for record in records:
+        tree.append(leaf_hash(record))
+    head = Checkpoint("x", 5, tree.root())
+    client._check_whole(records, head, [Checkpoint("x", 3, tree.root(3))], "log")
+    for other in (records[:4], [*records[:4], b"x"], records[::-1]):
+        with pytest.raises(VerificationError):
+            client._check_whole(other, head, [], "log")
 
 
 def test_a_token_works_once_over_the_wire(served: Coordinator, tmp_path: Path) -> None:

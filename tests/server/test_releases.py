@@ -25,13 +25,13 @@ from cloister_server.rounds import run_rounds
 from cloister_server.store import Store
 from cloister_server.upkeep import check, fsck, gc, unreachable
 from cloister_shared import console
+from cloister_shared.aliases import ALIAS_PURPOSE, alias_move
 from cloister_shared.audit.bundle import Bundle, SignedLeaf
 from cloister_shared.audit.command import audit
 from cloister_shared.audit.trust import trust_of
 from cloister_shared.errors import CloisterError, InputError, RefusedError, StateError, VerificationError
 from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import Schema
-from cloister_shared.witness import ALIAS_PURPOSE, alias_move
 from hypothesis import given
 from hypothesis import strategies as st
 

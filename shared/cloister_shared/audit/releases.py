@@ -6,14 +6,11 @@ operator who guarded it before the move, so that a coordinator's key alone does 
 
 from __future__ import annotations
 
-from typing import Any
-
+from cloister_shared.aliases import Move
 from cloister_shared.audit.federation import History
 from cloister_shared.audit.findings import Findings
-from cloister_shared.audit.reading import MALFORMED, hexes, integer, words
-from cloister_shared.errors import CloisterError
-from cloister_shared.signing import VerifyKey
-from cloister_shared.witness import ALIAS_PURPOSE, alias_move
+from cloister_shared.audit.reading import MALFORMED, hexes, integer
+from cloister_shared.errors import CloisterError, VerificationError
 
 _KINDS = ("alias_set", "hold", "tombstone", "export")
 
@@ -25,7 +22,7 @@ def check_releases(history: History, findings: Findings) -> None:
         history: The federation's log.
         findings: Where what is found goes.
     """
-    made, gone, aliases, guarded = dict[tuple[str, int], str](), set[str](), dict[str, tuple[int, str]](), 0
+    made, gone, aliases, guarded = dict[tuple[str, int], str](), set[str](), dict[str, Move](), 0
     for index, record in enumerate(history.records):
         where, kind = f"leaf {index}", record.get("kind")
         try:
@@ -45,30 +42,25 @@ def check_releases(history: History, findings: Findings) -> None:
             if kind == "alias_set":
                 if adapter in gone:
                     findings.violation("release", where, "an alias points at an adapter that was given up before")
-                guarded += _move(record, aliases, findings, where)
+                guarded += _move(Move.read(record), aliases, findings, where)
         except (CloisterError, *MALFORMED) as error:
             findings.violation("leaf", where, f"malformed: {error}"[:300])
     if aliases:
         signed = f", {guarded} of them signed by the operator who guards the alias" if guarded else ""
-        moves = sum(version for version, _ in aliases.values())
+        moves = sum(last.version for last in aliases.values())
         findings.held.append(f"{moves} moves of {len(aliases)} aliases, each at a round that the log has{signed}")
 
 
-def _move(record: dict[str, Any], aliases: dict[str, tuple[int, str]], findings: Findings, where: str) -> int:
-    """One move; returns whether an operator signed it."""
-    name, version = words(record, "alias"), integer(record, "version", 1, 1_000_000)
-    # Leaves from before aliases could be guarded say nothing of it.
-    guard = hexes(record, "guard", 32, empty=True) if "guard" in record else ""
-    last, before = aliases.get(name, (0, ""))
-    aliases[name] = version, guard
-    if version != last + 1:
-        findings.violation("alias", where, f"move {version} of {name} follows move {last}")
-    if not (by := before or guard):
-        return 0
+def _move(move: Move, aliases: dict[str, Move], findings: Findings, where: str) -> bool:
+    """One move; whether an operator had to sign it and did."""
+    before = aliases.get(move.alias)
+    aliases[move.alias] = move
     try:
-        signature = bytes.fromhex(words(record, "operator"))
-        VerifyKey.from_hex(by, where).verify(ALIAS_PURPOSE, alias_move(record), signature, where)
-    except (CloisterError, *MALFORMED):
-        findings.violation("operator", where, f"{name} was moved without the signature of the operator who guards it")
-        return 0
-    return 1
+        move.check_order(before, where)
+    except VerificationError as error:
+        findings.violation("alias", where, error.what)
+    try:
+        return move.check_operator(before, where)
+    except VerificationError as error:
+        findings.violation("operator", where, error.what)
+        return False

@@ -495,29 +495,6 @@ class ConsistencyReply(_message.Message):
 Global___ConsistencyReply: _TypeAlias = ConsistencyReply  # noqa: Y015
 
 @_typing.final
-class ReleasedRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ALIAS_FIELD_NUMBER: _builtins.int
-    SEEN_FIELD_NUMBER: _builtins.int
-    alias: _builtins.str
-    seen: _builtins.int
-    """Size of the newest head that the caller saw; 0 for none."""
-    def __init__(
-        self,
-        *,
-        alias: _builtins.str = ...,
-        seen: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "seen", b"seen"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ReleasedRequest: _TypeAlias = ReleasedRequest  # noqa: Y015
-
-@_typing.final
 class Proven(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -547,52 +524,50 @@ class Proven(_message.Message):
 Global___Proven: _TypeAlias = Proven  # noqa: Y015
 
 @_typing.final
-class ReleasedReply(_message.Message):
+class RunRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    NOTE_FIELD_NUMBER: _builtins.int
-    CONSISTENCY_FIELD_NUMBER: _builtins.int
-    ALIAS_FIELD_NUMBER: _builtins.int
-    COMMIT_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """The run's id, hex."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunRequest: _TypeAlias = RunRequest  # noqa: Y015
+
+@_typing.final
+class RunReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
     TASK_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
     CONFIG_FIELD_NUMBER: _builtins.int
-    note: _builtins.str
-    """Signed checkpoint that the proofs are for."""
     task: _builtins.bytes
     """Of the run, JSON, as its leaves digest them."""
     tensors: _builtins.bytes
     config: _builtins.bytes
-    @_builtins.property
-    def consistency(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Consistency proof from what the caller saw, 32 bytes each."""
-
-    @_builtins.property
-    def alias(self) -> Global___Proven:
-        """The newest move of the alias."""
-
-    @_builtins.property
-    def commit(self) -> Global___Proven:
-        """The commit of the round that it points at; for round 0 the leaf that the run began with."""
-
     def __init__(
         self,
         *,
-        note: _builtins.str = ...,
-        consistency: _abc.Iterable[_builtins.bytes] | None = ...,
-        alias: Global___Proven | None = ...,
-        commit: Global___Proven | None = ...,
         task: _builtins.bytes = ...,
         tensors: _builtins.bytes = ...,
         config: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "commit", b"commit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "commit", b"commit", "config", b"config", "consistency", b"consistency", "note", b"note", "task", b"task", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "task", b"task", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ReleasedReply: _TypeAlias = ReleasedReply  # noqa: Y015
+Global___RunReply: _TypeAlias = RunReply  # noqa: Y015
 
 @_typing.final
 class AdapterRequest(_message.Message):

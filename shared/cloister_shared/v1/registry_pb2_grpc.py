@@ -190,10 +190,10 @@ class RegistryStub:
                 request_serializer=cloister__shared_dot_v1_dot_registry__pb2.ConsistencyRequest.SerializeToString,
                 response_deserializer=cloister__shared_dot_v1_dot_registry__pb2.ConsistencyReply.FromString,
                 _registered_method=True)
-        self.Released = channel.unary_unary(
-                '/cloister.v1.Registry/Released',
-                request_serializer=cloister__shared_dot_v1_dot_registry__pb2.ReleasedRequest.SerializeToString,
-                response_deserializer=cloister__shared_dot_v1_dot_registry__pb2.ReleasedReply.FromString,
+        self.Run = channel.unary_unary(
+                '/cloister.v1.Registry/Run',
+                request_serializer=cloister__shared_dot_v1_dot_registry__pb2.RunRequest.SerializeToString,
+                response_deserializer=cloister__shared_dot_v1_dot_registry__pb2.RunReply.FromString,
                 _registered_method=True)
         self.Adapter = channel.unary_stream(
                 '/cloister.v1.Registry/Adapter',
@@ -255,8 +255,8 @@ class RegistryServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Released(self, request, context):
-        """What an alias points at, with proofs that log and commit say so.
+    def Run(self, request, context):
+        """What a run's adapters are made for, as its leaves digest it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -307,10 +307,10 @@ def add_RegistryServicer_to_server(servicer, server):
                     request_deserializer=cloister__shared_dot_v1_dot_registry__pb2.ConsistencyRequest.FromString,
                     response_serializer=cloister__shared_dot_v1_dot_registry__pb2.ConsistencyReply.SerializeToString,
             ),
-            'Released': grpc.unary_unary_rpc_method_handler(
-                    servicer.Released,
-                    request_deserializer=cloister__shared_dot_v1_dot_registry__pb2.ReleasedRequest.FromString,
-                    response_serializer=cloister__shared_dot_v1_dot_registry__pb2.ReleasedReply.SerializeToString,
+            'Run': grpc.unary_unary_rpc_method_handler(
+                    servicer.Run,
+                    request_deserializer=cloister__shared_dot_v1_dot_registry__pb2.RunRequest.FromString,
+                    response_serializer=cloister__shared_dot_v1_dot_registry__pb2.RunReply.SerializeToString,
             ),
             'Adapter': grpc.unary_stream_rpc_method_handler(
                     servicer.Adapter,
@@ -519,7 +519,7 @@ class Registry:
             _registered_method=True)
 
     @staticmethod
-    def Released(request,
+    def Run(request,
             target,
             options=(),
             channel_credentials=None,
@@ -532,9 +532,9 @@ class Registry:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/cloister.v1.Registry/Released',
-            cloister__shared_dot_v1_dot_registry__pb2.ReleasedRequest.SerializeToString,
-            cloister__shared_dot_v1_dot_registry__pb2.ReleasedReply.FromString,
+            '/cloister.v1.Registry/Run',
+            cloister__shared_dot_v1_dot_registry__pb2.RunRequest.SerializeToString,
+            cloister__shared_dot_v1_dot_registry__pb2.RunReply.FromString,
             options,
             channel_credentials,
             insecure,
