@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from cloister_shared import console
 
-from cloister.doctor import Look, looks
+from cloister.doctor import NOTE, OK, WRONG, Look, looks
 
+_WORDS = {OK: "ok   ", NOTE: "note ", WRONG: "WRONG"}
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Home = Annotated[Path | None, typer.Option("--home", help="Folder of state.")]
 
@@ -23,8 +24,8 @@ def doctor(json: Json = False, home: Home = None) -> None:
     """Say what is wrong here, and the mend; exit code 1 where something is."""
     console.choose(json, home)
     found = list(looks(console.OUTPUT.home, console.coordinator_home(), console.site_homes()))
-    wrong = [one for one in found if not one.fine]
-    lines = [f"{'ok   ' if one.fine else 'WRONG'}  {one.what}: {one.found}" + _mend(one) for one in found]
+    wrong = [one for one in found if one.state == WRONG]
+    lines = [f"{_WORDS[one.state]}  {one.what}: {one.found}" + _mend(one) for one in found]
     lines.append(f"{len(wrong)} of {len(found)} looks found something wrong" if wrong else "nothing is wrong")
     console.emit({"looks": [vars(one) for one in found], "wrong": len(wrong)}, lines)
     if wrong:
@@ -32,4 +33,4 @@ def doctor(json: Json = False, home: Home = None) -> None:
 
 
 def _mend(one: Look) -> str:
-    return f"\n       mend: {one.mend}" if one.mend and not one.fine else ""
+    return f"\n       mend: {one.mend}" if one.mend and one.state != OK else ""

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cloister.doctor import Look, looks
+from cloister.doctor import NOTE, WRONG, Look, looks
 from cloister_flower.bundle import build_bundle
 from cloister_model.base import find_base
 from cloister_server.federation import init, read_federation
@@ -57,7 +57,7 @@ def found(home: Path) -> list[Look]:
 
 
 def wrong(home: Path) -> dict[str, str]:
-    return {one.what: one.found for one in found(home) if not one.fine}
+    return {one.what: one.found for one in found(home) if one.state == WRONG}
 
 
 def test_what_is_well_is_said_to_be(home: Path) -> None:
@@ -85,6 +85,25 @@ def repoint(home: Path) -> None:
     path.write_text("\n".join(lines))
 
 
+def another_key(home: Path) -> None:
+    tls = home / "coordinator" / "tls"
+    (tls / "tls.key").write_bytes((tls / "site-ca.key").read_bytes())
+
+
+def driver(home: Path) -> None:
+    with (home / "FEDERATION.toml").open("a") as file:
+        file.write('\n[storage]\nblobs = "s3://bucket/place"\n')
+    (home / "coordinator" / "storage.json").write_text('{"blobs": "s3://bucket/place", "database": ""}')
+
+
+def leaf(home: Path) -> None:
+    import sqlite3
+
+    with sqlite3.connect(home / "coordinator" / "registry.db") as db:
+        db.execute("DROP TRIGGER kept_log_leaf_update")
+        db.execute("UPDATE log_leaf SET record = x'7b7d'")
+
+
 BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "key": (lambda home: (home / "coordinator" / "sign.key").chmod(0o644), "others may read"),
     "blob": (blob, "blob"),
@@ -93,6 +112,15 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "ledger": (lambda home: next((home / "sites").rglob("ledger.json")).unlink(), "ledger"),
     "policy": (lambda home: (home / "sites" / "site-1" / "policy.toml").unlink(), "policy.toml"),
     "base": (repoint, "base model"),
+    "token": (lambda home: (home / "coordinator" / "control.token").unlink(), "control.token is missing"),
+    "card": (lambda home: (home / "coordinator" / "card.json").unlink(), "card.json"),
+    "certificate": (lambda home: (home / "coordinator" / "tls" / "tls.crt").write_text("x"), "is no certificate"),
+    "ca": (lambda home: (home / "coordinator" / "tls" / "ca.crt").unlink(), "ca.crt is missing"),
+    "tls key": (lambda home: (home / "coordinator" / "tls" / "tls.key").write_text("x"), "cannot be read"),
+    "another key": (another_key, "of another key"),
+    "path": (lambda home: (home / "coordinator" / "federation.path").write_bytes(b"\xff\xfe"), "cannot be read"),
+    "driver": (driver, "driver"),
+    "leaf": (leaf, "leaf"),
 }
 
 
@@ -100,7 +128,7 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_what_is_broken_is_named_with_its_mend(home: Path, name: str) -> None:
     deed, word = BREAKS[name]
     deed(home)
-    bad = [one for one in found(home) if not one.fine]
+    bad = [one for one in found(home) if one.state == WRONG]
     assert {one.what for one in bad} in ({"coordinator"}, {"registry"}, {"site site-1"})
     assert any(word in one.found for one in bad), bad
     assert all(one.mend for one in bad)
@@ -130,3 +158,13 @@ def test_the_command_exits_with_one_where_something_is_wrong(home: Path) -> None
     os.chmod(home / "coordinator" / "sign.key", 0o644)
     code, record = run()
     assert (code, record["wrong"] >= 1) == (1, True)
+
+
+def test_an_empty_place_is_told_as_such(tmp_path: Path) -> None:
+    said = {one.what: one for one in looks(tmp_path, tmp_path / "coordinator", [])}
+    assert (said["state"].state, str(tmp_path) in said["state"].found) == (NOTE, True)
+    assert not [one for one in said.values() if one.state == WRONG]
+
+
+def test_a_site_whose_agent_is_nobody_elses_user_is_noted(home: Path) -> None:
+    assert [one.state for one in found(home) if "NOT ISOLATED" in one.found] == [NOTE]
