@@ -21,7 +21,7 @@ from cloister_shared.frozen_a import FORMAT as FROZEN_FORMAT
 from cloister_shared.frozen_a import frozen_digest, frozen_tensors
 from cloister_shared.plan import TaskSpec, centre_and_spread
 from cloister_shared.privacy import ACCOUNTANT, NEIGHBOURS
-from cloister_shared.statement import FILE, make_statement
+from cloister_shared.statement import FILE, Proof, make_statement
 from cloister_shared.vectors import F32, Schema, from_safetensors, to_safetensors
 
 from cloister_server.accounting import client_level_of
@@ -79,17 +79,16 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
     registered = store.adapter(row.adapter)
     task = TaskSpec.from_dict(json.loads(run.task))
     vector = from_safetensors(registered, schema, "registered adapter")
-    files = peft_files(run, task, schema, vector)
-    stated = statement_of(store, run, row, files | {REGISTERED: registered})
-    stated["vector"] = digest(vector.tobytes())
+    files, proof = peft_files(run, task, schema, vector), store.proof(run.id, number)
+    stated = statement_of(store, run, row, proof) | {"vector": digest(vector.tobytes())}
     out.parent.mkdir(parents=True, exist_ok=True)
     temp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         card, short = card_text(stated, task.labels).encode(), _short(stated, task)
-        stated["files"] |= {"README.md": digest(card), "cloister.json": digest(short)}
-        statement = make_statement(stated, store.proof(run.id, number), store.signing)
-        named = {REGISTERED: registered, "README.md": card, FILE: statement, "cloister.json": short}
-        for name, data in (files | named).items():
+        files |= {REGISTERED: registered, "README.md": card, "cloister.json": short}
+        stated["files"] = {name: digest(data) for name, data in files.items()}
+        statement = make_statement(stated, proof, store.signing)
+        for name, data in (files | {FILE: statement}).items():
             write_durably(temp / name, data, mode=0o644)
         temp.chmod(0o755)
         store.add_statement(run.id, number, statement, store.signing.verify_key.raw.hex())
@@ -129,10 +128,9 @@ def peft_files(run: Run, task: TaskSpec, schema: Schema, vector: F32) -> dict[st
     return files
 
 
-def statement_of(store: Store, run: Run, row: Round, files: dict[str, bytes]) -> dict[str, Any]:
-    """What is stated of a round; what its leaf says is taken from the leaf."""
-    proof, config = store.proof(run.id, row.number), json.loads(run.config)
-    leaf = json.loads(proof.record)
+def statement_of(store: Store, run: Run, row: Round, proof: Proof) -> dict[str, Any]:
+    """What is stated of a round, apart from its files; what its leaf says is taken from the leaf."""
+    leaf, config = json.loads(proof.record), json.loads(run.config)
     costs = {(p.client, p.number): p for p in store.privacy(run.id) if p.scope == "record"}
     # Whoever's text may be in the adapter: of all rounds up to this one, each site as it stood after its last.
     clients = dict[str, RoundClient]()
@@ -182,7 +180,6 @@ def statement_of(store: Store, run: Run, row: Round, files: dict[str, bytes]) ->
             }
             for c in sorted(clients.values(), key=lambda c: c.name)
         ],
-        "files": {name: digest(data) for name, data in files.items()},
     }
 
 

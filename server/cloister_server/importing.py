@@ -50,9 +50,9 @@ def import_round(store: Store, folder: Path, key: VerifyKey, federation: str, ba
     where = str(folder)
     if stated["base"] != base:
         raise VerificationError(
-            "it was trained on another base model", where=where, expected=base[:16], got=str(stated["base"])[:16]
+            "it was trained on another base model", where=where, expected=base[:16], got=stated["base"][:16]
         )
-    if not isinstance(stated["files"], dict) or REGISTERED not in stated["files"]:
+    if REGISTERED not in stated["files"]:
         raise VerificationError("the statement names no adapter", where=where, expected=REGISTERED)
     files = {str(name): _named(folder, str(name), str(named)) for name, named in sorted(stated["files"].items())}
     try:
@@ -62,7 +62,7 @@ def import_round(store: Store, folder: Path, key: VerifyKey, federation: str, ba
     if unnamed:
         raise VerificationError("files that the statement does not name", where=where, got=", ".join(unnamed)[:200])
     adapter = files[REGISTERED]
-    task_text, tensors_text = str(stated["run_task"]), str(stated["run_tensors"])
+    task_text, tensors_text = stated["run_task"], stated["run_tensors"]
     pairs = (("adapter", adapter), ("task", task_text.encode()), ("tensors", tensors_text.encode()))
     if odd := [name for name, got in pairs if digest(got) != stated[name]]:
         raise VerificationError("its parts are not what its leaf says", where=where, got=", ".join(odd))
@@ -79,11 +79,11 @@ def import_round(store: Store, folder: Path, key: VerifyKey, federation: str, ba
         rounds=0,
         base=base,
         task=task_text,
-        rule=str(stated["rule"]),
+        rule=stated["rule"],
         tensors=tensors_text,
         config=json.dumps({"settings": "", "client_level": None, "public": None} | frozen),
-        code=str(stated["code"]),
-        tokenizer=str(stated["tokenizer"] or ""),
+        code=stated["code"],
+        tokenizer=stated["tokenizer"] or "",
         finished=now,
     )
     # What PEFT loads must be the registered adapter itself, whatever its signer put beside it.

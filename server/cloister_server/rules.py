@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sqlalchemy import Connection
+from sqlmodel import SQLModel
 
 from cloister_server.tables import COMMITTED, MOVES, PLANNED
 
@@ -68,33 +69,36 @@ class Rule:
 
 
 _STAYS = "what is committed stays: a committed round never changes"
-_KEYS = {
-    "noised_sum": "run = NEW.run AND number = NEW.number AND attempt = NEW.attempt",
-    "alias_event": "name = NEW.name AND version = NEW.version",
-    "log_leaf": '"index" = NEW."index"',
-    "draw": "run = NEW.run",
-    "model": "digest = NEW.digest",
-    "signature": "statement = NEW.statement AND key = NEW.key",
-    "tombstone": "adapter = NEW.adapter",
+# Rows that are written once and never change, and in which words that is refused.
+_FINAL = {
+    "noised_sum": "what was charged stays",
+    "log_leaf": "the log is only added to",
+    **{name: f"a row of {name} stays as it is" for name in ("alias_event", "draw", "model", "signature", "tombstone")},
 }
-_WORDS = {"noised_sum": "what was charged stays", "log_leaf": "the log is only added to"}
-_MOVED = {
-    "run": ("id",),
-    "round": ("run", "number"),
-    "round_client": ("run", "number", "client"),
-    "metric": ("run", "number", "name"),
-    "evidence": ("run", "number", "client", "test"),
-    "judgement": ("run", "number"),
-    "summed": ("run", "number", "group"),
-    "privacy": ("run", "number", "client", "scope"),
-    "opening": ("run", "number", "group"),
-    "fence": ("id",),
-    "hold": ("id",),
-    "alias": ("name",),
+# Rows that change, but for their keys; whether another may come under the same key.
+_LIVING = {
+    **dict.fromkeys(("run", "opening", "fence", "hold", "alias"), False),
+    **dict.fromkeys(("round", "round_client", "metric", "evidence", "judgement", "summed", "privacy"), True),
 }
-_ONCE = ("run", "opening", "fence", "hold", "alias")
 OF_ROUNDS = ("round_client", "metric", "evidence", "judgement", "summed", "privacy")
-_FIXED = ("id", "federation", "created", "rounds", "base", "task", "rule", "tensors", "config", "code", "tokenizer")
+_KEPT = {
+    "run": "a run stays",
+    "alias": "an alias stays",
+    "fence": "a fence stays",
+    "hold": "a hold is released, not deleted",
+    "opening": "for whom a group opened stays",
+}
+_FIXED = ("federation", "created", "rounds", "base", "task", "rule", "tensors", "config", "code", "tokenizer")
+
+
+def _keys(table: str) -> list[str]:
+    return [column.name for column in SQLModel.metadata.tables[table].primary_key]
+
+
+def _there(table: str) -> str:
+    """That a row with the new one's key is there."""
+    same = " AND ".join(f'"{key}" = NEW."{key}"' for key in _keys(table))
+    return f'EXISTS (SELECT 1 FROM "{table}" WHERE {same})'
 
 
 def rules() -> Iterator[Rule]:
@@ -113,40 +117,34 @@ def rules() -> Iterator[Rule]:
         "a round does not move so",
         "state",
     )
-    for table, keys in _MOVED.items():
+    for table, again in _LIVING.items():
         # REPLACE would take the place of the row that has the key already.
-        other = " OR ".join(f'OLD."{key}" <> NEW."{key}"' for key in keys)
+        other = " OR ".join(f'OLD."{key}" <> NEW."{key}"' for key in _keys(table))
         yield Rule(table, "UPDATE", other, f"UNIQUE: a row of {table} keeps its key: {_STAYS}", "key")
-        if table in _ONCE:
-            same_key = " AND ".join(f'"{key}" = NEW."{key}"' for key in keys)
-            there = f'EXISTS (SELECT 1 FROM "{table}" WHERE {same_key})'
-            yield Rule(table, "INSERT", there, f"UNIQUE: a row of {table} is there already")
+        if not again:
+            yield Rule(table, "INSERT", _there(table), f"UNIQUE: a row of {table} is there already")
     yield Rule("round", "UPDATE", "NEW.attempt < OLD.attempt", "attempts only rise", "attempt")
     for table in OF_ROUNDS:
         yield Rule(table, "DELETE", "1 = 1", f"what was asked and what it cost stays: {_STAYS}")
         for deed, row in (("UPDATE", "OLD"), ("INSERT", "NEW")):
             of = f"run = {row}.run AND number = {row}.number AND state = '{COMMITTED}'"
             yield Rule(table, deed, f"EXISTS (SELECT 1 FROM round WHERE {of})", _STAYS)
-    for table, key in _KEYS.items():
-        words = _WORDS.get(table, f"a row of {table} stays as it is")
-        yield Rule(table, "INSERT", f'EXISTS (SELECT 1 FROM "{table}" WHERE {key})', f"UNIQUE: {words}")
+    for table, words in _FINAL.items():
+        yield Rule(table, "INSERT", _there(table), f"UNIQUE: {words}")
         for deed in ("UPDATE", "DELETE"):
             yield Rule(table, deed, "1 = 1", words)
+    for table, words in _KEPT.items():
+        yield Rule(table, "DELETE", "1 = 1", words)
     changed = " OR ".join(f"OLD.{column} <> NEW.{column}" for column in _FIXED)
     yield Rule("run", "UPDATE", changed, "what a run began with stays")
-    yield Rule("run", "DELETE", "1 = 1", "a run stays")
-    yield Rule("alias", "UPDATE", "NEW.version <> OLD.version + 1 OR NEW.name <> OLD.name", "an alias moves on")
-    yield Rule("alias", "DELETE", "1 = 1", "an alias stays")
+    yield Rule("alias", "UPDATE", "NEW.version <> OLD.version + 1", "an alias moves on")
     yield Rule("fence", "UPDATE", "NEW.number <= OLD.number", "a fence only rises")
-    yield Rule("fence", "DELETE", "1 = 1", "a fence stays")
     held = "OLD.released IS NOT NULL OR NEW.released IS NULL OR " + " OR ".join(
-        f"OLD.{column} <> NEW.{column}" for column in ("id", "run", "number", "adapter", "why", "at", "leaf")
+        f"OLD.{column} <> NEW.{column}" for column in ("run", "number", "adapter", "why", "at", "leaf")
     )
     yield Rule("hold", "UPDATE", held, "a hold is released once, and stays otherwise")
-    yield Rule("hold", "DELETE", "1 = 1", "a hold is released, not deleted")
     asked = "OLD.mean <> '' OR OLD.clients <> NEW.clients"
     yield Rule("opening", "UPDATE", asked, "for whom a group opened stays")
-    yield Rule("opening", "DELETE", "1 = 1", "for whom a group opened stays")
 
 
 _EMPTIED = "kept_truncate"

@@ -7,8 +7,9 @@ are here (a demo, a laptop), both. Neither command needs a server.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from cloister_shared import console
@@ -41,28 +42,39 @@ def _site_log(home: Path) -> tuple[str, SiteLog]:
     return signing.verify_key.id.hex(), SiteLog(tuple(ledger.records()), ledger.head(origin).signed(signing))
 
 
-def _federation() -> tuple[tuple[SignedLeaf, ...], str, dict[str, tuple[int, str, str]]]:
+def _federation(made: float, *, adapters: bool) -> Bundle:
+    """What the coordinator that is here holds."""
     from cloister_server.store import Store
+    from cloister_server.tables import COMMITTED
 
     store = Store(console.coordinator_home())
     try:
-        at = store.checkpoint()
-        leaves = tuple(SignedLeaf(one.record, one.key, one.signature) for one in store.leaves(0, at.size))
-        return leaves, store.signed_checkpoint(at), store.cosignatures()
+        at, gone = store.checkpoint(), store.tombstones()
+        rounds = [row for run in store.runs() for row in store.rounds(run.id)] if adapters else []
+        names = {r.adapter for r in rounds if r.adapter and r.state == COMMITTED and r.adapter not in gone}
+        return Bundle(
+            made,
+            tuple(SignedLeaf(one.record, one.key, one.signature) for one in store.leaves(0, at.size)),
+            store.signed_checkpoint(at),
+            store.cosignatures(),
+            {},
+            {name: store.adapter(name) for name in sorted(names)},
+            store.draws(),
+        )
     finally:
         store.close()
 
 
-def _fetched(sites: list[Path]) -> tuple[tuple[SignedLeaf, ...], str, dict[str, tuple[int, str, str]]]:
+def _fetched(made: float, sites: list[Path]) -> Bundle:
     """The federation's log from its coordinator, for a site that joined by token; nothing where none can be asked."""
     from cloister_client.registry import IDENTITY, fetch_log
     from cloister_client.site import read_site
 
     joined = [home for home in sites if (home / IDENTITY).is_file()]
     if not joined:
-        return (), "", {}
+        return Bundle(made, (), "")
     leaves, note, cosignatures = fetch_log(read_site(joined[0]))
-    return tuple(SignedLeaf(*one) for one in leaves), note, cosignatures
+    return Bundle(made, tuple(SignedLeaf(*one) for one in leaves), note, cosignatures)
 
 
 def export(
@@ -81,33 +93,21 @@ def export(
         )
     if out.exists():
         raise InputError("there is a file already", where=str(out), mend="choose another --out")
-    leaves, note, cosignatures = _federation() if here else _fetched(sites)
-    logs = dict(map(_site_log, sites))
-    files, draws = dict[str, bytes](), dict[str, Any]()
-    if here:
-        from cloister_server.store import Store
-
-        store = Store(coordinator)
-        draws, gone = store.draws(), store.tombstones()
-        for run in store.runs() if adapters else ():
-            files |= {
-                r.adapter: store.adapter(r.adapter)
-                for r in store.rounds(run.id)
-                if r.adapter and r.state == "committed" and r.adapter not in gone
-            }
-        store.close()
-    write_bundle(out, Bundle(round(time.time()), leaves, note, cosignatures, logs, files, draws))
+    made = round(time.time())
+    bundle = _federation(made, adapters=adapters) if here else _fetched(made, sites)
+    bundle = replace(bundle, sites=dict(map(_site_log, sites)))
+    write_bundle(out, bundle)
     console.emit(
         {
             "bundle": str(out),
-            "leaves": len(leaves),
-            "sites": len(logs),
-            "adapters": len(files),
+            "leaves": len(bundle.leaves),
+            "sites": len(bundle.sites),
+            "adapters": len(bundle.adapters),
             "bytes": out.stat().st_size,
         },
         [
-            f"{out}: {len(leaves)} leaves of the federation's log, {len(logs)} sites' own logs, {len(files)} adapters,"
-            f" {out.stat().st_size:,} bytes",
+            f"{out}: {len(bundle.leaves)} leaves of the federation's log, {len(bundle.sites)} sites' own logs,"
+            f" {len(bundle.adapters)} adapters, {out.stat().st_size:,} bytes",
             "give it to the auditor; the trust file goes another way: cloister audit trust --out TRUST.json",
         ],
     )

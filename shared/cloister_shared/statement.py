@@ -24,7 +24,7 @@ from cloister_shared.witness import LEAF_PURPOSE, log_of_federation
 FORMAT, PURPOSE = "cloister-round/1", "round-statement"
 FILE = "statement.json"
 _FIELDS = {"format", "statement", "key", "signature", "leaf", "path", "head"}
-# What the leaf says too, and must say alike; round 0 has a leaf of its own kind, which knows no round.
+# What the leaf says of each client too, and must say alike.
 _COSTS = ("name", "verdict", "plan", "delta", "noise_multiplier", "sample_rate", "steps")
 _TEXT, _NUMBER, _NONE = (str,), (int, float), (type(None),)
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -40,7 +40,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "fan_in_fan_out": (bool,),
     "privacy": (list,),
 }
-_ALIKE = ("run", "adapter", "base", "tokenizer", "rule", "task", "tensors", "config")
+# What a leaf says of its round, whether that is a commit or, for round 0, the run's beginning.
+_ALIKE = ("federation", "run", "adapter", "base", "tokenizer", "rule", "task", "tensors", "config", "code", "imported")
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,6 @@ def check_statement(data: bytes, key: VerifyKey, where: str) -> dict[str, Any]:
     kind = "round_commit" if stated.get("round") else "policy"
     if (said.get("kind"), said.get("round", 0), said.get("index")) != (kind, stated.get("round"), index):
         raise VerificationError("the leaf is not of this round", where=where, expected=kind, got=str(said.get("kind")))
-    if odd := [name for name in _ALIKE if said.get(name) != stated.get(name)]:
-        raise VerificationError("the leaf says something else than the statement", where=where, got=", ".join(odd))
     _said_alike(stated, said, index, key, where)
     return stated
 
@@ -134,13 +133,8 @@ def _said_alike(stated: dict[str, Any], leaf: dict[str, Any], index: int, key: V
     if odd := [name for name, kinds in _TYPES.items() if not isinstance(stated[name], kinds)]:
         raise VerificationError("a statement has fields of another type", where=where, got=", ".join(odd)[:200])
     check_name(stated["federation"], f"{where} federation")
-    again = {
-        "log": log_of_federation(key),
-        "leaf": index,
-        "federation": leaf.get("federation"),
-        "code": leaf.get("code"),
-    }
-    again |= {name: leaf.get(name, "") for name in ("settings", "lock")} | {"imported": leaf.get("imported")}
+    again = {"log": log_of_federation(key), "leaf": index} | {name: leaf.get(name) for name in _ALIKE}
+    again |= {name: leaf.get(name, "") for name in ("settings", "lock")}
     if leaf.get("kind") == "round_commit":
         again |= {name: leaf.get(name) for name in ("metrics", "parent", "residual")}
     else:
