@@ -21,7 +21,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 # Those that cross a network do so encrypted.
-SCHEMES = ("file", "memory", "s3", "gs", "gcs", "az", "abfs", "sftp")
+SCHEMES = ("file", "s3", "gs", "gcs", "az", "abfs", "sftp")
+_OWNER = "owner"
 _MEND = "restore it from a copy of the registry"
 
 
@@ -87,6 +88,29 @@ class Blobs:
             self._folder = Path(self._root) if isinstance(self._files, LocalFileSystem) else None
             if self._folder is not None:
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def claim(self, owner: str) -> None:
+        """Writes down whose place this is: of two federations that share one, each would collect what only the other names.
+
+        Args:
+            owner: The name of a federation's log.
+
+        Raises:
+            StateError: It is another's, or it cannot be reached.
+        """
+        address = f"{self._root}/{_OWNER}"
+        with self._reached(address):
+            if not self._files.exists(address):
+                self._files.pipe_file(address, owner.encode())
+            found = self._files.cat_file(address)
+        if found != owner.encode():
+            raise StateError(
+                "this place for blobs is another federation's",
+                where=self.place,
+                expected=owner,
+                got=found[:80].decode(errors="replace"),
+                mend="a place of its own for each federation ([storage])",
+            )
 
     def address(self, name: str) -> str:
         """Where the blob of this digest lies, inside the place's file system.

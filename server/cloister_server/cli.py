@@ -54,7 +54,9 @@ def init(
         )
     folder = console.coordinator_home()
     card = make_coordinator(folder, settings, find_base(settings.base, f"{federation} base").digest, build_bundle()[1])
-    Store(folder).close()  # a registry that is missing from now on was lost
+    store = Store(folder)  # a registry that is missing from now on was lost
+    store.blobs.claim(store.origin)
+    store.close()
     console.emit(
         {
             "federation": card.federation,

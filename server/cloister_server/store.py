@@ -163,11 +163,6 @@ class Store(Releases):
             found = select(Privacy).where(Privacy.run == run)
             return list(session.exec(found.order_by(Privacy.number, Privacy.scope, Privacy.client)))  # type: ignore[arg-type]
 
-    def models(self) -> dict[str, Model]:
-        """Base models by digest."""
-        with self.database.reading() as session:
-            return {row.digest: row for row in session.exec(select(Model))}
-
     def commit_leaf(self, run: str, number: int) -> Leaf | None:
         """The leaf of a round's commit; None for round 0, which is none."""
         with self.database.reading() as session:
@@ -207,8 +202,7 @@ class Store(Releases):
             StateError: It is there, or the same statement was imported before.
         """
         name = self.blobs.put(adapter)
-        if origin is not None:
-            self.blobs.put(origin.statement)
+        statement = "" if origin is None else self.blobs.put(origin.statement)
         with self.database.writing() as session:
             self._fenced(session)
             self._named(session, name, "adapter")
@@ -219,15 +213,14 @@ class Store(Releases):
             session.add(
                 Round(run=run.id, number=0, state=COMMITTED, adapter=name, opened=run.created, committed=run.created)
             )
-            body = _run_facts(run) | {"rounds": run.rounds, "adapter": name}
+            body = run_facts(run) | {"rounds": run.rounds, "adapter": name}
             if origin is not None:
                 for leaf in session.exec(select(Leaf).where(Leaf.kind == "policy")):
                     before = json.loads(leaf.record).get("imported") or {}
                     if (before.get("log"), before.get("leaf")) == (origin.said["log"], origin.said["leaf"]):
                         raise StateError("this round was imported before", where=f"leaf {leaf.index}")
-                session.flush()
-                self._stated(session, run.id, 0, digest(origin.statement), origin.key, origin.statement)
-                body["imported"] = dict(origin.said) | {"statement": digest(origin.statement)}
+                self._stated(session, run.id, 0, statement, origin.key, origin.statement)
+                body["imported"] = dict(origin.said) | {"statement": statement}
             append(session, "policy", body, self.signing)
 
     def set_flower_run(self, run: str, flower_run: int) -> None:
@@ -356,18 +349,12 @@ class Store(Releases):
             of_run, row.leaf = session.get_one(Run, run), size(session)
             row.state, row.adapter, row.committed, row.fence = COMMITTED, commit.adapter, time.time(), self._fence
             row.seconds, row.judging_seconds, row.residual = commit.seconds, commit.judging_seconds, commit.residual
-            extra = _run_facts(of_run) | _round_facts(row)
-            extra |= {
-                "draw": ""
-                if (drawn := session.get(Draw, run)) is None
-                else digest(canonical(json.loads(drawn.transcript))),
-                "metrics": commit.metrics,
-                "defence": None if commit.judgement is None else commit.judgement.model_dump(exclude={"run", "number"}),
-                "sums": [one.model_dump(exclude={"run", "number"}) for one in commit.summed],
-            }
+            drawn = session.get(Draw, run)
+            transcript = None if drawn is None else drawn.transcript
+            facts = commit_facts(of_run, row, transcript, commit.metrics, commit.judgement, commit.summed)
             before = session.get(Round, (run, number - 1))
             start = "" if before is None else before.adapter or ""
-            append(session, "round_commit", commit_body(row, start, clients, extra, commit.heads), self.signing)
+            append(session, "round_commit", commit_body(row, start, clients, facts, commit.heads), self.signing)
 
     def abort_round(
         self, run: str, number: int, clients: dict[str, dict[str, Any]], privacy: Sequence[Privacy] = ()
@@ -515,12 +502,38 @@ def _in_state(session: Session, run: str, number: int, state: str) -> Round:
     return row
 
 
-def _round_facts(row: Round) -> dict[str, Any]:
-    """What a leaf says of how a round was made: by digests, and by which coordinator."""
-    return {"settings": row.config, "code": row.code, "lock": row.lock, "fence": row.fence}
+def commit_facts(
+    run: Run,
+    row: Round,
+    transcript: str | None,
+    metrics: Mapping[str, float],
+    judgement: Judgement | None,
+    summed: Sequence[Summed],
+) -> dict[str, Any]:
+    """What a commit's leaf says beside the round's clients: of the run, how it was made, scores, the defence and the groups' sums.
+
+    Args:
+        run: The run.
+        row: The round.
+        transcript: The run's draw, JSON; None without secure aggregation.
+        metrics: Scores by name.
+        judgement: What the defence did; None where there is none.
+        summed: The groups' sums.
+    """
+    without = {"run", "number"}
+    return run_facts(run) | {
+        "settings": row.config,
+        "code": row.code or run.code,
+        "lock": row.lock,
+        "fence": row.fence,
+        "draw": "" if transcript is None else digest(canonical(json.loads(transcript))),
+        "metrics": dict(metrics),
+        "defence": None if judgement is None else judgement.model_dump(exclude=without),
+        "sums": [one.model_dump(exclude=without) for one in sorted(summed, key=lambda one: one.group)],
+    }
 
 
-def _run_facts(run: Run) -> dict[str, Any]:
+def run_facts(run: Run) -> dict[str, Any]:
     """What a leaf says of a run: what it trained, with which settings and which code, by digests."""
     return {
         "run": run.id,

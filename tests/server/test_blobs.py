@@ -226,3 +226,14 @@ def test_many_writers_of_one_blob(folder: Blobs) -> None:
     assert names == [digest(data)] * 8
     assert files(folder) == [Path(folder.address(names[0]))]
     assert folder.get(names[0]) == data
+
+
+def test_a_place_is_one_federations(place: Place) -> None:
+    """Of two that share one, each would collect what only the other names."""
+    name = place.blobs.put(b"adapter")
+    for _ in range(2):
+        place.blobs.claim("cloister/federation/one")
+    with pytest.raises(StateError, match="another federation") as caught:
+        place.blobs.claim("cloister/federation/two")
+    assert caught.value.got == "cloister/federation/one"
+    assert [blob.name for blob in place.blobs.stored()] == [name]

@@ -17,11 +17,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from cloister_server.fsck import check
 from cloister_server.rounds import run_rounds
 from cloister_server.storage import write_storage
 from cloister_server.store import Store
 from cloister_server.tables import Run
-from cloister_server.upkeep import check
 from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog
 from cloister_shared.audit.command import audit
 from cloister_shared.audit.trust import trust_of
@@ -197,7 +197,7 @@ import sys
 from pathlib import Path
 from cloister_server.store import Commit, Store
 from cloister_server.tables import AGGREGATING, OPEN, Round
-from support.registry import a_row
+from support.registry import a_cost, a_row
 store, run = Store(Path(sys.argv[1])), "ab" * 16
 number = store.last_committed(run).number
 while True:
@@ -206,7 +206,8 @@ while True:
     store.advance(run, number, OPEN)
     store.advance(run, number, AGGREGATING)
     name = store.blobs.put(b"adapter %d" % number)
-    store.commit_round(run, number, Commit(name, 1.0, 0.0, {"a": {"verdict": "accepted"}}, {}))
+    changes, costs = {"a": {"verdict": "accepted"}}, [a_cost(number, "a", run)]
+    store.commit_round(run, number, Commit(name, 1.0, 0.0, changes, {}, privacy=costs))
     print(number, flush=True)
     store.set_alias("newest", run, number, name, (store.alias("newest") or type("", (), {"version": 0})).version, "")
 """

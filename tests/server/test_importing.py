@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from cloister_server.export import REGISTERED, export_round
+from cloister_server.fsck import check
 from cloister_server.importing import import_round
 from cloister_server.rounds import run_rounds
 from cloister_server.store import Store
-from cloister_server.upkeep import check
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import CloisterError, InputError, StateError, VerificationError
 from cloister_shared.merkle import Tree

@@ -18,9 +18,10 @@ from alembic.script import ScriptDirectory
 from cloister_server import database as databases
 from cloister_server import rules
 from cloister_server.database import VERSION, Database, checked_url
+from cloister_server.fsck import check
 from cloister_server.storage import read_storage, write_storage
 from cloister_server.store import Store
-from cloister_server.upkeep import check, migrate
+from cloister_server.upkeep import migrate
 from cloister_shared import console
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.signing import SigningKey

@@ -7,7 +7,6 @@ import os
 import shutil
 import sqlite3
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,17 +18,20 @@ import typer
 from cloister_server.cli import show
 from cloister_server.compare import fields, modules
 from cloister_server.export import export_round
+from cloister_server.fsck import check
 from cloister_server.keeping_commands import give_up, hold, holds, release
 from cloister_server.release_commands import aliases, diff, promote, protect, rollback
 from cloister_server.rounds import run_rounds
 from cloister_server.store import Store
-from cloister_server.upkeep import check, fsck, gc, unreachable
+from cloister_server.tables import Alias, AliasEvent
+from cloister_server.upkeep import fsck, gc, unreachable
 from cloister_shared import console
 from cloister_shared.aliases import ALIAS_PURPOSE, alias_move
 from cloister_shared.audit.bundle import Bundle, SignedLeaf
 from cloister_shared.audit.command import audit
 from cloister_shared.audit.trust import trust_of
 from cloister_shared.errors import CloisterError, InputError, RefusedError, StateError, VerificationError
+from cloister_shared.notes import Checkpoint
 from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import Schema
 from hypothesis import given
@@ -173,7 +175,8 @@ def test_a_whole_registry_is_whole_and_what_nothing_names_goes(
     promote("production", 2)
     assert whole(world) == []
     lone = world.store.blobs.put(b"nobody names me")
-    assert unreachable(world.store, time.time(), 1.0) == []  # it may be about to be named
+    gc(dry_run=True)
+    assert (said(capsys)["blobs"], len(unreachable(world.store))) == ([], 1)  # it may be about to be named
     os.utime(blob_path(world.store, lone), (1.0, 1.0))
     gc(dry_run=True)
     assert said(capsys)["blobs"] == [lone]
@@ -214,6 +217,99 @@ def test_what_was_changed_by_hand_is_named(
     with pytest.raises(typer.Exit):
         fsck()
     assert any(what in one["what"] for one in said(capsys)["wrong"])
+
+
+_CHANGES = [
+    ("run", "rule = 'exact'", "rule"),
+    ("run", "task = '{}'", "task"),
+    ("run", "rounds = 4", "rounds"),
+    ("round", "fence = 7 WHERE number = 2", "fence"),
+    ("round", "code = 'other' WHERE number = 2", "code"),
+    ("round", "leaf = 1 WHERE number = 2", "index"),
+    ("round", f"adapter = '{'00' * 32}' WHERE number = 0", "adapter"),
+    ("round_client", "charged = 0 WHERE number = 1", "clients"),
+    ("round_client", "epsilon = 0.01 WHERE number = 3", "clients"),
+    ("privacy", "lifetime = 0.01 WHERE number = 1", "stated of its privacy"),
+    ("alias_event", "why = 'another' WHERE version = 1", "why"),
+    ("alias_event", "number = 3 WHERE version = 2", "round"),
+    ("alias_event", "guard = '' WHERE version = 3", "guard"),
+    ("alias_event", "rollback = 1 WHERE version = 1", "rollback"),
+    ("alias", "guard = ''", "points elsewhere"),
+    ("hold", "why = 'another'", "why"),
+    ("hold", "released = 1.0", "other releases"),
+    ("tombstone", "why = 'another'", "why"),
+    ("signature", "number = 1", "round"),
+    ("signature", "signature = '00'", "signature"),
+    ("witnessed", "size = 900", "the newest are missing"),
+    ("witnessed", f"root = '{'00' * 32}'", "cosigned other leaves"),
+]
+
+
+@pytest.mark.parametrize(("table", "change", "what"), _CHANGES)
+def test_a_row_that_its_leaf_does_not_tell_is_named(busy: World, table: str, change: str, what: str) -> None:
+    assert whole(busy) == []
+    by_hand(busy, table, f"UPDATE {table} SET {change}")
+    assert any(what in one for one in whole(busy)), whole(busy)
+
+
+@pytest.mark.parametrize("table", ["alias_event", "hold", "tombstone", "signature", "round_client", "privacy"])
+def test_a_row_that_was_taken_out_is_named(busy: World, table: str) -> None:
+    by_hand(busy, table, f"DELETE FROM {table}")
+    assert whole(busy) != []
+
+
+def test_a_score_that_no_leaf_tells_is_named(busy: World) -> None:
+    values = (busy.run.id, 1, "accuracy", 0.99)
+    by_hand(busy, "metric", f"INSERT INTO metric (run, number, name, value) VALUES {values}")
+    assert any("metrics" in one for one in whole(busy))
+
+
+def test_a_log_without_its_newest_leaf_is_named(busy: World) -> None:
+    newest = len(busy.store.leaves()) - 1
+    by_hand(busy, "log_leaf", f'DELETE FROM log_leaf WHERE "index" = {newest}')
+    store = Store(busy.store.home)
+    assert any("its leaf is missing" in one.what for one in check(store))
+    store.close()
+
+
+def test_a_move_that_its_operator_did_not_sign_is_named(busy: World) -> None:
+    """By a coordinator that has its own log's key: the row and the leaf say the same."""
+    row, last = busy.store.rounds(busy.run.id)[3], busy.store.alias_events("production")[-1]
+    body = {"log": busy.store.origin, "alias": "production", "run": busy.run.id, "round": 3, "adapter": row.adapter}
+    body |= {"version": last.version + 1, "rollback": False, "guard": "", "why": "", "operator": ""}
+    leaf = busy.store.log("alias_set", body)
+    with busy.store.database.writing() as session:
+        now = session.get_one(Alias, "production")
+        now.number, now.adapter, now.version, now.guard = 3, row.adapter or "", last.version + 1, ""
+        session.add(AliasEvent(**now.model_dump(), rollback=False, why="", at=1.0, leaf=leaf.index))
+    assert [one for one in whole(busy) if "signature of the operator" in one] != []
+    assert len(whole(busy)) == 1
+
+
+def by_hand(world: World, table: str, statement: str) -> None:
+    """A change by whoever has the database, its rules put back afterwards."""
+    with sqlite3.connect(world.store.home / "registry.db") as db:
+        rules = db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ?", (table,))
+        kept = rules.fetchall()
+        for name, _ in kept:
+            db.execute(f"DROP TRIGGER {name}")
+        assert db.execute(statement).rowcount > 0
+        for _, rule in kept:
+            db.execute(rule)
+
+
+@pytest.fixture
+def busy(world: World, tmp_path: Path) -> World:
+    """A registry with something of every kind in it."""
+    SigningKey.generate().save(tmp_path / "operator.key")
+    promote("production", 1, why="first")
+    promote("production", 2)
+    protect("production", tmp_path / "operator.key")
+    hold(3, "asked by the court")
+    give_up(0, "no longer needed")
+    export_round(world.store, world.run, 2, tmp_path / "exported")
+    world.store.keep_witness("ab" * 16, world.store.checkpoint(), "a line", Checkpoint("x", 0, bytes(32)), "")
+    return world
 
 
 def test_a_missing_and_a_changed_blob_are_named(world: World) -> None:

@@ -23,6 +23,7 @@ from cloister_shared.encoding import digest
 from cloister_shared.errors import CloisterError
 
 from support.client_ledgers import core, open_ledger
+from support.registry import a_cost
 
 PR_SET_PTRACER, ANYBODY = 0x59616D61, ctypes.c_ulong(-1)
 RUN, ADAPTER, UPDATE = "ab" * 16, b"the adapter that is committed", digest(b"update")
@@ -31,7 +32,8 @@ RUN, ADAPTER, UPDATE = "ab" * 16, b"the adapter that is committed", digest(b"upd
 def commit(store: Store) -> None:
     """One commit of the open round, with its blob."""
     name = store.blobs.put(ADAPTER)
-    store.commit_round(RUN, 1, Commit(name, 1.0, 0.0, {"a": {"verdict": "accepted"}}, {"accuracy": 0.5}))
+    changes, scores = {"a": {"verdict": "accepted"}}, {"accuracy": 0.5}
+    store.commit_round(RUN, 1, Commit(name, 1.0, 0.0, changes, scores, privacy=[a_cost(1, "a", RUN)]))
 
 
 def pay(ledger: Ledger) -> None:

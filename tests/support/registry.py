@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cloister_server.store import Store
-from cloister_server.tables import AGGREGATING, OPEN, Model, Round, RoundClient
+from cloister_server.tables import AGGREGATING, OPEN, Model, Privacy, Round, RoundClient
 
 
 def a_model(digest: str = "00" * 32) -> Model:
@@ -27,6 +28,12 @@ def planned(
 def blob_path(store: Store, name: str | None) -> Path:
     """Where a blob lies in the folder."""
     return Path(store.blobs.address(name or ""))
+
+
+def a_cost(number: int, client: str, run: str = "ab" * 16) -> Privacy:
+    """What a round cost one client, of whom ``a_row`` asked nothing yet."""
+    said: dict[str, Any] = {"unit": "record", "epsilon": 0.0, "delta": 1e-5, "lifetime": 0.0}
+    return Privacy(run=run, number=number, client=client, scope="record", **said)
 
 
 def a_row(number: int, client: str, run: str = "ab" * 16) -> RoundClient:

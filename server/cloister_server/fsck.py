@@ -1,0 +1,274 @@
+"""What is wrong with a registry: its log, every row against the leaf that tells of it, blobs, the database's own rules.
+
+It reads everything and changes nothing. Leaves are signed and hold each other's places; rows are not: so a row is right where a leaf says
+the same, and each leaf has its row. Tests of a defence, states of rounds that are not committed and receipts have no leaf of their own.
+A whole log that was written anew by whoever has its key is for its witnesses to see.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from cloister_shared.aliases import newest_move
+from cloister_shared.audit.reading import MALFORMED, record_of
+from cloister_shared.encoding import parse_record
+from cloister_shared.errors import CloisterError
+from cloister_shared.witness import LEAF_PURPOSE
+
+from cloister_server import rules
+from cloister_server.log import commit_body
+from cloister_server.store import Store, commit_facts, run_facts
+from cloister_server.tables import ABORTED, COMMITTED, Round, Run
+
+_RESTORE = "restore the registry from a copy"
+_ASKED = ("client", "name", "plan", "verdict", "charged")
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """One thing that is wrong.
+
+    Attributes:
+        where: Which row, leaf or blob.
+        what: What is wrong with it.
+        mend: What its owner can do.
+    """
+
+    where: str
+    what: str
+    mend: str
+
+
+@dataclass
+class _Log:
+    """What the log tells, by kind of leaf, in order; empty records where a leaf is not whole."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    kinds: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
+
+
+def check(store: Store) -> Iterator[Wrong]:
+    """Everything that is wrong, first what everything else rests on."""
+    if missing := sorted(rules.expected(store.database.dialect) ^ store.database.rules()):
+        yield Wrong(
+            "database",
+            f"rules are missing, changed or another's: {', '.join(missing)[:200]}",
+            "it was changed by hand: compare it with a copy and with the log, then cloister registry migrate lays them anew",
+        )
+    log = _Log()
+    yield from _read(store, log)
+    yield from _witnesses(store)
+    yield from _runs(store, log)
+    yield from _releases(store, log)
+    yield from _charges(store, log)
+    yield from _blobs(store)
+
+
+def _read(store: Store, log: _Log) -> Iterator[Wrong]:
+    key = store.signing.verify_key
+    for place, leaf in enumerate(store.leaves()):
+        where, record = f"leaf {leaf.index}", dict[str, Any]()
+        if leaf.index != place:
+            yield Wrong(where, f"stands at place {place}: a leaf is missing", _RESTORE)
+            return
+        try:
+            key.verify(LEAF_PURPOSE, leaf.record, bytes.fromhex(leaf.signature), where)
+            record = record_of(leaf.record, where)
+            if (record.get("index"), record.get("log"), record.get("kind")) != (place, store.origin, leaf.kind):
+                raise ValueError("it says that it is another leaf")
+        except (CloisterError, *MALFORMED) as error:
+            record = {}
+            yield Wrong(where, str(error)[:200], f"the log was changed by hand: {_RESTORE}")
+        log.records.append(record)
+        if record:
+            log.kinds[leaf.kind].append(record)
+
+
+def _witnesses(store: Store) -> Iterator[Wrong]:
+    """What sites cosigned is where this log was, and its present has it."""
+    tree = store.tree()
+    for row in store.witnessed().values():
+        where = f"site of key {row.client}"
+        if row.size > len(tree):
+            what = f"it cosigned {row.size} leaves of this log, and {len(tree)} are here: the newest are missing"
+            yield Wrong(where, what, _RESTORE)
+        elif row.root and tree.root(row.size).hex() != row.root:
+            yield Wrong(where, f"it cosigned other leaves than the first {row.size} that are here", _RESTORE)
+
+
+def _pairs(
+    rows: Mapping[Key, Mapping[str, Any]], told: Mapping[Any, Mapping[str, Any]], name: Callable[[Key], str]
+) -> Iterator[Wrong]:
+    """Rows and leaves that say other things of the same; a leaf of an older version says nothing of what came later."""
+    for key, row in rows.items():
+        if key not in told:
+            yield Wrong(name(key), "its leaf is missing: the log tells nothing of it", _RESTORE)
+        elif others := sorted(n for n, value in row.items() if n in told[key] and told[key][n] != value):
+            yield Wrong(name(key), f"its leaf says something else of its {', '.join(others)}", _RESTORE)
+    for key in told:
+        if key not in rows:
+            yield Wrong(name(key), f"its row is missing: leaf {told[key].get('index')} tells of it", _RESTORE)
+
+
+def _place(key: tuple[Any, ...]) -> str:
+    return f"run {str(key[0])[:8]} round {key[1]}" + "".join(f" {part}" for part in key[2:])
+
+
+def _runs(store: Store, log: _Log) -> Iterator[Wrong]:
+    began, rows, aborted = dict[str, dict[str, Any]](), dict[tuple[str, int], dict[str, Any]](), dict(_aborted(log))
+    told = {(r.get("run"), r.get("round")): _without_heads(r) for r in log.kinds["round_commit"]}
+    unfinished = dict[tuple[str, int], dict[str, Any]]()
+    for run in store.runs():
+        of = store.rounds(run.id)
+        if [row.number for row in of] != list(range(len(of))):
+            yield Wrong(f"run {run.id[:8]}", "its rounds have gaps", _RESTORE)
+        began[run.id] = run_facts(run) | {"rounds": run.rounds, "adapter": of[0].adapter if of else None}
+        privacy = store.privacy(run.id)
+        for before, row in pairwise(of):
+            key = run.id, row.number
+            if row.state == COMMITTED:
+                rows[key] = _commit(store, run, before, row)
+                lifetime = {c.client: c.epsilon for c in store.clients(*key)}
+                costs = [p for p in privacy if p.number == row.number and p.scope == "record"]
+                # Before there were rows of privacy, a leaf named no fence.
+                off = {p.client for p in costs} != set(lifetime) and "fence" in told.get(key, {})
+                if off or any(
+                    p.lifetime != lifetime.get(p.client) or not 0 <= p.epsilon <= p.lifetime + 0.02 for p in costs
+                ):
+                    yield Wrong(_place(key), "what is stated of its privacy is not what its leaf says", _RESTORE)
+            elif row.state == ABORTED:
+                asked = [{n: getattr(c, n) for n in _ASKED} for c in store.clients(*key)]
+                unfinished[key] = {"attempt": row.attempt, "clients": sorted(asked, key=lambda c: str(c["client"]))}
+    yield from _pairs(began, {str(r.get("run")): r for r in log.kinds["policy"]}, lambda key: f"run {key[:8]}")
+    yield from _pairs(rows, told, _place)
+    yield from _pairs(unfinished, {k: v for k, v in aborted.items() if k in unfinished}, _place)
+
+
+def _aborted(log: _Log) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
+    """Rounds that came to nothing, the newest attempt last; leaves of older versions say less of their clients."""
+    for record in log.kinds["incident"]:
+        if "clients" in record:
+            same = all(set(one) == set(_ASKED) for one in record["clients"])
+            told = record if same else {"index": record["index"]}
+            yield (record["run"], record["round"]), told
+
+
+def _without_heads(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A commit without what no row has: the heads of sites' own logs."""
+    clients = [{n: v for n, v in one.items() if n != "head"} for one in record.get("clients") or []]
+    return dict(record) | {"clients": clients}
+
+
+def _commit(store: Store, run: Run, before: Round, row: Round) -> dict[str, Any]:
+    """What a committed round's leaf must say, by its rows."""
+    judged = [one for one in store.judgements(run.id) if one.number == row.number]
+    summed = [one for one in store.summed(run.id) if one.number == row.number]
+    facts = commit_facts(
+        run, row, store.transcript(run.id), store.metrics(run.id, row.number), judged[0] if judged else None, summed
+    )
+    body = commit_body(row, before.adapter or "", store.clients(run.id, row.number), facts, {})
+    return _without_heads(body) | {"index": row.leaf}
+
+
+def _releases(store: Store, log: _Log) -> Iterator[Wrong]:
+    names = store.aliases()
+    for name in sorted({str(r.get("alias")) for r in log.kinds["alias_set"]}):
+        try:
+            newest_move(log.records, name, "log")
+        except CloisterError as error:
+            yield Wrong(
+                f"alias {name}", f"{error.what} ({error.where})", "the log was written by hand: ask its operator"
+            )
+    moves = [event for alias in names for event in store.alias_events(alias.name)]
+    yield from _pairs(
+        {
+            (e.name, e.version): {
+                "run": e.run, "round": e.number, "adapter": e.adapter, "rollback": e.rollback, "why": e.why,
+                "guard": e.guard, "index": e.leaf,
+            }
+            for e in moves
+        },
+        {(r.get("alias"), r.get("version")): r for r in log.kinds["alias_set"]},
+        lambda key: f"move {key[1]} of alias {key[0]}",
+    )  # fmt: skip
+    for alias in names:
+        last = [e for e in moves if e.name == alias.name][-1:]
+        if [alias.model_dump()] != [e.model_dump(include=set(alias.model_dump())) for e in last]:
+            yield Wrong(f"alias {alias.name}", "it points elsewhere than its last move", "cloister rounds promote")
+    held = store.holds()
+    yield from _pairs(
+        {h.leaf: {"run": h.run, "round": h.number, "adapter": h.adapter, "why": h.why} for h in held},
+        {r["index"]: r for r in log.kinds["hold"] if not r.get("released")},
+        lambda key: f"hold of leaf {key}",
+    )
+    ended = Counter((h.run, h.number, h.adapter) for h in held if h.released is not None)
+    told = Counter((r.get("run"), r.get("round"), r.get("adapter")) for r in log.kinds["hold"] if r.get("released"))
+    for key in sorted(map(repr, set(ended.items()) ^ set(told.items()))):
+        yield Wrong(f"holds {key[:80]}", "the log tells of other releases of them", _RESTORE)
+    yield from _pairs(
+        {
+            t.adapter: {"run": t.run, "round": t.number, "why": t.why, "index": t.leaf}
+            for t in store.tombstones().values()
+        },
+        {str(r.get("adapter")): r for r in log.kinds["tombstone"]},
+        lambda key: f"adapter {key[:16]}, given up",
+    )
+    stated = {str(r.get("statement")): r for r in log.kinds["export"]}
+    for record in log.kinds["policy"]:
+        if isinstance(came := record.get("imported"), dict):
+            stated[str(came.get("statement"))] = {"run": record.get("run"), "round": 0, "index": record["index"]}
+    yield from _pairs(
+        {s.statement: {"run": s.run, "round": s.number} for s in store.statements()},
+        stated,
+        lambda key: f"statement {key[:16]}",
+    )
+
+
+def _charges(store: Store, log: _Log) -> Iterator[Wrong]:
+    """The federation's own ledger: every sum that noise was drawn for, and what was stated of it."""
+    sums = store.noised_sums()
+    yield from _pairs(
+        {(s.run, s.number, s.attempt): s.model_dump() for s in sums},
+        {(r.get("run"), r.get("number"), r.get("attempt")): r for r in log.kinds["spend"]},
+        lambda key: f"charge of {_place(key[:2])}, attempt {key[2]}",
+    )
+    newest = {(s.run, s.number): (s.epsilon, s.delta) for s in sums}
+    for run in store.runs():
+        for p in store.privacy(run.id):
+            if p.scope == "client" and (p.lifetime, p.delta) != newest.get((p.run, p.number)):
+                yield Wrong(_place((p.run, p.number)), "what is stated of whole clients was not charged so", _RESTORE)
+
+
+def _blobs(store: Store) -> Iterator[Wrong]:
+    for name, blob in store.named_blobs().items():
+        size = store.blobs.size(name)
+        if size is not None and blob.bytes and size != blob.bytes:
+            yield Wrong(f"blob {name[:16]}", f"has {size} bytes instead of {blob.bytes}", "restore it from a copy")
+    named, gone = dict[str, list[str]](), store.tombstones()
+    for run in store.runs():
+        for row in store.rounds(run.id):
+            if row.state == COMMITTED and row.adapter not in gone:
+                named.setdefault(row.adapter or "", []).append(_place((row.run, row.number)))
+    for alias in store.aliases():
+        named.setdefault(alias.adapter, []).append(f"alias {alias.name}")
+    for hold in store.holds():
+        if hold.released is None:
+            named.setdefault(hold.adapter, []).append(f"hold {hold.id}")
+    for name, users in named.items():
+        try:
+            store.blobs.get(name)
+        except CloisterError as error:
+            yield Wrong(", ".join(users), error.what, error.mend or "restore the blob from a copy")
+    for made in store.statements():
+        where = f"statement of {_place((made.run, made.number))}"
+        try:
+            said = parse_record(store.blobs.get(made.statement), where)
+            if said.get("signature") != made.signature:
+                yield Wrong(where, "its signature's row is another than the statement has", _RESTORE)
+        except CloisterError as error:
+            yield Wrong(where, error.what, error.mend or "restore the blob from a copy")
