@@ -11,6 +11,7 @@ Passwords have no place in a URL: libpq reads them from PGPASSWORD or ~/.pgpass.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,10 +93,12 @@ class Migrated:
     Attributes:
         before: The version that was found; empty where there was nothing.
         after: The version that is there now.
+        laid: Names of rules that were missing or changed, of a registry that was of this version already.
     """
 
     before: str
     after: str
+    laid: tuple[str, ...] = ()
 
 
 class Database:
@@ -182,9 +185,10 @@ class Database:
         with self._as_state_error(), self._writing.connect() as connection, connection.begin():
             before = _version(connection)
             if before == VERSION:
+                laid = tuple(rules.missing(rules.found(connection)))
                 rules.lift(connection)
                 rules.lay(connection)
-                return Migrated(before, before)
+                return Migrated(before, before, laid)
             if before and (not before.isdigit() or before > VERSION):
                 raise StateError(
                     "the registry cannot be migrated",
@@ -254,8 +258,8 @@ def _version(connection: Connection) -> str:
     """The version of the tables that are there; ``unknown`` where they are nobody's."""
     tables = set(inspect(connection).get_table_names())
     if "alembic_version" in tables:
-        row = connection.exec_driver_sql("SELECT version_num FROM alembic_version").first()
-        return "unknown" if row is None else str(row[0])
+        rows = connection.exec_driver_sql("SELECT version_num FROM alembic_version").all()
+        return str(rows[0][0]) if len(rows) == 1 and re.fullmatch(r"\d{4}", str(rows[0][0])) else "unknown"
     if not tables:
         return ""
     # As registries were before there were migrations.

@@ -154,12 +154,21 @@ def _protected() -> list[str]:
     return sorted({rule.table for rule in rules()})
 
 
+def missing(found: set[str]) -> list[str]:
+    """Names of the rules that are not among those that a database has, as ``found`` gives them."""
+    have = {rule.trigger for rule in rules() if found & {*rule.sqlite(), _told(rule)}}
+    return sorted({rule.trigger for rule in rules()} - have)
+
+
+def _told(rule: Rule) -> str:
+    return f"{rule.table} {rule.trigger} O {rule.body}"
+
+
 def expected(dialect: str) -> set[str]:
     """The rules as ``found`` gives them from a database where none is missing."""
     if dialect == "sqlite":
         return {statement for rule in rules() for statement in rule.sqlite()}
-    made = {f"{rule.table} {rule.trigger} O {rule.body}" for rule in rules()}
-    return made | {f"{table} {_EMPTIED}_{table} O {_TRUNCATE}" for table in _protected()}
+    return {_told(rule) for rule in rules()} | {f"{table} {_EMPTIED}_{table} O {_TRUNCATE}" for table in _protected()}
 
 
 _TRUNCATE = "BEGIN RAISE EXCEPTION 'the registry is not emptied' USING ERRCODE = 'integrity_constraint_violation'; END"

@@ -21,6 +21,7 @@ from cloister_shared.errors import InputError, RefusedError, StateError
 from cloister_shared.statement import Proof
 from sqlmodel import Session, select
 
+from cloister_server import rules
 from cloister_server.log import append, commit_body, size
 from cloister_server.releases import Releases
 from cloister_server.tables import (
@@ -103,7 +104,19 @@ class Store(Releases):
         self._fence = 0
 
     def take_fence(self) -> int:
-        """Takes the next fence number: coordinators before this one write no rounds from now on."""
+        """Takes the next fence number: coordinators before this one write no rounds from now on.
+
+        Raises:
+            StateError: The database's own rules are not those of this version.
+        """
+        if gone := rules.missing(self.database.rules()):
+            raise StateError(
+                "the registry does not refuse what it must",
+                where=self.database.where,
+                expected="the rules of this version",
+                got=f"without {', '.join(gone)}"[:200],
+                mend="cloister registry fsck; then cloister registry migrate",
+            )
         with self.database.writing() as session:
             row = session.get(Fence, 1) or Fence(id=1, number=0)
             row.number += 1

@@ -105,4 +105,5 @@ def migrate(json: Json = False, home: Home = None) -> None:
     finally:
         database.close()
     line = "is at this version" if done.before == done.after else f"version {done.before or 'none'} -> {done.after}"
-    console.emit({"before": done.before, "after": done.after}, f"{database.where}: {line}; its rules are laid")
+    laid = f"{len(done.laid)} of its rules were missing or changed and are laid anew: {', '.join(done.laid)}"
+    console.emit(vars(done), f"{database.where}: {line}; {laid if done.laid else 'its rules are laid'}")

@@ -113,14 +113,66 @@ def test_an_older_registry_opens_after_the_command_alone(
     monkeypatch.setattr(console.OUTPUT, "home", home.parent)
     monkeypatch.setattr(console.OUTPUT, "json", True)
     migrate(json=True)
-    assert json.loads(capsys.readouterr().out) == {"before": "0001", "after": VERSION}
+    assert json.loads(capsys.readouterr().out) == {"before": "0001", "after": VERSION, "laid": []}
     store = Store(home)
     assert [(r.number, r.state, r.fence) for r in store.rounds(RUN)] == [(0, "committed", 0), (1, "planned", 0)]
     assert set(store.named_blobs()) == {"11" * 32}
     assert store.database.rules() == rules.expected(store.database.dialect)
     store.close()
     migrate(json=True)
-    assert json.loads(capsys.readouterr().out) == {"before": VERSION, "after": VERSION}
+    assert json.loads(capsys.readouterr().out) == {"before": VERSION, "after": VERSION, "laid": []}
+
+
+def test_rules_that_are_gone_stop_a_coordinator_and_are_laid_anew(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Store(home).close()
+    gone = ["kept_fence_delete", "kept_round_update"]
+    on = {"kept_fence_delete": "fence", "kept_round_update": "round"}
+    postgres = read_storage(home).database.drivername != "sqlite"
+    sql(home, *(f"DROP TRIGGER {name}" + (f" ON {on[name]}" if postgres else "") for name in gone))
+    store = Store(home)
+    with pytest.raises(StateError, match="does not refuse") as caught:
+        store.take_fence()
+    assert all(name in caught.value.got for name in gone)
+    store.close()
+    monkeypatch.setattr(console.OUTPUT, "home", home.parent)
+    monkeypatch.setattr(console.OUTPUT, "json", True)
+    migrate(json=True)
+    assert json.loads(capsys.readouterr().out)["laid"] == gone
+    store = Store(home)
+    assert store.take_fence() == 1
+    store.close()
+
+
+@pytest.mark.parametrize("rows", [[], ["0001", "0002"], [""], ["head"]])
+def test_a_version_that_is_none_is_not_migrated(home: Path, rows: list[str]) -> None:
+    older(home)
+    sql(home, "DELETE FROM alembic_version")
+    if len(rows) > 1:
+        sql(
+            home,
+            "ALTER TABLE alembic_version RENAME TO other",
+            "CREATE TABLE alembic_version (version_num VARCHAR(32))",
+        )
+    for row in rows:
+        sql(home, f"INSERT INTO alembic_version (version_num) VALUES ('{row}')")
+    with pytest.raises(StateError):
+        Store(home)
+    database = Database(read_storage(home).database, migrating=True)
+    with pytest.raises(StateError, match="cannot be migrated"):
+        database.migrate()
+    database.close()
+
+
+def test_an_adapter_that_is_a_groups_mean_too_is_one_blob(home: Path) -> None:
+    older(home)
+    columns = 'run, number, "group", clients, mean'
+    sql(home, f"INSERT INTO opening ({columns}) VALUES ('{RUN}', 1, 'g', '[]', '{'11' * 32}')")
+    database = Database(read_storage(home).database, migrating=True)
+    database.migrate()
+    database.close()
+    assert [tuple(row)[1] for row in sql(home, "SELECT digest, kind FROM blob")] == ["adapter"]
 
 
 def test_a_registry_that_was_in_use_migrates_with_all_that_it_had(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def upgrade() -> None:
     means = "SELECT DISTINCT mean, 'mean' AS kind FROM opening WHERE mean <> ''"
     seen = sa.text(
         "INSERT INTO blob (digest, kind, bytes, created)"
-        f" SELECT f.adapter, f.kind, 0, :now FROM ({named} UNION {means}) AS f"
+        f" SELECT f.adapter, MIN(f.kind), 0, :now FROM ({named} UNION {means}) AS f GROUP BY f.adapter"
     )
     op.get_bind().execute(seen, {"now": time.time()})
     # An unfinished round is planned anew by whoever resumes its run.
