@@ -389,7 +389,7 @@ def list_rounds(run_name: RunName = None, json: Json = False, home: Home = None)
     found = store.find_run(run_name)
     rows = round_rows(store, found.id)
     columns, cells = rounds_table(rows)
-    others = [r.id for r in store.runs() if r.id != found.id]
+    others, came = [r for r in store.runs() if r.id != found.id], store.imported(found)
     said = client_level_statement(store)
     console.table(
         {
@@ -398,15 +398,24 @@ def list_rounds(run_name: RunName = None, json: Json = False, home: Home = None)
             "finished": found.finished is not None,
             "rounds": rows,
             "client_level": said,
-            "other_runs": others,
+            "imported": came,
+            "other_runs": [r.id for r in others],
         },
-        f"run {found.id[:8]} of {found.federation}, rule {found.rule}",
+        f"run {found.id[:8]} of {found.federation}, rule {found.rule}{_came(came)}",
         columns,
         cells,
     )
     _second_statement(said)
     if others and not console.OUTPUT.json:
-        console.emit({}, f"other runs: {', '.join(o[:8] for o in others)}")
+        console.emit({}, f"other runs: {', '.join(r.id[:8] + ('' if r.rounds else ' (imported)') for r in others)}")
+
+
+def _came(came: dict[str, Any] | None) -> str:
+    """Where an imported adapter comes from, for a title."""
+    if came is None:
+        return ""
+    where = f"round {came['round']} of run {str(came['run'])[:8]} of {came['federation']}"
+    return f"\nimported: {where}; what it cost its own sites stands in its statement {str(came['statement'])[:16]}"
 
 
 def _second_statement(said: dict[str, Any] | None) -> None:
@@ -463,7 +472,7 @@ def show(
     title = f"run {found.id[:8]} round {number}: {facts}"
     state = "digest checked" if gone is None else f"given up: {gone.why}"
     title += f"\nadapter {row['adapter']}, {state}" if row["adapter"] else "\nno adapter"
-    title += "".join(f"\n{_noised(s)}" for s in row["client_level"])
+    title += "".join(f"\n{_noised(s)}" for s in row["client_level"]) + _came(came := store.imported(found))
     judgement = next((j.model_dump() for j in store.judgements(found.id) if j.number == number), None)
     if judgement is not None:
         title += (
@@ -480,7 +489,7 @@ def show(
     evidence = [e.model_dump(exclude={"run", "number"}) for e in store.evidence(found.id) if e.number == number]
     said = client_level_statement(store)
     record = {"run": found.id, "rule": found.rule, "client_level_statement": said} | row | {"clients": clients}
-    record |= {"defence": judgement, "evidence": evidence, "secure_sums": sums}
+    record |= {"defence": judgement, "evidence": evidence, "secure_sums": sums, "imported": came}
     console.table(record, title, columns, cells)
     _second_statement(said)
 

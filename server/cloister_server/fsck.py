@@ -7,7 +7,7 @@ A whole log that was written anew by whoever has its key is for its witnesses to
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -206,10 +206,11 @@ def _releases(store: Store, log: _Log) -> Iterator[Wrong]:
         {r["index"]: r for r in log.kinds["hold"] if not r.get("released")},
         lambda key: f"hold of leaf {key}",
     )
-    ended = Counter((h.run, h.number, h.adapter) for h in held if h.released is not None)
-    told = Counter((r.get("run"), r.get("round"), r.get("adapter")) for r in log.kinds["hold"] if r.get("released"))
-    for key in sorted(map(repr, set(ended.items()) ^ set(told.items()))):
-        yield Wrong(f"holds {key[:80]}", "the log tells of other releases of them", _RESTORE)
+    yield from _pairs(
+        {h.leaf: {"run": h.run, "round": h.number, "adapter": h.adapter} for h in held if h.released is not None},
+        {r.get("hold"): r for r in log.kinds["hold"] if r.get("released")},
+        lambda key: f"release of the hold of leaf {key}",
+    )
     yield from _pairs(
         {
             t.adapter: {"run": t.run, "round": t.number, "why": t.why, "index": t.leaf}

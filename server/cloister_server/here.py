@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 from cloister_shared import console
-from cloister_shared.errors import StateError
+from cloister_shared.errors import InputError, StateError
 
 from cloister_server.storage import has_registry
 from cloister_server.store import Store
@@ -15,6 +15,17 @@ from cloister_server.store import Store
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Home = Annotated[Path | None, typer.Option("--home", help="Folder of state.")]
 RunName = Annotated[str | None, typer.Option("--run", help="Beginning of the run's id; the newest by default.")]
+
+
+def because(why: str) -> str:
+    """Why something is done, as it stays in the log.
+
+    Raises:
+        InputError: It says nothing, or more than one line.
+    """
+    if not why.strip() or not why.isprintable() or len(why) > 1000:
+        raise InputError("why?", where="--why", expected="one line of words that stay in the log", got=repr(why)[:80])
+    return why.strip()
 
 
 def registry() -> Store:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from cloister_shared import console
 
-from cloister_server.here import Home, Json, RunName, registry
+from cloister_server.here import Home, Json, RunName, because, registry
 
 Why = Annotated[str, typer.Option(help="A word for whoever reads the log.")]
 
@@ -31,7 +31,7 @@ def hold(
     console.choose(json, home)
     store = registry()
     run = store.find_run(run_name)
-    made = store.hold(run.id, number, why)
+    made = store.hold(run.id, number, because(why))
     console.emit(made.model_dump(), f"hold {made.id}: round {number} of run {run.id[:8]}, adapter {made.adapter[:16]}")
 
 
@@ -43,8 +43,9 @@ def release(
 ) -> None:
     """End a hold."""
     console.choose(json, home)
-    ended = registry().release_hold(hold_id, why)
-    console.emit(ended.model_dump(), f"hold {hold_id}: released")
+    ended = registry().release_hold(hold_id, because(why))
+    line = f"hold {hold_id}, of round {ended.number} of run {ended.run[:8]}: released; {why}"
+    console.emit(ended.model_dump() | {"released_why": why}, line)
 
 
 def holds(json: Json = False, home: Home = None) -> None:
@@ -72,7 +73,7 @@ def give_up(
     console.choose(json, home)
     store = registry()
     run = store.find_run(run_name)
-    gone = store.give_up(run.id, number, why)
+    gone = store.give_up(run.id, number, because(why))
     console.emit(
         gone.model_dump() | {"refunded": 0.0},
         [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import time
+from math import isnan
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,7 +70,7 @@ def promote(
         raise StateError("the alias points elsewhere", where=alias, expected=f"round {expect}", got=got)
     if now is not None and (now.run, now.number) == (run.id, number):
         # No move: a rollback would go from here to here.
-        line = f"{alias}: points at round {number} of run {run.id[:8]} already"
+        line = f"{alias}: points at round {number} of run {run.id[:8]} already; nothing was written"
         console.emit(
             {"alias": alias, "run": run.id, "round": number, "adapter": row.adapter, "version": now.version}, line
         )
@@ -126,6 +127,7 @@ def protect(
     key: Annotated[Path, typer.Option(help="The operator's key: cloister coordinator operator-key.")],
     to: Annotated[str | None, typer.Option(help="Hand it to another operator: that one's public key, hex.")] = None,
     off: Annotated[bool, typer.Option("--off", help="Let it move without a key again.")] = False,
+    why: Annotated[str, typer.Option(help="A word for whoever reads the log.")] = "",
     json: Json = False,
     home: Home = None,
 ) -> None:
@@ -138,9 +140,17 @@ def protect(
     if off and to is not None:
         raise InputError("hand it on, or take it off?", where="rounds protect", got="--to and --off")
     guard = "" if off else by.verify_key.raw.hex() if to is None else VerifyKey.from_hex(to, "--to").raw.hex()
-    made = store.set_alias(alias, now.run, now.number, now.adapter, now.version, "", operator=by, guard=guard)
-    whose = f"only with key {VerifyKey.from_hex(guard, alias).id.hex()}" if guard else "without a key"
+    if guard == now.guard:
+        raise StateError(
+            "this changes nothing", where=alias, got=f"guarded by key {_id(guard)} already" if guard else "no key"
+        )
+    made = store.set_alias(alias, now.run, now.number, now.adapter, now.version, why, operator=by, guard=guard)
+    whose = f"only with key {_id(guard)}" if guard else "without a key"
     console.emit({"alias": alias, "guard": guard, "version": made.version}, f"{alias}: moves {whose} from now on")
+
+
+def _id(guard: str) -> str:
+    return VerifyKey.from_hex(guard, "guard").id.hex()
 
 
 def _operator(path: Path | None) -> SigningKey | None:
@@ -161,7 +171,7 @@ def aliases(json: Json = False, home: Home = None) -> None:
     cells = [
         [
             *(one.name, e.version, time.strftime("%F %R", time.gmtime(e.at)), e.run[:8], e.number, e.adapter[:12]),
-            *("rollback" if e.rollback else "", "guarded" if e.guard else "", e.why),
+            *("rollback" if e.rollback else "", _id(e.guard)[:8] if e.guard else "", e.why),
         ]
         for one in now
         for e in reversed(events[one.name])
@@ -192,6 +202,10 @@ def _facts(store: Store, run: Run, number: int) -> dict[str, Any]:
     }
 
 
+def _short(value: object) -> str:
+    return "none" if value is None or value == "" else str(value)[:60].replace("\n", " ")
+
+
 def diff(
     first: Annotated[int, typer.Argument(help="A round.")],
     second: Annotated[int, typer.Argument(help="Another.")],
@@ -217,15 +231,25 @@ def diff(
         raise InputError("a run has two schemas", where=f"run {runs[0].id[:8]}")
     record = {
         "changed": [{"name": n, "first": a, "second": b} for n, a, b in changed],
-        "modules": [vars(one) for one in moved],
+        # There is no angle to an adapter that is nothing.
+        "modules": [vars(one) | ({"cosine": None} if isnan(one.cosine) else {}) for one in moved],
         "same_schema": bool(moved),
     }
     if console.OUTPUT.json:
         console.emit(record, "")
         return
-    short = [[n, str(a)[:60].replace("\n", " "), str(b)[:60].replace("\n", " ")] for n, a, b in changed]
+    short = [[n, _short(a), _short(b)] for n, a, b in changed] or [["nothing but the adapters", "", ""]]
     console.table(record, f"round {first} and round {second}", ["what", f"round {first}", f"round {second}"], short)
-    cells = [[m.module, f"{m.before:.4g}", f"{m.after:.4g}", f"{m.between:.4g}", f"{m.cosine:.4f}"] for m in moved]
+    cells = [
+        [
+            m.module,
+            f"{m.before:.4g}",
+            f"{m.after:.4g}",
+            f"{m.between:.4g}",
+            "-" if isnan(m.cosine) else f"{m.cosine:.4f}",
+        ]
+        for m in moved
+    ]
     console.table(
         record, "norms of products B A, and of the head", ["module", "first", "second", "between", "cosine"], cells
     )

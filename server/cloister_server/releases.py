@@ -115,6 +115,7 @@ class Releases(LogBook):
                 raise StateError("no such hold", where=f"hold {hold}", got="none" if row is None else "released before")
             row.released = time.time()
             body = {"run": row.run, "round": row.number, "adapter": row.adapter, "why": why, "released": True}
+            body["hold"] = row.leaf
             append(session, "hold", body, self.signing)
         return row
 

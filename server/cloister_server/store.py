@@ -202,6 +202,11 @@ class Store(Releases):
         if session.get(Blob, name) is None:
             session.add(Blob(digest=name, kind=kind, bytes=size_now, created=time.time()))
 
+    def imported(self, run: Run) -> dict[str, Any] | None:
+        """Where an imported run's adapter comes from, as its leaf says; None for a run of this federation's own."""
+        came = None if run.rounds else json.loads(self.policy_leaf(run.id).record).get("imported")
+        return dict(came) if came else None
+
     def start_run(self, run: Run, adapter: bytes, model: Model, origin: Origin | None = None) -> None:
         """Registers a run with the adapter that it starts from, as round 0.
 
@@ -441,18 +446,20 @@ class Store(Releases):
             return list(session.exec(select(Run).order_by(Run.created)))  # type: ignore[arg-type]
 
     def find_run(self, name: str | None) -> Run:
-        """A run by a prefix of its id; for None the newest that was not imported.
+        """A run by a prefix of its id; for None the newest, of imported ones only where there are no others.
 
         Raises:
             InputError: None or several.
         """
-        found = [r for r in self.runs() if (r.rounds if name is None else r.id.startswith(name))]
+        known = self.runs()
+        own = [r for r in known if r.rounds] or known
+        found = own if name is None else [r for r in known if r.id.startswith(name)]
         if not found or (name is not None and len(found) > 1):
             raise InputError(
                 "no such run" if not found else "several runs begin so",
                 where=str(self.home),
                 got=name or "none yet",
-                mend="cloister rounds list" if self.runs() else "cloister run FEDERATION.toml",
+                mend="cloister rounds list" if known else "cloister run FEDERATION.toml",
             )
         return found[-1]
 

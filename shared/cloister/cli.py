@@ -18,6 +18,9 @@ from cloister_shared.errors import CloisterError, InputError
 
 from cloister import attack_command, bundle_command, demo_command, doctor_command, privacy_command
 
+# Its plain help would be written with rich's escapes.
+typer.core.HAS_RICH = False
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,

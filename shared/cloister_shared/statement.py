@@ -111,8 +111,13 @@ def check_statement(data: bytes, key: VerifyKey, where: str) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise VerificationError("not a statement of a round", where=where, got=str(error)[:120]) from error
     if record["key"] != key.raw.hex():
+        theirs = VerifyKey.from_hex(str(record["key"]), f"{where} key")
         raise VerificationError(
-            "another federation's statement", where=where, expected=key.id.hex(), got=str(record["key"])[:32]
+            "another federation's statement",
+            where=where,
+            expected=f"key {key.id.hex()}",
+            got=f"key {theirs.id.hex()}",
+            mend="ask that federation for its key, over a channel that you trust",
         )
     key.verify(PURPOSE, canonical(stated), signatures[0], where)
     key.verify(LEAF_PURPOSE, text, signatures[1], f"{where} leaf")

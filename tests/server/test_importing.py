@@ -89,8 +89,10 @@ def test_an_export_is_registered_elsewhere_with_all_that_it_proves(two: Two) -> 
     assert (body["kind"], body["imported"]["run"], body["imported"]["round"]) == ("policy", two.world.run.id, 2)
     assert list(check(two.other)) == []
     two.other.set_alias("production", run.id, 0, adapter or "", 0, "")
-    with pytest.raises(InputError, match="no such run"):
-        two.other.find_run(None)  # nothing was run here: nothing to resume
+    assert two.other.find_run(None).id == run.id  # there is no other here
+    came = two.other.imported(run)
+    assert came is not None
+    assert (came["run"], came["round"], two.world.store.imported(two.world.run)) == (two.world.run.id, 2, None)
     with pytest.raises(StateError, match="imported before"):
         take(two)
     assert len(two.other.runs()) == 1

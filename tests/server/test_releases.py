@@ -236,7 +236,7 @@ _CHANGES = [
     ("alias_event", "rollback = 1 WHERE version = 1", "rollback"),
     ("alias", "guard = ''", "points elsewhere"),
     ("hold", "why = 'another'", "why"),
-    ("hold", "released = 1.0", "other releases"),
+    ("hold", "released = 1.0", "release of the hold"),
     ("tombstone", "why = 'another'", "why"),
     ("signature", "number = 1", "round"),
     ("signature", "signature = '00'", "signature"),
@@ -470,3 +470,33 @@ def test_a_registry_is_one_federations(world: World, tmp_path: Path) -> None:
     assert len(store.leaves()) == size
     assert store.aliases() == []
     store.close()
+
+
+@pytest.mark.parametrize("why", ["", "  ", "two\nlines", "x" * 2000])
+def test_what_is_kept_or_given_up_says_why(world: World, why: str) -> None:
+    with pytest.raises(InputError, match="why"):
+        hold(1, why)
+    with pytest.raises(InputError, match="why"):
+        give_up(1, why)
+    assert (world.store.holds(), world.store.tombstones()) == ([], {})
+
+
+def test_a_guard_that_changes_nothing_is_no_move(world: World, tmp_path: Path) -> None:
+    key = tmp_path / "operator.key"
+    SigningKey.generate().save(key)
+    promote("production", 1)
+    with pytest.raises(StateError, match="changes nothing"):
+        protect("production", key, off=True)
+    protect("production", key, why="for the board")
+    with pytest.raises(StateError, match="changes nothing"):
+        protect("production", key)
+    assert [e.why for e in world.store.alias_events("production")] == ["", "for the board"]
+
+
+def test_a_difference_to_nothing_has_no_angle(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    diff(0, 1)
+    said_as = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert None in {m["cosine"] for m in said_as["modules"]}
+    console.OUTPUT.json = False
+    diff(1, 1)
+    assert "nothing but the adapters" in capsys.readouterr().out

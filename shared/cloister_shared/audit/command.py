@@ -136,6 +136,7 @@ def verify(
 
 def main() -> None:
     """The command."""
+    typer.core.HAS_RICH = False  # its plain help would be written with rich's escapes
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(verify)
     try:
