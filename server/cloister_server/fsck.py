@@ -20,12 +20,11 @@ from cloister_shared.errors import CloisterError
 from cloister_shared.witness import LEAF_PURPOSE
 
 from cloister_server import rules
-from cloister_server.log import commit_body
+from cloister_server.log import ABORTED_CLIENT, commit_body
 from cloister_server.store import Store, commit_facts, run_facts
 from cloister_server.tables import ABORTED, COMMITTED, Round, Run
 
 _RESTORE = "restore the registry from a copy"
-_ASKED = ("client", "name", "plan", "verdict", "charged")
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -142,7 +141,7 @@ def _runs(store: Store, log: _Log) -> Iterator[Wrong]:
                 ):
                     yield Wrong(_place(key), "what is stated of its privacy is not what its leaf says", _RESTORE)
             elif row.state == ABORTED:
-                asked = [{n: getattr(c, n) for n in _ASKED} for c in store.clients(*key)]
+                asked = [{n: getattr(c, n) for n in ABORTED_CLIENT} for c in store.clients(*key)]
                 unfinished[key] = {"attempt": row.attempt, "clients": sorted(asked, key=lambda c: str(c["client"]))}
     yield from _pairs(began, {str(r.get("run")): r for r in log.kinds["policy"]}, lambda key: f"run {key[:8]}")
     yield from _pairs(rows, told, _place)
@@ -153,7 +152,7 @@ def _aborted(log: _Log) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
     """Rounds that came to nothing, the newest attempt last; leaves of older versions say less of their clients."""
     for record in log.kinds["incident"]:
         if "clients" in record:
-            same = all(set(one) == set(_ASKED) for one in record["clients"])
+            same = all(set(one) == set(ABORTED_CLIENT) for one in record["clients"])
             told = record if same else {"index": record["index"]}
             yield (record["run"], record["round"]), told
 

@@ -81,6 +81,12 @@ def membership(found: Iterable[Leaf]) -> dict[str, str]:
     return here
 
 
+# What the leaf of an aborted round says of each client.
+ABORTED_CLIENT = (
+    "client", "name", "plan", "verdict", "charged", "noise_multiplier", "sample_rate", "steps", "delta", "epsilon",
+)  # fmt: skip
+
+
 def commit_body(
     row: Any, start: str, clients: Sequence[Any], extra: Mapping[str, Any], heads: Mapping[str, str]
 ) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from cloister_shared.statement import Proof
 from sqlmodel import Session, select
 
 from cloister_server import rules
-from cloister_server.log import append, commit_body, size
+from cloister_server.log import ABORTED_CLIENT, append, commit_body, size
 from cloister_server.releases import Releases
 from cloister_server.tables import (
     ABORTED,
@@ -389,13 +389,12 @@ class Store(Releases):
                 for key, value in changes.items():
                     setattr(entry, key, value)
             asked = session.exec(select(RoundClient).where(RoundClient.run == run, RoundClient.number == number))
-            named = ("client", "name", "plan", "verdict", "charged")
             body = {
                 "what": "round aborted",
                 "run": run,
                 "round": number,
                 "attempt": row.attempt,
-                "clients": [{n: getattr(c, n) for n in named} for c in sorted(asked, key=lambda c: c.client)],
+                "clients": [{n: getattr(c, n) for n in ABORTED_CLIENT} for c in sorted(asked, key=lambda c: c.client)],
             }
             append(session, "incident", body, self.signing)
 

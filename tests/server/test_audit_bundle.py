@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 from cloister_server.rounds import run_rounds
-from cloister_shared.audit.budget import by_pld, by_rdp
+from cloister_shared.audit.budget import by_pld, by_rdp, check_published
 from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog, read_bundle, write_bundle
-from cloister_shared.audit.command import Audit, audit, merged
-from cloister_shared.audit.report import answers, as_csv, as_html, as_record
+from cloister_shared.audit.command import Audit, audit, merged, verify
+from cloister_shared.audit.federation import Aborted, Asked, History, RoundCommit
+from cloister_shared.audit.findings import Findings
+from cloister_shared.audit.page import as_csv, as_html
+from cloister_shared.audit.report import answers, as_record
 from cloister_shared.audit.trust import Trust, read_trust, trust_of, write_trust
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import InputError
@@ -351,7 +354,7 @@ def test_what_a_bundle_says_cannot_write_into_the_page(case: Case) -> None:
     page = as_html(said, done.findings, done.blocks, done.history, "x", {"about": "<script>"})
     assert "<script" not in page
     assert as_record(said, done.findings, done.blocks)["exit_code"] == 3
-    assert as_csv(done.blocks).startswith("site,block")
+    assert as_csv(done.findings, done.blocks).startswith("verdict,site,block")
 
 
 @pytest.mark.parametrize(
@@ -601,3 +604,48 @@ def test_an_edited_file_accuses_nobody_of_a_fork(case: Case) -> None:
         got = audit(change(case), case.trust)
         assert (got.findings.exit_code, "head" in found(got, "violation")) == (1, True)
         assert not found(got, "fork")
+
+
+def test_what_an_aborted_round_charged_is_in_what_is_published_later() -> None:
+    """Two attempts of a round that came to nothing, then a round that publishes what it cost by itself."""
+
+    def published(aborted: Aborted, charged: int, steps: int) -> list[str]:
+        epsilon = by_pld((((1.0, 0.1), steps),), 1e-5)
+        one = Asked("aa" * 16, "a", "11" * 32, "accepted", "22" * 32, 1.0, 0.1, 6, 1e-5, epsilon, charged, "")
+        commit = RoundCommit(5, "cd" * 16, 1, "33" * 32, "44" * 32, (one,), (), "", {})
+        findings = Findings()
+        check_published(History(commits=[commit], aborted=[aborted]), findings)
+        return [f.code for f in findings.found]
+
+    other = Aborted(3, "ef" * 16, 1, "aa" * 16, "a", "55" * 32, "missing", 2, (1.0, 0.1, 6))
+    assert published(other, 1, 18) == []
+    assert published(other, 1, 12) == ["published"]
+    # The same round's attempts are counted once, by its commit.
+    same = replace(other, run="cd" * 16, charged=1)
+    assert published(same, 2, 12) == []
+    assert published(same, 2, 6) == ["published"]
+    # A newer attempt's leaf stands for the older one's.
+    assert published(replace(other, terms=None), 1, 6) == []
+
+
+def test_a_report_is_not_written_over_another(case: Case, tmp_path: Path) -> None:
+    write_bundle(tmp_path / "b.zip", case.bundle)
+    write_trust(tmp_path / "trust.json", case.trust)
+    (tmp_path / "report.html").write_text("an older one")
+    with pytest.raises(InputError, match="already"):
+        verify([tmp_path / "b.zip"], tmp_path / "trust.json", tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text() == "an older one"
+
+
+def test_what_no_sites_log_tells_is_not_said_to_be_well(case: Case) -> None:
+    bundle = replace(case.bundle, sites={})
+    done = audit(bundle, case.trust)
+    said = {a.question: " ".join(a.lines) for a in answers(bundle, case.trust, done.history, {}, [], done.findings)}
+    for question in (
+        "Any overrun or reset?",
+        "Did the sampling match the accountant?",
+        "Realised participants and noise?",
+    ):
+        assert "cannot be said: their own logs are not here" in said[question]
+        assert "none found" not in said[question]
+        assert "Poisson" not in said[question]

@@ -27,6 +27,7 @@ from cloister_server.tables import Alias, AliasEvent
 from cloister_server.upkeep import fsck, gc, unreachable
 from cloister_shared import console
 from cloister_shared.aliases import ALIAS_PURPOSE, alias_move
+from cloister_shared.audit.became import became
 from cloister_shared.audit.bundle import Bundle, SignedLeaf
 from cloister_shared.audit.command import audit
 from cloister_shared.audit.trust import trust_of
@@ -392,6 +393,45 @@ def test_what_names_a_round_that_the_log_has_not_is_a_violation(
     assert audited(world) == set()
     world.store.log(kind, body | {"version": 2} | changes)
     assert audited(world) == {code}
+
+
+def test_the_report_tells_what_became_of_rounds_in_order(world: World, tmp_path: Path) -> None:
+    keys = [tmp_path / name for name in ("one.key", "two.key")]
+    for path in keys:
+        SigningKey.generate().save(path)
+    one, two = (SigningKey.load(path).verify_key for path in keys)
+    promote("production", 1, why="first")
+    protect("production", keys[0])
+    seen = world.store.checkpoint()
+    protect("production", keys[0], to=two.raw.hex(), why="left the company")
+    promote("production", 2, key=keys[1])
+    hold(3, "asked by the court")
+    rollback("production", key=keys[1])
+    release(1, "the court is done")
+    protect("production", keys[1], off=True)
+    give_up(0, "no longer needed")
+    export_round(world.store, world.run, 2, tmp_path / "exported")
+    leaves = tuple(SignedLeaf(x.record, x.key, x.signature) for x in world.store.leaves())
+    trust = trust_of("fed", world.coordinator.signing.verify_key, {}, [seen])
+    done = audit(Bundle(1.0, leaves, world.store.signed_checkpoint(world.store.checkpoint())), trust)
+    run = world.run.id[:8]
+    told = [
+        line.partition(" UTC: ")[2].replace("; nobody else saw this leaf yet", "*") for line in became(done.history)
+    ]
+    by = f"by its operator, key {two.id.hex()}"
+    held = next(row.leaf for row in world.store.holds())
+    assert [line.split(", statement")[0] for line in told] == [
+        f"production was set to round 1 of run {run}, by whoever has the coordinator's key: first",
+        f"production moves only with key {one.id.hex()} from here on; set with that key",
+        f"production was handed on to key {two.id.hex()}, by its operator, key {one.id.hex()}: left the company*",
+        f"production was set to round 2 of run {run}, {by}*",
+        f"round 3 of run {run} is held, whatever happens: asked by the court*",
+        f"production went back to round 1 of run {run}, {by}*",
+        f"the hold of leaf {held} on round 3 of run {run} ended: the court is done*",
+        f"production moves without a key from here on, {by}*",
+        f"round 0 of run {run}: its adapter was given up: no longer needed*",
+        f"round 2 of run {run} was exported",
+    ]
 
 
 def audited(world: World) -> set[str]:

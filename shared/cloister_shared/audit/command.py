@@ -21,9 +21,10 @@ from cloister_shared.audit.bundle import Bundle, SiteLog, read_bundle
 from cloister_shared.audit.draws import check_draws
 from cloister_shared.audit.federation import History, check_covered, check_federation
 from cloister_shared.audit.findings import Findings
+from cloister_shared.audit.page import as_csv, as_html
 from cloister_shared.audit.reading import printable
 from cloister_shared.audit.releases import check_releases
-from cloister_shared.audit.report import VERDICTS, answers, as_csv, as_html, as_record
+from cloister_shared.audit.report import VERDICTS, answers, as_record
 from cloister_shared.audit.sites import Ledger, check_site, check_spends
 from cloister_shared.audit.trust import Trust, read_trust
 from cloister_shared.encoding import digest, write_durably
@@ -103,6 +104,8 @@ def verify(
         raise InputError(
             "no such form of report", where=str(report), expected=".html, .json or .csv", got=report.suffix
         )
+    if report is not None and report.exists():
+        raise InputError("there is a file already", where=str(report), mend="choose another --report")
     own = merged([read_bundle(path) for path in bundle])
     if trust is None:
         lines = ["INCOMPLETE: nobody's keys are trusted, so nothing can be checked",
@@ -123,7 +126,7 @@ def verify(
         title = f"Audit of {keys.name}"
         text = {
             ".html": lambda: as_html(said, done.findings, done.blocks, done.history, title, about),
-            ".csv": lambda: as_csv(done.blocks),
+            ".csv": lambda: as_csv(done.findings, done.blocks),
             ".json": lambda: console.dumps(record),
         }[report.suffix]()
         write_durably(report, text.encode(), mode=0o644)

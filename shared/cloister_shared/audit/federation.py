@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cloister_shared.audit.bundle import Bundle
-from cloister_shared.audit.findings import Findings
+from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.reading import MALFORMED, hexes, integer, number, record_of, rows, words
 from cloister_shared.audit.trust import Trust
 from cloister_shared.errors import CloisterError, VerificationError
@@ -87,6 +87,33 @@ class RoundCommit:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Aborted:
+    """What a round that came to nothing asked of one client.
+
+    Attributes:
+        index: The leaf.
+        run: The run.
+        number: The round.
+        client: Key id.
+        name: Its name.
+        plan: Digest of its work.
+        verdict: What came of it.
+        charged: Attempts at the round that may have been charged so far.
+        terms: Noise multiplier, sample rate and steps; None in leaves from before they said.
+    """
+
+    index: int
+    run: str
+    number: int
+    client: str
+    name: str
+    plan: str
+    verdict: str
+    charged: int
+    terms: tuple[float, float, int] | None
+
+
 @dataclass
 class History:
     """What the federation's log tells, in order.
@@ -95,17 +122,24 @@ class History:
         tree: Its tree.
         records: Its leaves, read; empty ones where they are malformed.
         commits: The round commits among them.
-        aborted: Work that was accepted in rounds that came to nothing: leaf, client, name, digest of the work.
+        aborted: What rounds that came to nothing asked of clients.
         seen: When each witness cosigned it, by client id.
-        covered: How many leaves somebody else saw.
+        witnessed: How many leaves a trusted site cosigned, or has the signed head of in its own log.
+        remembered: How many leaves the trust file remembers.
     """
 
     tree: Tree = field(default_factory=Tree)
     records: list[dict[str, Any]] = field(default_factory=list)
     commits: list[RoundCommit] = field(default_factory=list)
-    aborted: list[tuple[int, str, str, str]] = field(default_factory=list)
+    aborted: list[Aborted] = field(default_factory=list)
     seen: dict[str, int] = field(default_factory=dict)
-    covered: int = 0
+    witnessed: int = 0
+    remembered: int = 0
+
+    @property
+    def covered(self) -> int:
+        """How many leaves somebody else saw, or remembers."""
+        return max(self.witnessed, self.remembered)
 
 
 def check_federation(bundle: Bundle, trust: Trust, findings: Findings) -> History:
@@ -165,8 +199,11 @@ def _check_head(bundle: Bundle, trust: Trust, findings: Findings, history: Histo
     elif tree.root(known.size) != known.root:
         findings.fork("remembered", origin, f"the first {known.size} leaves are other ones than were seen before")
     else:
-        history.covered = max(history.covered, known.size)
-        findings.held.append(f"the federation's log begins with the {known.size} leaves that were remembered")
+        history.remembered = known.size
+        what = (
+            f"the federation's log begins with the {many(known.size, 'leaf', 'leaves')} that the trust file remembers"
+        )
+        findings.held.append(what)
     for client, (size, root, line) in sorted(bundle.cosignatures.items()):
         key, where = trust.sites.get(client), f"witness {trust.names.get(client, client[:16])}"
         if key is None or not line:
@@ -181,9 +218,14 @@ def _check_head(bundle: Bundle, trust: Trust, findings: Findings, history: Histo
             findings.fork("witness", where, f"cosigned another history of {size} leaves than is here")
             continue
         history.seen[client] = at
-        history.covered = max(history.covered, size)
+        history.witnessed = max(history.witnessed, size)
     if history.seen:
-        findings.held.append(f"{len(history.seen)} trusted sites cosigned this history")
+        what = (
+            "this history"
+            if history.witnessed == len(tree)
+            else f"its first {many(history.witnessed, 'leaf', 'leaves')}"
+        )
+        findings.held.append(f"{many(len(history.seen), 'trusted site')} cosigned {what}")
     else:
         findings.incomplete("no-witness", origin, "no site that the trust file names cosigned this log")
     return True
@@ -214,11 +256,7 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
                     raise ValueError("this run began before")
                 runs[run] = (0, hexes(record, "adapter", 32), hexes(record, "base", 32))
             elif kind == "incident" and isinstance(record.get("clients"), list):
-                history.aborted += [
-                    (index, hexes(one, "client", 16), words(one, "name"), hexes(one, "plan", 32))
-                    for one in rows(record, "clients")
-                    if words(one, "verdict") == "accepted"
-                ]
+                history.aborted += [_aborted(record, index, one) for one in rows(record, "clients")]
             elif kind == "round_commit":
                 commit = _commit(record, index)
                 history.commits.append(commit)
@@ -233,7 +271,8 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
             findings.violation("leaf", where, f"malformed: {error}"[:300])
     if history.commits:
         findings.held.append(
-            f"{len(history.commits)} rounds of {len({c.run for c in history.commits})} runs, in order and without gaps"
+            f"{many(len(history.commits), 'round')} of {many(len({c.run for c in history.commits}), 'run')},"
+            " in order and without gaps"
         )
 
 
@@ -296,6 +335,27 @@ def _commit(record: dict[str, Any], index: int) -> RoundCommit:
     )
 
 
+def _aborted(record: dict[str, Any], index: int, one: dict[str, Any]) -> Aborted:
+    said = "steps" in one
+    return Aborted(
+        index,
+        hexes(record, "run", 16),
+        integer(record, "round", 1, 1_000_000),
+        hexes(one, "client", 16),
+        words(one, "name"),
+        hexes(one, "plan", 32),
+        words(one, "verdict"),
+        integer(one, "charged", 0, 1_000_000) if said else 0,
+        (
+            number(one, "noise_multiplier", 1e-3, 1e6),
+            number(one, "sample_rate", 1e-9, 1),
+            integer(one, "steps", 1, 100_000),
+        )
+        if said
+        else None,
+    )
+
+
 def _ids(one: dict[str, Any]) -> list[Any]:
     found = json.loads(words(one, "clients"))
     if not isinstance(found, list):
@@ -310,5 +370,6 @@ def check_covered(history: History, findings: Findings) -> None:
         first = f"round {late[0].number} of run {late[0].run[:8]}"
         findings.incomplete("unwitnessed", f"leaf {late[0].index}", f"nobody else saw {first} and what came after it")
     elif history.commits:
-        seen = f"{history.covered} of its {len(history.tree)} leaves were seen by a witness or are remembered"
-        findings.held.append(f"{seen}, every round among them")
+        leaves = many(len(history.tree), "leaf", "leaves")
+        seen = f"of its {leaves} {history.witnessed} were seen by sites, {history.remembered} are remembered"
+        findings.held.append(f"{seen}: every round is among them")

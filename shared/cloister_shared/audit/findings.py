@@ -11,6 +11,11 @@ Kind = Literal["violation", "incomplete", "fork"]
 _CODES: dict[Kind, int] = {"violation": 1, "incomplete": 2, "fork": 3}
 
 
+def many(count: int, one: str, more: str = "") -> str:
+    """A number of things, in words that fit it."""
+    return f"{count} {one if count == 1 else more or one + 's'}"
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that does not hold, or that could not be looked at.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from typing import Any
 
 from cloister_shared.encoding import canonical, parse_record
@@ -82,6 +83,13 @@ def words(record: dict[str, Any], name: str) -> str:
 def printable(text: str) -> str:
     """A text that moves no cursor and begins no line: what a bundle says reaches a terminal and a page."""
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def when(at: object) -> str:
+    """A time as a log says it, for people."""
+    if not isinstance(at, int | float) or not 0 <= at < 1e11:
+        return "at no time"
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at))
 
 
 def rows(record: dict[str, Any], name: str) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from cloister_shared.aliases import Move
 from cloister_shared.audit.federation import History
-from cloister_shared.audit.findings import Findings
+from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.reading import MALFORMED, hexes, integer
 from cloister_shared.errors import CloisterError, VerificationError
 
@@ -46,9 +46,11 @@ def check_releases(history: History, findings: Findings) -> None:
         except (CloisterError, *MALFORMED) as error:
             findings.violation("leaf", where, f"malformed: {error}"[:300])
     if aliases:
-        signed = f", {guarded} of them signed by the operator who guards the alias" if guarded else ""
-        moves = sum(last.version for last in aliases.values())
-        findings.held.append(f"{moves} moves of {len(aliases)} aliases, each at a round that the log has{signed}")
+        signed = f", {guarded} signed by the operator who guards the alias" if guarded else ""
+        moves = many(sum(last.version for last in aliases.values()), "move")
+        findings.held.append(
+            f"{moves} of {many(len(aliases), 'alias', 'aliases')}, each at a round that the log has{signed}"
+        )
 
 
 def _move(move: Move, aliases: dict[str, Move], findings: Findings, where: str) -> bool:

@@ -1,23 +1,21 @@
-"""The audit's report: one answer a question, in a fixed order, as JSON, as rows for CSV, and as one HTML page that prints.
+"""The audit's report: one answer a question, in a fixed order, for people (``page``) and programs.
 
-The page has no script and loads nothing. What a bundle says is escaped; what could not be checked is said where the answer would be.
+What could not be checked is said where the answer would be.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from typing import Any
 
+from cloister_shared.audit.became import became, imported, round_of
 from cloister_shared.audit.budget import Block
 from cloister_shared.audit.bundle import Bundle
 from cloister_shared.audit.federation import History
-from cloister_shared.audit.findings import Findings
-from cloister_shared.audit.reading import printable
+from cloister_shared.audit.findings import Findings, many
+from cloister_shared.audit.reading import printable, when
 from cloister_shared.audit.sites import Ledger
 from cloister_shared.audit.trust import Trust
 
@@ -56,30 +54,23 @@ class Answer:
         object.__setattr__(self, "lines", tuple(map(printable, self.lines)))
 
 
-def _when(at: object) -> str:
-    if not isinstance(at, int | float) or not 0 <= at < 1e11:
-        return "at no time"
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at))
+def merged(names: Sequence[str]) -> str:
+    """Several names on a line; of many the first and how many more."""
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+
+
+def _alike(said: Iterable[tuple[str, str]]) -> list[str]:
+    """Lines of whom they are true: what is the same of several is one line."""
+    whose = dict[str, list[str]]()
+    for name, words in said:
+        whose.setdefault(words, []).append(name)
+    return [f"{merged(sorted(names))}: {words}" for words, names in whose.items()]
 
 
 def _unit(card: object) -> str:
     """What a site declared at enrolment."""
     known = card if isinstance(card, dict) else {}
     return f"{known.get('name')}: one unit is one {known.get('unit')}; {known.get('records')} declared at enrolment"
-
-
-def _moved(r: Mapping[str, Any]) -> str:
-    guard = r.get("guard")
-    parts = (
-        "a rollback" if r.get("rollback") else "",
-        f"guarded by {str(guard)[:16]}" if guard else "",
-        str(r.get("why") or ""),
-    )
-    return "".join(f"; {part}" for part in parts if part)
-
-
-def _round(r: Mapping[str, Any]) -> str:
-    return f"round {r.get('round')} of run {str(r.get('run'))[:8]}"
 
 
 def answers(
@@ -94,57 +85,80 @@ def answers(
     records = history.records
     of = {
         kind: [r for r in records if r.get("kind") == kind]
-        for kind in ("policy", "spend", "incident", "alias_set", "export", "enrol", "hold", "tombstone", "round_commit")
+        for kind in ("policy", "spend", "incident", "enrol", "round_commit")
     }
     names = sorted({one.name for commit in history.commits for one in commit.asked})
-    caps = [
-        f"{ledger.name}: epsilon {cap:g} at delta {delta:g} from {_when(at)}"
-        for ledger in ledgers.values()
+    own = sorted(ledgers.values(), key=lambda ledger: ledger.name)
+    silent = sorted(
+        {one.name for c in history.commits for one in c.asked if one.took_part and one.client not in ledgers}
+    )
+    unsaid = (f"Of {merged(silent)} this cannot be said: their own logs are not here.",) if silent else ()
+    caps = _alike(
+        (ledger.name, f"epsilon {cap:g} at delta {delta:g} from {when(at)}")
+        for ledger in own
         for at, cap, delta in ledger.caps
-    ]
+    )
     overruns = [f"{f.where}: {f.what}" for f in findings.found if f.code in ("cap", "counter", "order", "void")]
     sums = [c for c in history.commits if c.sums]
-    releases = [f"{ledger.name}: {line}" for ledger in ledgers.values() for line in ledger.releases]
-    lost = [
-        f"{ledger.name}: {sum(e.state == 'spent' for e in ledger.entries.values())} rounds spent,"
-        f" {sum(e.state == 'lost' for e in ledger.entries.values())} lost (charged, nothing left),"
-        f" {sum(e.state == 'void' for e in ledger.entries.values())} given back before text was read"
-        for ledger in ledgers.values()
-    ]
-    final = [
-        f"{b.site} block {b.block}: epsilon {b.epsilon:.4f} (PLD), {b.rdp:.4f} (RDP) of {b.cap:g} at delta {b.delta:g};"
-        f" {b.rounds} rounds, {b.steps} Gaussian steps; lifetime"
-        for b in blocks
-    ]
-    rounds = [
-        f"{b.site} block {b.block}: a round alone: epsilon {', '.join(f'{e:.4f} ({n} rounds)' for e, n in sorted(b.alone))}"
-        for b in blocks
+    releases = [f"{ledger.name}: {line}" for ledger in own for line in ledger.releases]
+    states = [(ledger.name, Counter(e.state for e in ledger.entries.values())) for ledger in own]
+    lost = _alike(
+        (
+            name,
+            f"{n['spent']} rounds spent, {n['lost']} lost (charged, nothing left), {n['void']} given back before text was read",
+        )
+        for name, n in states
+    )
+    held = [(f"{b.site} block {b.block}", b) for b in blocks]
+    final = _alike(
+        (
+            name,
+            f"lifetime epsilon {b.epsilon:.4f} (PLD), {b.rdp:.4f} (RDP) of {b.cap:g} at delta {b.delta:g};"
+            f" {b.rounds} rounds, {b.steps} Gaussian steps",
+        )
+        for name, b in held
+    )
+    rounds = _alike(
+        (name, f"a round alone: epsilon {', '.join(f'{e:.4f} ({n} of its rounds)' for e, n in sorted(b.alone))}")
+        for name, b in held
         if b.alone
-    ]
-    periods = [
-        f"{b.site} block {b.block}, {p.month}: epsilon {p.epsilon:.4f} (PLD) for {p.rounds} rounds of that month alone;"
-        f" its lifetime by then {p.lifetime:.4f} (RDP). Months do not add up, and none resets anything"
-        for b in blocks
+    )
+    periods = _alike(
+        (
+            name,
+            f"{p.month}: epsilon {p.epsilon:.4f} (PLD) for the rounds of that month alone, {p.rounds} of them; lifetime by then"
+            f" {p.lifetime:.4f} ({'PLD' if p.sure else 'RDP'}). Months do not add up, and none resets anything",
+        )
+        for name, b in held
         for p in b.periods
-    ]
+    )
     units = sorted({_unit(r.get("card")) for r in of["enrol"]})
     whole = [
-        f"client level: epsilon {r.get('epsilon'):.4f} at delta {r.get('delta'):g} after {_round(r | {'round': r.get('number')})}"
+        f"client level: epsilon {r['epsilon']:.4f} at delta {r['delta']:g} after {round_of(r, 'number')}"
         for r in of["spend"]
-        if isinstance(r.get("epsilon"), float) and isinstance(r.get("delta"), float)
+        if isinstance(r.get("epsilon"), int | float) and isinstance(r.get("delta"), int | float)
     ]
+    drawn = {(r.get("run"), r.get("number")) for r in of["spend"]}
+    if whole and (without := [c for c in history.commits if (c.run, c.number) not in drawn]):
+        told = merged([f"{c.number} of run {c.run[:8]}" for c in without])
+        whole.append(f"client level: no such noise in rounds {told}: of their updates it says nothing")
     absent = (
         ""
         if records
         else "cannot be said from these bundles: the federation's log is not in them, or is not what was signed"
     )
     none = (absent or "nothing in the logs",)
-    kinds = {e.terms for ledger in ledgers.values() for e in ledger.entries.values()}
+    kinds = {e.terms for ledger in own for e in ledger.entries.values()}
     noise = [f"noise multiplier {a:g}, sample rate {b:.4g}, {c} steps, delta {d:g}" for a, b, c, d in sorted(kinds)]
     models = [
         f"round {c.number} of run {c.run[:8]}: adapter {c.adapter[:16]} holds"
         f" {', '.join(sorted(one.name for one in c.asked if one.verdict == 'accepted')) or 'no text'}"
         for c in history.commits
+    ]
+    models += [
+        f"round 0 of run {str(r.get('run'))[:8]}: adapter {str(r.get('adapter'))[:16]} holds text of another federation's sites: {came}"
+        for r in of["policy"]
+        if (came := imported(r))
     ]
     code = sorted(
         {
@@ -154,16 +168,16 @@ def answers(
         }
     )
     incidents = [f"leaf {r.get('index')}: {r.get('what')}" for r in of["incident"]]
-    incidents += [f"{ledger.name}: {line}" for ledger in ledgers.values() for line in ledger.incidents]
+    incidents += [f"{ledger.name}: {line}" for ledger in own for line in ledger.incidents]
     members = [
-        f"leaf {r.get('index')}: {r.get('kind')} {r.get('site')}, {_when(r.get('at'))}"
+        f"leaf {r.get('index')}: {r.get('kind')} {r.get('site')}, {when(r.get('at'))}"
         for r in records
         if r.get("kind") in ("enrol", "revoke")
     ]
     by = ", ".join(sorted(trust.names[i] for i in history.seen)) or "nobody who is trusted"
     log = [
-        f"{len(history.tree)} leaves; cosigned by {by}",
-        f"the first {history.covered} leaves were seen by a witness or are remembered in the trust file",
+        f"{many(len(history.tree), 'leaf', 'leaves')}; the first {history.witnessed} were seen by sites; cosigned by {by}",
+        f"the trust file remembers the first {history.remembered}, as whoever wrote it saw them",
     ]
     log += [
         f"{f.kind}: {f.where}: {f.what}"
@@ -177,7 +191,7 @@ def answers(
         ),
         Answer(
             "Epsilon and delta, per round, period and lifetime?",
-            (*rounds, *periods, *final, *whole) or ("no site's own log is here: incomplete",),
+            (*final, *rounds, *periods, *unsaid, *whole) or (absent or "nothing was spent",),
         ),
         Answer(
             "Who was trusted with what?",
@@ -187,17 +201,22 @@ def answers(
                 "Everybody who sees rounds sees the adapters.",
             ),
         ),
-        Answer("Caps, and who changed them when?", tuple(caps) or none),
-        Answer("Any overrun or reset?", tuple(overruns) or ("none found",)),
+        Answer("Caps, and who changed them when?", (*caps, *unsaid) or none),
+        Answer("Any overrun or reset?", (*(overruns or (["none found"] if own else [])), *unsaid) or none),
         Answer(
             "Did the sampling match the accountant?",
             (
-                "Poisson over units, as reservations state and commits repeat.",
+                *(["Poisson over units, as reservations state and commits repeat."] if own else []),
+                *unsaid,
                 *(f"{f.where}: {f.what}" for f in findings.found if f.code == "terms"),
-            ),
+            )
+            or none,
         ),
-        Answer("Realised participants and noise?", (*lost, *noise) or none),
-        Answer("What left without noise, and to whom?", tuple(releases) or ("nothing that a site's ledger here says",)),
+        Answer("Realised participants and noise?", (*lost, *noise, *unsaid) or none),
+        Answer(
+            "What left without noise, and to whom?",
+            (*(releases or (["nothing that a site's ledger here says"] if own else [])), *unsaid) or none,
+        ),
         Answer(
             "Does an independent accountant agree?",
             tuple(x for x in findings.held if "dp-accounting" in x)
@@ -206,25 +225,7 @@ def answers(
             or none,
         ),
         Answer("Which model holds which text?", tuple(models) or none),
-        Answer(
-            "Who promoted it, exported it, kept it or gave it up?",
-            (
-                *(
-                    f"leaf {r.get('index')}: {r.get('alias')} to {_round(r)}, {_when(r.get('at'))}{_moved(r)}"
-                    for r in of["alias_set"]
-                ),
-                *(f"leaf {r.get('index')}: {_round(r)} was exported, {_when(r.get('at'))}" for r in of["export"]),
-                *(
-                    f"leaf {r.get('index')}: {_round(r)}: hold {'released' if r.get('released') else 'set'}: {r.get('why')}"
-                    for r in of["hold"]
-                ),
-                *(
-                    f"leaf {r.get('index')}: {_round(r)}: its adapter was given up: {r.get('why')}"
-                    for r in of["tombstone"]
-                ),
-            )
-            or (absent or "nobody",),
-        ),
+        Answer("Who promoted it, exported it, kept it or gave it up?", tuple(became(history)) or (absent or "nobody",)),
         Answer("Which code?", tuple(code) or none),
         Answer("Who was enrolled then?", tuple(members) or none),
         Answer("Is the log whole, append-only, seen by others?", tuple(log)),
@@ -243,119 +244,3 @@ def as_record(said: Sequence[Answer], findings: Findings, blocks: Sequence[Block
         "answers": [asdict(one) for one in said],
         "blocks": [asdict(one) for one in blocks],
     }
-
-
-def as_csv(blocks: Sequence[Block]) -> str:
-    """Budgets over time, a row for each charged entry."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["site", "block", "entry", "reserved_at", "epsilon_rdp", "delta", "cap", "epsilon_pld_final"])
-    for b in blocks:
-        for p in b.points:
-            writer.writerow(
-                [b.site, b.block, p.entry, f"{p.at:.0f}", f"{p.rdp:.6f}", b.delta, b.cap, f"{b.epsilon:.6f}"]
-            )
-    return out.getvalue()
-
-
-def as_html(
-    said: Sequence[Answer],
-    findings: Findings,
-    blocks: Sequence[Block],
-    history: History,
-    title: str,
-    about: Mapping[str, str],
-) -> str:
-    """The page."""
-    verdict = VERDICTS[findings.exit_code]
-    colour = {0: "#2b7a4b", 1: "#b3261e", 2: "#8a6d00", 3: "#b3261e"}[findings.exit_code]
-    rows = "".join(
-        f"<tr><td>{escape(f.kind)}</td><td>{escape(f.code)}</td><td>{escape(f.where)}</td><td>{escape(f.what)}</td></tr>"
-        for f in findings.found
-    )
-    table = (
-        f"<table><tr><th>kind</th><th>code</th><th>where</th><th>what</th></tr>{rows}</table>"
-        if rows
-        else "<p>Nothing was found.</p>"
-    )
-    parts = "".join(
-        f"<section><h2>{i}. {escape(one.question)}</h2>{''.join(f'<p>{escape(line)}</p>' for line in one.lines)}</section>"
-        for i, one in enumerate(said, 1)
-    )
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        f"<title>{escape(title)}</title><style>body{{font:15px/1.45 sans-serif;max-width:52em;margin:2em auto;padding:0 1em;color:#222}}"
-        "h1{font-size:1.5em}h2{font-size:1.05em;margin:1.4em 0 .3em}p{margin:.25em 0;overflow-wrap:anywhere}"
-        "table{border-collapse:collapse;width:100%;font-size:13px}td,th{border:1px solid #ccc;padding:.3em .5em;text-align:left;"
-        "overflow-wrap:anywhere;vertical-align:top}.verdict{font-size:1.3em;font-weight:bold}svg{max-width:100%;height:auto}"
-        "@media print{body{margin:0;max-width:none;font-size:11pt}section{break-inside:avoid}}</style>"
-        f"<h1>{escape(title)}</h1><p class=verdict style='color:{colour}'>{verdict}</p>"
-        f"{''.join(f'<p>{escape(name)}: {escape(printable(text))}</p>' for name, text in about.items())}{table}"
-        f"<h2>What was checked and held</h2>{''.join(f'<p>{escape(line)}</p>' for line in findings.held) or '<p>Nothing.</p>'}"
-        f"{_plot(blocks)}{_accuracy(history)}{parts}</html>\n"
-    )
-
-
-def _frame(wide: int, tall: int, left: int, most: str, right: str, top: str, inside: str, height: int) -> str:
-    """An SVG with two axes around ``inside``."""
-    line = '<line x1="{}" x2="{}" y1="{}" y2="{}" stroke="#222"/>'
-    return (
-        f'<svg viewBox="0 0 {left + wide + 20} {height}" font-family="sans-serif" font-size="12" role="img">'
-        + line.format(left, left, 20, tall + 20)
-        + line.format(left, left + wide, tall + 20, tall + 20)
-        + f'<text x="{left - 6}" y="24" text-anchor="end">{most}</text>'
-        + f'<text x="{left - 6}" y="{tall + 24}" text-anchor="end">0</text>'
-        + f'<text x="{left + wide}" y="{tall + 38}" text-anchor="end">{right}</text>'
-        + f'<text x="6" y="14">{top}</text>{inside}</svg>'
-    )
-
-
-def _plot(blocks: Sequence[Block]) -> str:
-    """Budget over entries, a line for each block, against its cap."""
-    drawn = [b for b in blocks if b.points]
-    if not drawn:
-        return ""
-    wide, tall, left = 640, 220, 50
-    most = max(max(b.cap, b.rdp) for b in drawn) or 1.0
-    count = max(len(b.points) for b in drawn)
-    colours = ("#2f6690", "#b5651d", "#2b7a4b", "#7a2b6d", "#8a6d00", "#444")
-    lines = []
-    for i, b in enumerate(drawn):
-        xy = [(0, 0.0), *((n, p.rdp) for n, p in enumerate(b.points, 1))]
-        path = " ".join(f"{left + x * wide / count:.1f},{tall + 20 - y / most * tall:.1f}" for x, y in xy)
-        cap, colour = tall + 20 - b.cap / most * tall, colours[i % len(colours)]
-        lines.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        lines.append(
-            f'<circle cx="{left + wide}" cy="{tall + 20 - b.epsilon / most * tall:.1f}" r="4" fill="{colour}"/>'
-        )
-        dashed = f'stroke="{colour}" stroke-dasharray="4 4"'
-        lines.append(f'<line x1="{left}" x2="{left + wide}" y1="{cap:.1f}" y2="{cap:.1f}" {dashed}/>')
-        place = f'x="{left + 8 + 150 * (i % 4)}" y="{tall + 60 + 18 * (i // 4)}"'
-        lines.append(f'<text {place} fill="{colour}">{escape(b.site)} block {b.block}</text>')
-    height, top = (
-        tall + 70 + 18 * (len(drawn) // 4),
-        "epsilon by RDP, an upper bound; dot: by PLD, which decides; dashed: cap",
-    )
-    return "<h2>Budget over time</h2>" + _frame(
-        wide, tall, left, f"{most:.3g}", "rounds charged", top, "".join(lines), height
-    )
-
-
-def _accuracy(history: History) -> str:
-    """Accuracy of each round against the most epsilon that was published for a site by then."""
-    dots = []
-    for commit in history.commits:
-        score, spent = commit.metrics.get("accuracy"), [one.epsilon for one in commit.asked]
-        if score is not None and spent:
-            dots.append((max(spent), score, commit.number))
-    if not dots:
-        return ""
-    wide, tall, left = 640, 180, 50
-    most = max(x for x, _, _ in dots) or 1.0
-    marks = "".join(
-        f'<circle cx="{left + x / most * wide:.1f}" cy="{tall + 20 - y * tall:.1f}" r="4" fill="#2f6690"/>'
-        f'<text x="{left + x / most * wide:.1f}" y="{tall + 10 - y * tall:.1f}" text-anchor="end">{n}: {y:.3f}</text>'
-        for x, y, n in dots
-    )
-    right = f"epsilon, the most of any site: {most:.3g}"
-    return "<h2>Accuracy against epsilon</h2>" + _frame(wide, tall, left, "1", right, "accuracy", marks, tall + 45)

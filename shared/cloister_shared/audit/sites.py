@@ -326,7 +326,7 @@ def _seen(note: str, trust: Trust, history: History, findings: Findings, at: str
             "witnessed", at, f"the federation's key signed another history of {head.size} leaves than is here"
         )
     else:
-        history.covered = max(history.covered, head.size)
+        history.witnessed = max(history.witnessed, head.size)
 
 
 def _same_as_note(record: dict[str, Any], trust: Trust, history: History, findings: Findings, at: str) -> None:
@@ -361,12 +361,12 @@ def check_spends(ledgers: dict[str, Ledger], trust: Trust, history: History, fin
                 if one.plan not in ledger.receipts:
                     late = " (the last of its run: it may be on its way)" if commit.number == last[commit.run] else ""
                     findings.incomplete("no-receipt", where, f"the site has no receipt for it{late}")
-    for index, client, name, plan in history.aborted:
+    for lost in history.aborted:
         # A round that came to nothing has used the text of those whose updates came.
-        if (ledger := of.get(client)) is not None:
-            states = {e.state for e in ledger.entries.values() if e.plan == plan}
+        if lost.verdict == "accepted" and (ledger := of.get(lost.client)) is not None:
+            states = {e.state for e in ledger.entries.values() if e.plan == lost.plan}
             if not states & {"spent", "lost", "reserved"}:
-                where = f"leaf {index}, {name}"
+                where = f"leaf {lost.index}, {lost.name}"
                 findings.violation(
                     "unspent", where, "an update came in an aborted round, and its site never spent for it"
                 )
