@@ -19,7 +19,7 @@ from cloister_shared import console
 from cloister_shared.audit.budget import Block, check_budgets, check_published
 from cloister_shared.audit.bundle import Bundle, SiteLog, read_bundle
 from cloister_shared.audit.draws import check_draws
-from cloister_shared.audit.federation import History, check_covered, check_federation
+from cloister_shared.audit.federation import History, called, check_covered, check_federation
 from cloister_shared.audit.findings import Findings
 from cloister_shared.audit.page import as_csv, as_html
 from cloister_shared.audit.reading import printable
@@ -53,7 +53,7 @@ def audit(bundle: Bundle, trust: Trust) -> Audit:
     findings = Findings()
     history = check_federation(bundle, trust, findings)
     ledgers = dict[str, Ledger]()
-    for client, log in sorted(bundle.sites.items()):
+    for client, log in sorted(bundle.sites.items(), key=lambda one: called(one[0], trust, history)):
         found = check_site(client, log, bundle, trust, history, findings)
         if found is not None:
             ledgers[client] = found

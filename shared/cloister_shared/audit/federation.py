@@ -124,6 +124,7 @@ class History:
         commits: The round commits among them.
         aborted: What rounds that came to nothing asked of clients.
         seen: When each witness cosigned it, by client id.
+        names: What the log's enrolments call sites, by client id.
         witnessed: How many leaves a trusted site cosigned, or has the signed head of in its own log.
         remembered: How many leaves the trust file remembers.
     """
@@ -133,6 +134,7 @@ class History:
     commits: list[RoundCommit] = field(default_factory=list)
     aborted: list[Aborted] = field(default_factory=list)
     seen: dict[str, int] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     witnessed: int = 0
     remembered: int = 0
 
@@ -247,7 +249,7 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
                 if record["card"]["name"] != site:
                     raise ValueError("the card is another site's")
                 _named(trust, key.id.hex(), site, where, findings)
-                here[key.id.hex()] = site
+                here[key.id.hex()] = history.names[key.id.hex()] = site
             elif kind == "revoke":
                 here = {i: name for i, name in here.items() if name != words(record, "site")}
             elif kind == "policy":
@@ -274,6 +276,12 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
             f"{many(len(history.commits), 'round')} of {many(len({c.run for c in history.commits}), 'run')},"
             " in order and without gaps"
         )
+
+
+def called(client: str, trust: Trust, history: History) -> str:
+    """What to call a site: as the trust file does; where that has its key alone, as the log does, with the key's beginning."""
+    known = trust.names.get(client, client[:16])
+    return f"{history.names[client]} ({client[:8]})" if known == client[:16] and client in history.names else known
 
 
 def _named(trust: Trust, client: str, name: str, where: str, findings: Findings) -> None:

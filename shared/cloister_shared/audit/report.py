@@ -13,7 +13,7 @@ from typing import Any
 from cloister_shared.audit.became import became, imported, round_of
 from cloister_shared.audit.budget import Block
 from cloister_shared.audit.bundle import Bundle
-from cloister_shared.audit.federation import History
+from cloister_shared.audit.federation import History, called
 from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.reading import printable, when
 from cloister_shared.audit.sites import Ledger
@@ -174,7 +174,7 @@ def answers(
         for r in records
         if r.get("kind") in ("enrol", "revoke")
     ]
-    by = ", ".join(sorted(trust.names[i] for i in history.seen)) or "nobody who is trusted"
+    by = ", ".join(sorted(called(i, trust, history) for i in history.seen)) or "nobody who is trusted"
     log = [
         f"{many(len(history.tree), 'leaf', 'leaves')}; the first {history.witnessed} were seen by sites; cosigned by {by}",
         f"the trust file remembers the first {history.remembered}, as whoever wrote it saw them",

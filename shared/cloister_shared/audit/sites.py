@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cloister_shared.audit.bundle import Bundle, SiteLog
-from cloister_shared.audit.federation import Asked, History, RoundCommit
+from cloister_shared.audit.federation import Asked, History, RoundCommit, called
 from cloister_shared.audit.findings import Findings
 from cloister_shared.audit.reading import MALFORMED, hexes, integer, number, record_of, words
 from cloister_shared.audit.trust import Trust
@@ -108,7 +108,7 @@ def check_site(
         history: The federation's log.
         findings: Where what is found goes.
     """
-    name = trust.names.get(client, client[:16])
+    name = called(client, trust, history)
     key, where = trust.sites.get(client), f"site {name}"
     if key is None:
         findings.incomplete("unknown-site", where, "the trust file does not name this site: nothing of it is believed")
@@ -127,7 +127,7 @@ def check_site(
         findings.violation("head", where, what)
         return None
     # A site that joined again has had several keys under its name.
-    keys = tuple(known for i, known in trust.sites.items() if trust.names[i] == name)
+    keys = tuple(known for i, known in trust.sites.items() if trust.names[i] == trust.names[client])
     ledger = Ledger(client, name, origin, keys, len(tree))
     _check_heads(ledger, tree, trust, history, findings, where)
     for index, event in enumerate(log.events):
