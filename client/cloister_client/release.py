@@ -9,6 +9,7 @@
   random numbers that no text was read for.
 - ``Refusal``: a rule's name and its public limits; of a rule that is not the policy's, the budget's, a secure sum's or a witness's,
   the name alone.
+- To a run's end, an acknowledgement: nothing of its own.
 - Before each of them stands ``answers.Preface``: the signed head of this site's own log, a hash over hashes of random tags, and its
   cosignature of the coordinator's (``witness``). How many events the ledger has is seen from it.
 
@@ -45,6 +46,7 @@ CODECS = {
     Codec.MASKED_U32: "NoisedUpdate, under masks",
     Codec.SECURE: "a commitment, a nonce, public keys, sealed shares, or shares: random numbers, made without the text",
     Codec.REFUSAL: "Refusal",
+    Codec.ACK: "nothing beside what is said of logs",
 }
 
 
@@ -153,6 +155,11 @@ def refusal(error: CloisterError, preface: Callable[[], Preface] | None) -> tupl
     said = Refusal(rule, error.what, error.expected, error.got) if public else Refusal(rule, "refused")
     plaintext = canonical({name: value for name, value in asdict(said).items() if public or value})
     return Codec.REFUSAL, plaintext if preface is None else preface().before(plaintext)
+
+
+def acknowledgement(preface: Preface) -> tuple[Codec, bytes]:
+    """The answer to a run's end: what is said of logs, and nothing else."""
+    return Codec.ACK, preface.before(b"")
 
 
 def protocol(said: Mapping[str, Any]) -> tuple[Codec, bytes]:

@@ -26,7 +26,7 @@ from cloister_shared.answers import Preface
 from cloister_shared.cards import CoordinatorCard
 from cloister_shared.encoding import digest, parse_record, write_durably
 from cloister_shared.errors import CloisterError, RefusedError, VerificationError
-from cloister_shared.plan import Plan, PlanCore, Receipt, TaskSpec, read_closing, read_parent
+from cloister_shared.plan import Closing, Plan, PlanCore, Receipt, TaskSpec, read_parent
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, SealingKey, open_envelope, seal
 from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import F32, clipped, vector_from_bytes, vector_to_bytes
@@ -34,7 +34,15 @@ from cloister_shared.vectors import F32, clipped, vector_from_bytes, vector_to_b
 from cloister_client.budget import Ledger
 from cloister_client.numbers import noised_numbers
 from cloister_client.policy import Policy, check
-from cloister_client.release import NoisedUpdate, NonPrivateRelease, protocol, refusal, release, with_numbers
+from cloister_client.release import (
+    NoisedUpdate,
+    NonPrivateRelease,
+    acknowledgement,
+    protocol,
+    refusal,
+    release,
+    with_numbers,
+)
 from cloister_client.sums import Sums
 from cloister_client.train import Device, Trainer
 from cloister_client.units import Units
@@ -123,13 +131,7 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
     started = time.time()
     header, plaintext = _open(desk, envelope)
     if header.codec == Codec.CLOSING:
-        receipts, view = read_closing(plaintext, desk.card.verify_key, "closing message")
-        settle(desk, receipts)
-        try:
-            desk.witness.look(view, "")
-        except RefusedError as error:
-            desk.tell.update(refusal=str(error))
-        return b""
+        return _closed(desk, header, Closing.from_bytes(plaintext, desk.card.verify_key, "closing message"))
     if header.codec == Codec.SECURE:
         return _secure(desk, header, plaintext)
     plan, rest = Plan.from_bytes(plaintext, desk.card.verify_key, "plan")
@@ -162,6 +164,17 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
         desk.tell.update(state="ready", refusal=f"round {core.round}: {error}")
         answer = _seal(desk, plan.round_key, header, *refusal(error, preface))
     return answer
+
+
+def _closed(desk: Desk, header: Header, said: Closing) -> bytes:
+    """Keeps a run's last receipts, and answers what this site has seen of the log by now; no text is read for it."""
+    settle(desk, said.receipts)
+    cosignature = ""
+    try:
+        _, cosignature = desk.witness.look(said.view, said.own_head)
+    except RefusedError as error:
+        desk.tell.update(refusal=str(error))
+    return _seal(desk, said.reply_to, header, *acknowledgement(desk.witness.preface(cosignature)))
 
 
 def _secure(desk: Desk, header: Header, plaintext: bytes) -> bytes:

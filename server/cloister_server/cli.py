@@ -261,6 +261,8 @@ def event_line(kind: str, e: dict[str, Any]) -> str | None:
             f"client level (one client's whole update, against whoever sees rounds): {how}, epsilon now {e['epsilon']:.3f},"
             f" after {e['rounds']} more rounds {e['epsilon_end']:.3f} of {e['epsilon_cap']:g} at delta {e['delta']:g}"
         )
+    if kind == "unacknowledged":
+        return f"site {e['site']}: the run's end was not acknowledged: {e['reason']}"
     if kind == "revoked":
         return f"site {e['site']}: revoked, no part in this round"
     if kind == "groups":

@@ -25,6 +25,7 @@ from cloister_shared.vectors import F32, Schema, vector_from_bytes, vector_to_by
 from cloister_server.accounting import REFUSED, Cost
 from cloister_server.admission import admit_update
 from cloister_server.context import Context, Member
+from cloister_server.tables import Run
 
 FAILED, WENT_BACK = "failed-at-site", "log-went-back"
 
@@ -208,6 +209,39 @@ def read_reply(
         return Reply.unreadable(error)
     found = admit_update(update, schema, core.training)
     return Reply(found.code, "" if found.code == "accepted" else found.what, update, told, prefaced)
+
+
+def read_acknowledgement(
+    frame: bytes, card: SiteCard, run: Run, key: OpeningKey, schema: str, server: bytes, at: Checkpoint, before: str
+) -> Prefaced:
+    """Opens what a site says of logs at a run's end.
+
+    Args:
+        frame: As it came.
+        card: Who must have signed.
+        run: The run.
+        key: The closing messages'.
+        schema: Digest of names and shapes, hex.
+        server: The coordinator's key id.
+        at: The head of the coordinator's log that was shown.
+        before: The newest head of the client's own log that it signed earlier, or empty.
+
+    Raises:
+        CloisterError: It is something else, or does not hold.
+    """
+    where = f"acknowledgement of {card.name}"
+    header, plaintext = open_envelope(
+        frame,
+        by=card.verify_key,
+        key=key,
+        max_bytes=65536,
+        where=where,
+        expect=answering(card, server, run.id, run.rounds, 1, run.base, schema, "00" * 32),
+    )
+    preface, rest = read_answer(plaintext, where)
+    if header.codec != Codec.ACK or rest:
+        raise VerificationError("not an acknowledgement", where=where, got=header.codec.name)
+    return read_preface(preface, card, at, before, where)
 
 
 def take(

@@ -17,9 +17,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import numpy as np
+from cloister_flower.frames import frame_of
 from cloister_shared.answers import Preface
 from cloister_shared.encoding import digest
-from cloister_shared.errors import RefusedError, StateError
+from cloister_shared.errors import CloisterError, RefusedError, StateError
 from cloister_shared.installed import code_version, lock_digest
 from cloister_shared.notes import Checkpoint
 from cloister_shared.plan import PlanCore, SecureSum
@@ -39,11 +40,11 @@ from cloister_server.aggregation import Aggregate, noised_mean
 from cloister_server.context import Context, Exchange, Member
 from cloister_server.defence import Cohort, Entered, enter, explained, lost_at_sites, reputation
 from cloister_server.federation import PIPELINE, is_admitted
-from cloister_server.intake import WENT_BACK, Intake, Prefaced, read_preface, take
+from cloister_server.intake import WENT_BACK, Intake, Prefaced, read_acknowledgement, read_preface, take
 from cloister_server.peers import predicted_norm
 from cloister_server.planning import in_round, summed_rate
 from cloister_server.secure import collect, opened_before
-from cloister_server.sending import Shown, close, receipts_of, seal_plan
+from cloister_server.sending import Shown, receipts_of, seal_closing, seal_plan
 from cloister_server.store import Commit
 from cloister_server.tables import (
     AGGREGATING,
@@ -58,6 +59,7 @@ from cloister_server.tables import (
 )
 
 MOST_HOLDS = 3
+CLOSING_SECONDS = 15.0
 
 
 def run_rounds(context: Context, link: Exchange) -> None:
@@ -83,6 +85,27 @@ def run_rounds(context: Context, link: Exchange) -> None:
             )
     close(context, link)
     store.finish_run(run.id)
+
+
+def close(context: Context, link: Exchange) -> None:
+    """Sends the last receipts of a run; a client that does not hear them keeps its update a little longer, nothing else.
+
+    What clients cosign in answer is kept: the last commit has its witnesses without waiting for the next run.
+    """
+    receipts, shown, key = receipts_of(context, context.run.rounds), Shown.now(context), OpeningKey.generate()
+    asked = {m.node: m for m in context.members if m.id in receipts}
+    frames = {node: seal_closing(context, m, receipts[m.id], shown, key) for node, m in asked.items()}
+    seen, server, schema = dict[str, Prefaced](), context.signing.verify_key.id, context.schema.digest
+    for node, message in link.exchange(frames, "closing", CLOSING_SECONDS, lambda replies: len(replies) == len(frames)):
+        card, before = asked[node].card, shown.head_of(asked[node].id)
+        try:
+            frame = frame_of(message, f"acknowledgement of {card.name}")
+            found = read_acknowledgement(frame, card, context.run, key, schema, server, shown.at, before)
+            seen[asked[node].id] = found
+        except CloisterError as error:
+            context.tell("unacknowledged", site=card.name, reason=str(error)[:500])
+    key.erase()
+    remember(context, shown.at, seen)
 
 
 def admitted(context: Context) -> Context:

@@ -1,4 +1,4 @@
-"""What goes to clients: plans, receipts, closing messages, each signed by the coordinator and sealed to one client; decides nothing."""
+"""What goes to clients: plans, receipts and closing messages, each signed by the coordinator and sealed to one client; decides nothing."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cloister_shared.notes import Checkpoint
-from cloister_shared.plan import Plan, PlanCore, Receipt, closing_bytes
+from cloister_shared.plan import Closing, Plan, PlanCore, Receipt
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, seal
 from cloister_shared.vectors import F32
 
-from cloister_server.context import Context, Exchange, Member
+from cloister_server.context import Context, Member
 from cloister_server.tables import Witnessed
 
-CLOSING_SECONDS = 15.0
 MOST_RECEIPTS = 50
 
 
@@ -106,26 +105,10 @@ def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]
     return out
 
 
-def close(context: Context, link: Exchange) -> None:
-    """Sends the last round's receipts; a client that does not hear them keeps its update a little longer, nothing else."""
-    receipts, shown = receipts_of(context, context.run.rounds), Shown.now(context)
-    frames = {
-        member.node: sealed(
-            context,
-            member,
-            Codec.CLOSING,
-            closing_bytes(
-                context.run.id,
-                receipts[member.id],
-                context.store.view_for(member.id, shown.at, shown.known),
-                context.signing,
-            ),
-            context.run.rounds,
-            1,
-            "00" * 32,
-        )
-        for member in context.members
-        if member.id in receipts
-    }
-    for _ in link.exchange(frames, "closing", CLOSING_SECONDS, lambda replies: len(replies) == len(frames)):
-        pass
+def seal_closing(
+    context: Context, member: Member, receipts: tuple[Receipt, ...], shown: Shown, key: OpeningKey
+) -> bytes:
+    """One client's last receipts of a run, with what is shown of the log; what it saw comes back under ``key``."""
+    view, own = context.store.view_for(member.id, shown.at, shown.known), shown.head_of(member.id)
+    said = Closing(context.run.id, key.sealing_key, receipts, view, own).to_bytes(context.signing)
+    return sealed(context, member, Codec.CLOSING, said, context.run.rounds, 1, "00" * 32)

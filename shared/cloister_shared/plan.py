@@ -687,25 +687,55 @@ def read_parent(core: PlanCore, data: bytes, schema: Schema, where: str) -> F32:
     return parent
 
 
-def closing_bytes(run: str, receipts: tuple[Receipt, ...], view: View, by: SigningKey) -> bytes:
-    """The signed plaintext of the closing message after a run's last round."""
-    record = canonical({"run": run, "receipts": [asdict(receipt) for receipt in receipts], "view": view.as_dict()})
-    return struct.pack(">I", len(record)) + record + by.sign(CLOSING_PURPOSE, record)
+@dataclass(frozen=True)
+class Closing:
+    """What a client is told after a run's last round.
 
-
-def read_closing(data: bytes, by: VerifyKey, where: str) -> tuple[tuple[Receipt, ...], View]:
-    """Checks and reads a closing message: receipts, and the coordinator's log.
-
-    Raises:
-        VerificationError: The signature or the form does not hold.
+    Attributes:
+        run: The run's id, hex.
+        reply_to: The key that its answer is sealed to.
+        receipts: Of rounds that it took part in.
+        view: The coordinator's log.
+        own_head: The newest head of the client's own log that it signed, or empty.
     """
-    if len(data) < 4 + SIGNATURE_BYTES:
-        raise VerificationError("closing message is cut short", where=where)
-    (size,) = struct.unpack(">I", data[:4])
-    record_bytes, signature = data[4 : 4 + size], data[4 + size :]
-    by.verify(CLOSING_PURPOSE, record_bytes, signature, where)
-    try:
-        record = parse_record(record_bytes, where)
-        return tuple(Receipt.from_dict(r) for r in record["receipts"]), View.from_dict(record["view"], where)
-    except (KeyError, TypeError) as error:
-        raise VerificationError("closing message is malformed", where=where, got=str(error)) from error
+
+    run: str
+    reply_to: SealingKey
+    receipts: tuple[Receipt, ...]
+    view: View
+    own_head: str = ""
+
+    def to_bytes(self, by: SigningKey) -> bytes:
+        """The signed plaintext."""
+        record = canonical(
+            {
+                "run": self.run,
+                "reply_to": self.reply_to.raw.hex(),
+                "receipts": [asdict(receipt) for receipt in self.receipts],
+                "view": self.view.as_dict(),
+                "own_head": self.own_head,
+            }
+        )
+        return struct.pack(">I", len(record)) + record + by.sign(CLOSING_PURPOSE, record)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, by: VerifyKey, where: str) -> Closing:
+        """Checks and reads it.
+
+        Raises:
+            VerificationError: The signature or the form does not hold.
+        """
+        if len(data) < 4 + SIGNATURE_BYTES:
+            raise VerificationError("closing message is cut short", where=where)
+        (size,) = struct.unpack(">I", data[:4])
+        record_bytes, signature = data[4 : 4 + size], data[4 + size :]
+        by.verify(CLOSING_PURPOSE, record_bytes, signature, where)
+        try:
+            record = parse_record(record_bytes, where)
+            receipts = tuple(Receipt.from_dict(r) for r in record["receipts"])
+            key, view = SealingKey.from_hex(record["reply_to"], where), View.from_dict(record["view"], where)
+            if not isinstance(record["own_head"], str):
+                raise TypeError("own_head")
+            return cls(str(record["run"]), key, receipts, view, record["own_head"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise VerificationError("closing message is malformed", where=where, got=str(error)) from error

@@ -78,6 +78,7 @@ def test_only_declared_codecs_are_sealed_and_only_behind_the_gate() -> None:
                         ["release"],
                         ["refusal"],
                         ["protocol"],
+                        ["acknowledgement"],
                     )
                 if name == "ExecuteReply":
                     codes |= {
@@ -85,7 +86,7 @@ def test_only_declared_codecs_are_sealed_and_only_behind_the_gate() -> None:
                     }
     assert sealers == ["round.py"]
     assert codes == set(CODES)
-    assert set(CODECS) == {Codec.UPDATE_F32, Codec.REFUSAL, Codec.MASKED_U32, Codec.SECURE}
+    assert set(CODECS) == {Codec.UPDATE_F32, Codec.REFUSAL, Codec.MASKED_U32, Codec.SECURE, Codec.ACK}
 
 
 def test_a_secure_sums_update_never_leaves_bare_and_its_protocol_says_hex_alone(ledger: Ledger) -> None:

@@ -14,16 +14,19 @@ import torch
 from cloister_client.round import Desk, execute
 from cloister_client.site import Site
 from cloister_model.text import Record
+from cloister_shared.answers import read_answer
 from cloister_shared.encoding import digest
 from cloister_shared.errors import VerificationError
+from cloister_shared.notes import read_cosignature
 from cloister_shared.plan import Plan, PlanCore, TaskSpec
 from cloister_shared.privacy import epsilon
-from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, seal
+from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, open_envelope, seal
 from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import vector_from_bytes
 
 from support.client_world import (
     BERT_TASK,
+    CLOSING_KEY,
     GPT2_TASK,
     LABELS,
     SECRET,
@@ -193,12 +196,22 @@ def test_a_receipt_with_the_next_plan_deletes_only_what_it_names(client: Client)
     assert client.kept() == sorted(f"{c.digest}.f32" for c in (second, client.core(round=3)))
 
 
-def test_the_closing_message_deletes_what_was_kept_and_answers_nothing(client: Client) -> None:
+def test_the_closing_message_deletes_what_was_kept_and_answers_what_was_seen_of_logs(client: Client) -> None:
     update = client.update(client.ask())
     envelope = closing(
         client.world, client.id, client.desk.opening, (receipt_for(client.world, client.core(), update),)
     )
-    assert execute(client.desk, envelope) == b""
+    answer = execute(client.desk, envelope)
+    header, plaintext = open_envelope(
+        answer, by=client.desk.signing.verify_key, key=CLOSING_KEY, expect={}, max_bytes=65536, where="test"
+    )
+    preface, rest = read_answer(plaintext, "test")
+    assert (header.codec, rest) == (Codec.ACK, b"")
+    name, view = client.desk.signing.verify_key.id.hex(), empty_view(client.world.signing)
+    read_cosignature(
+        preface.cosignature, view.note.partition("\n\n")[0] + "\n", name, client.desk.signing.verify_key, "test"
+    )
+    assert preface.head == client.desk.ledger.head(client.desk.witness.name).signed(client.desk.signing)
     assert client.kept() == []
     assert client.desk.ledger.standing().rounds == 1
 

@@ -20,7 +20,8 @@ from cloister_server.export import export_round
 from cloister_server.rounds import one_round, run_rounds
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import RefusedError
-from cloister_shared.plan import PlanCore, read_closing
+from cloister_shared.notes import Checkpoint, read_cosignature
+from cloister_shared.plan import Closing, PlanCore
 from cloister_shared.privacy import DpSgd, epsilon
 from cloister_shared.sealing import Codec, Direction, OpeningKey, open_envelope
 from cloister_shared.signing import SigningKey
@@ -323,10 +324,46 @@ def test_the_closing_message_is_signed_and_for_its_site(world: World) -> None:
             frame, by=desk.card.verify_key, key=desk.opening, expect={}, max_bytes=1 << 20, where="test"
         )
         assert header.codec == Codec.CLOSING
-        receipts, _ = read_closing(plaintext, desk.card.verify_key, "test")
-        assert [(r.round, r.verdict) for r in receipts] == [(n, "accepted") for n in (1, 2, 3)]
+        said = Closing.from_bytes(plaintext, desk.card.verify_key, "test")
+        assert [(r.round, r.verdict) for r in said.receipts] == [(n, "accepted") for n in (1, 2, 3)]
         with pytest.raises(Exception, match="signature"):
-            read_closing(plaintext, SigningKey.generate().verify_key, "test")
+            Closing.from_bytes(plaintext, SigningKey.generate().verify_key, "test")
+
+
+def test_a_runs_last_commit_has_its_witnesses_when_it_ends(world: World) -> None:
+    run_rounds(world.context(), world.link)
+    last = world.store.commit_leaf(world.run.id, 3)
+    assert last is not None
+    known = world.store.witnessed()
+    assert {known[m.id].size for m in world.members} == {last.index + 1}
+    for member in world.members:
+        row, at = known[member.id], Checkpoint(world.store.origin, last.index + 1, bytes.fromhex(known[member.id].root))
+        read_cosignature(row.line, at.text, member.id, member.card.verify_key, "test")
+
+
+@pytest.mark.parametrize("answer", [b"", b"x" * 200, "another's"])
+def test_what_is_no_acknowledgement_costs_its_site_its_line(world: World, answer: bytes | str) -> None:
+    """The run ends all the same, and the others' cosignatures are kept."""
+    real = world.link.honest
+
+    def answering(node: int, frame: bytes) -> bytes:
+        good = real(node, frame)
+        if world.link.group != "closing" or node != EVIL:
+            return good
+        other = next(n for n in world.desks if n != EVIL)
+        return real(other, world.link.sent["closing"][other]) if isinstance(answer, str) else answer
+
+    world.link.honest = answering  # type: ignore[method-assign]
+    run_rounds(world.context(), world.link)
+    assert world.store.runs()[0].finished is not None
+    assert [fields["site"] for kind, fields in world.events if kind == "unacknowledged"] == [
+        next(m.card.name for m in world.members if m.node == EVIL)
+    ]
+    last = world.store.commit_leaf(world.run.id, 3)
+    assert last is not None
+    sizes = {m.node: world.store.witnessed()[m.id].size for m in world.members}
+    assert sizes.pop(EVIL) < last.index + 1
+    assert set(sizes.values()) == {last.index + 1}
 
 
 def test_a_sites_refusal_names_its_rule_and_is_not_counted_later(world: World) -> None:

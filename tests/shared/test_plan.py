@@ -15,6 +15,7 @@ import pytest
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import VerificationError
 from cloister_shared.plan import (
+    Closing,
     NoisedNumber,
     Plan,
     PlanCore,
@@ -22,8 +23,6 @@ from cloister_shared.plan import (
     SecureSum,
     TaskSpec,
     TrainingSpec,
-    closing_bytes,
-    read_closing,
     read_parent,
 )
 from cloister_shared.privacy import DpSgd
@@ -434,30 +433,32 @@ def test_parent_must_be_the_one_named_and_for_our_schema() -> None:
 def test_closing_message() -> None:
     refused = replace(RECEIPT, update="", verdict="stale")
     view = PLAN.view
-    data = closing_bytes(RECEIPT.run, (RECEIPT, refused), view, COORDINATOR)
-    assert read_closing(data, COORDINATOR.verify_key, "w") == ((RECEIPT, refused), view)
-    nothing = closing_bytes(RECEIPT.run, (), view, COORDINATOR)
-    assert read_closing(nothing, COORDINATOR.verify_key, "w") == ((), view)
+    said = Closing(RECEIPT.run, PLAN.round_key, (RECEIPT, refused), view, "a head")
+    data = said.to_bytes(COORDINATOR)
+    assert Closing.from_bytes(data, COORDINATOR.verify_key, "w") == said
+    nothing = replace(said, receipts=(), own_head="")
+    assert Closing.from_bytes(nothing.to_bytes(COORDINATOR), COORDINATOR.verify_key, "w") == nothing
     with pytest.raises(VerificationError, match="signature"):
-        read_closing(data, SigningKey.generate().verify_key, "w")
+        Closing.from_bytes(data, SigningKey.generate().verify_key, "w")
     for at in range(0, len(data), 11):
         changed = bytearray(data)
         changed[at] ^= 1
         with pytest.raises(VerificationError):
-            read_closing(bytes(changed), COORDINATOR.verify_key, "w")
+            Closing.from_bytes(bytes(changed), COORDINATOR.verify_key, "w")
         with pytest.raises(VerificationError):
-            read_closing(data[:at], COORDINATOR.verify_key, "w")
+            Closing.from_bytes(data[:at], COORDINATOR.verify_key, "w")
     with pytest.raises(VerificationError):
-        read_closing(data + b"\x00", COORDINATOR.verify_key, "w")
+        Closing.from_bytes(data + b"\x00", COORDINATOR.verify_key, "w")
 
 
 @pytest.mark.parametrize(
-    "record", [{}, {"receipts": None}, {"receipts": [1]}, {"receipts": {"a": 1}}, {"receipts": [{}]}]
+    "record",
+    [{}, {"reply_to": "00"}, {"receipts": None}, {"receipts": [1]}, {"receipts": {"a": 1}}, {"receipts": [{}]}],
 )
 def test_malformed_closing_message_is_refused(record: dict[str, Any]) -> None:
     body = canonical({"run": RECEIPT.run} | record)
     with pytest.raises(VerificationError):
-        read_closing(
+        Closing.from_bytes(
             struct.pack(">I", len(body)) + body + COORDINATOR.sign("closing", body), COORDINATOR.verify_key, "w"
         )
 
@@ -466,7 +467,7 @@ def test_plan_does_not_pass_as_closing_message() -> None:
     data = PLAN.to_bytes(PARENT, COORDINATOR)[: -PARENT.nbytes]
     assert len(data) > SIGNATURE_BYTES
     with pytest.raises(VerificationError, match="signature"):
-        read_closing(data, COORDINATOR.verify_key, "w")
+        Closing.from_bytes(data, COORDINATOR.verify_key, "w")
 
 
 def test_helpers_leave_the_record_alone() -> None:

@@ -30,7 +30,7 @@ from cloister_shared.cards import CoordinatorCard
 from cloister_shared.encoding import digest
 from cloister_shared.merkle import EMPTY
 from cloister_shared.notes import Checkpoint
-from cloister_shared.plan import Plan, PlanCore, Receipt, TaskSpec, TrainingSpec, closing_bytes
+from cloister_shared.plan import Closing, Plan, PlanCore, Receipt, TaskSpec, TrainingSpec
 from cloister_shared.processes import free_port
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, open_envelope, seal
 from cloister_shared.signing import SigningKey
@@ -251,10 +251,15 @@ def ask(
     return Asked(core, attempt, key, seal(head, plaintext, opening.sealing_key, by or world.signing))
 
 
+# What answers to closing messages are sealed to.
+CLOSING_KEY = OpeningKey.generate()
+
+
 def closing(world: World, signing_id: bytes, opening: OpeningKey, receipts: tuple[Receipt, ...]) -> bytes:
     """A sealed closing message."""
     core = world.core(signing_id)
-    plaintext = closing_bytes(core.run, receipts, empty_view(world.signing), world.signing)
+    said = Closing(core.run, CLOSING_KEY.sealing_key, receipts, empty_view(world.signing))
+    plaintext = said.to_bytes(world.signing)
     head = world.header(core, 1, len(plaintext), Codec.CLOSING)
     return seal(replace(head, plan=bytes(32)), plaintext, opening.sealing_key, world.signing)
 

@@ -17,7 +17,7 @@ from cloister_shared.answers import read_answer
 from cloister_shared.draw import Commitment, Reveal, Transcript, threshold_of
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.masks import U32, attempt_name, work_name
-from cloister_shared.plan import Plan, PlanCore, Receipt, SecureSum, closing_bytes
+from cloister_shared.plan import Closing, Plan, PlanCore, Receipt, SecureSum
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, open_envelope, seal
 from cloister_shared.vectors import F32, from_safetensors, vector_from_bytes, vector_to_bytes
 
@@ -65,13 +65,13 @@ class Evil:
             nonce=os.urandom(16),
         )
         answer = execute(desk, seal(header, plaintext, desk.opening.sealing_key, world.coordinator.signing))
-        if not answer:
-            return None
         back, said = open_envelope(
             answer, by=desk.signing.verify_key, key=self.key, expect={}, max_bytes=1 << 28, where="evil"
         )
-        if codec == Codec.PLAN:
+        if codec in (Codec.PLAN, Codec.CLOSING):
             _, said = read_answer(said, "evil")
+        if back.codec == Codec.ACK:
+            return None
         if back.codec == Codec.MASKED_U32:
             return np.frombuffer(said, dtype="<u4").astype(np.uint32)
         record = json.loads(said)
@@ -148,12 +148,12 @@ class Evil:
             Codec.CLOSING,
             1,
             1,
-            closing_bytes(
+            Closing(
                 self.run,
+                self.key.sealing_key,
                 (receipt,),
                 self.world.store.view_for(site, at, self.world.store.witnessed()),
-                self.world.coordinator.signing,
-            ),
+            ).to_bytes(self.world.coordinator.signing),
         )
 
     def truth(self, site: str, core: PlanCore) -> F32:
