@@ -44,9 +44,15 @@ def folder(tmp_path: Path) -> Blobs:
     return Blobs(f"file://{tmp_path / 'blobs'}")
 
 
-@pytest.fixture(params=["file", "memory"])
+# A real object store, for example s3://bucket/prefix with its driver's own settings in the environment.
+GIVEN = os.environ.get("CLOISTER_TEST_OBJECT_STORE", "")
+
+
+@pytest.fixture(params=["file", "memory", *(["given"] if GIVEN else [])])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    """An empty place for blobs: a folder, or an object store (fsspec's own, in memory)."""
+    """An empty place for blobs: a folder, or an object store (fsspec's own, in memory; the one that is given)."""
+    if request.param == "given":
+        return Place(f"{GIVEN}/{os.urandom(8).hex()}")
     return Place(f"{request.param}://{tmp_path / 'blobs'}")
 
 
@@ -198,7 +204,7 @@ def test_plain_transport_and_credentials_are_no_place_for_blobs(url: str) -> Non
 
 def test_a_place_without_its_driver_says_so() -> None:
     with pytest.raises(InputError, match="needs a driver"):
-        Blobs("s3://bucket/blobs")
+        Blobs("gs://bucket/blobs")
 
 
 def test_a_refused_write_leaves_nothing(folder: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
