@@ -163,6 +163,7 @@ def make_federation(
     noise: float = 0.8,
     secure: bool = False,
     tokens: bool = False,
+    storage: str = "",
 ) -> Iterator[Federation]:
     """Creates coordinator and sites by the commands of the README, and stops everything at the end."""
     with tempfile.TemporaryDirectory(prefix="clst", dir="/tmp") as folder:
@@ -201,7 +202,8 @@ text = "text"
 {'label = "label"' if classify else ""}
 {_PUBLIC if classify else ""}
 {_SECURE if secure else ""}
-{_REGISTRY.format(free_port(), free_port()) if tokens else ""}"""
+{_REGISTRY.format(free_port(), free_port()) if tokens else ""}
+{storage}"""
         )
         names = tuple(f"site-{i + 1}" for i in range(sites))
         federation = Federation(home, settings, names, runtime)
