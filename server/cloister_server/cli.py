@@ -15,13 +15,14 @@ from cloister_shared import console
 from cloister_shared.cards import SiteCard, split_address
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.processes import Group, check_port
-from cloister_shared.signing import SigningKey
+from cloister_shared.signing import SigningKey, VerifyKey
 
 from cloister_server import export_commands, keeping_commands, release_commands, upkeep
 from cloister_server.accounting import client_level_line, client_level_statement
 from cloister_server.federation import admit_site, open_coordinator, read_federation
 from cloister_server.federation import init as make_coordinator
 from cloister_server.here import Home, Json, RunName, registry
+from cloister_server.operators import sign_file
 from cloister_server.store import Store
 
 coordinator_app = typer.Typer(no_args_is_help=True, help="Create and serve a federation.")
@@ -158,6 +159,30 @@ def operator_key(
         [
             f"{out}: public key {key.verify_key.raw.hex()} (id {key.verify_key.id.hex()})",
             "who has this file moves the aliases that it guards, and nobody else does",
+        ],
+    )
+
+
+@coordinator_app.command("operator-sign")
+def operator_sign(
+    move: Annotated[Path, typer.Argument(help="What somebody asks to have signed: cloister rounds … --ask MOVE.")],
+    key: Annotated[Path, typer.Option(help="The operator's key.")],
+    out: Annotated[Path, typer.Option(help="The signature to make.")],
+    json: Json = False,
+) -> None:
+    """Sign a move of a guarded alias; needs no federation, so that the key can stay on a machine of its own."""
+    console.choose(json, None)
+    if out.exists():
+        raise InputError("there is a file already", where=str(out), mend="choose another --out")
+    said = sign_file(move, SigningKey.load(key), out)
+    guard = VerifyKey.from_hex(said["guard"], str(move)).id.hex() if said["guard"] else ""
+    console.emit(
+        {"signature": str(out), "move": said},
+        [
+            f"signed: move {said['version']} of {said['alias']} in {said['log']}{', a rollback' if said['rollback'] else ''}",
+            f"  to round {said['round']} of run {said['run'][:8]}, adapter {said['adapter']}",
+            f"  guarded from then on by {f'key {guard}' if guard else 'nobody'}",
+            f"{out}: back to the coordinator, for --signature",
         ],
     )
 

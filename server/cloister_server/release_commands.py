@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import time
+from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,16 +17,22 @@ from typing import Annotated, Any
 import typer
 from cloister_shared import console
 from cloister_shared.cards import check_name
+from cloister_shared.encoding import write_durably
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.signing import SigningKey, VerifyKey
 from cloister_shared.vectors import Schema, from_safetensors
 
 from cloister_server.compare import fields, modules
 from cloister_server.here import Home, Json, RunName, registry
+from cloister_server.operators import with_key, with_signature
 from cloister_server.store import Store
-from cloister_server.tables import Round, Run
+from cloister_server.tables import Alias, Round, Run
 
-Operator = Annotated[Path | None, typer.Option("--key", help="The operator's key file, where the alias is guarded.")]
+Key = Annotated[Path | None, typer.Option("--key", help="The operator's key file, where the alias is guarded.")]
+Ask = Annotated[Path | None, typer.Option("--ask", help="Write what its operator must sign, and move nothing.")]
+Signature = Annotated[
+    Path | None, typer.Option("--signature", help="What the operator made of it: cloister coordinator operator-sign.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -54,7 +61,9 @@ def promote(
         int | None, typer.Option(help="Only if it points at this round of the run now; 0 or more.")
     ] = None,
     why: Annotated[str, typer.Option(help="A word for whoever reads the log.")] = "",
-    key: Operator = None,
+    key: Key = None,
+    ask: Ask = None,
+    signature: Signature = None,
     run_name: RunName = None,
     json: Json = False,
     home: Home = None,
@@ -75,8 +84,9 @@ def promote(
             {"alias": alias, "run": run.id, "round": number, "adapter": row.adapter, "version": now.version}, line
         )
         return
-    version, by = 0 if now is None else now.version, _operator(key)
-    made = store.set_alias(alias, run.id, number, row.adapter or "", version, why, operator=by)
+    move = Wanted(alias, run.id, number, row.adapter or "", 0 if now is None else now.version, why)
+    if (made := _moved(store, move, key, ask, signature)) is None:
+        return
     untrained = (
         "; it is the adapter that the run began with: nothing was trained yet" if number == 0 and run.rounds else ""
     )
@@ -90,7 +100,9 @@ def promote(
 def rollback(
     alias: Annotated[str, typer.Argument(help="The alias.")],
     why: Annotated[str, typer.Option(help="A word for whoever reads the log.")] = "",
-    key: Operator = None,
+    key: Key = None,
+    ask: Ask = None,
+    signature: Signature = None,
     json: Json = False,
     home: Home = None,
 ) -> None:
@@ -111,8 +123,9 @@ def rollback(
         raise StateError("there is nothing to go back to", where=alias, got="its first round")
     run, number, adapter = stack[-2]
     store.adapter(adapter)
-    by = _operator(key)
-    made = store.set_alias(alias, run, number, adapter, now.version, why, rollback=True, operator=by)
+    move = Wanted(alias, run, number, adapter, now.version, why, rollback=True)
+    if (made := _moved(store, move, key, ask, signature)) is None:
+        return
     console.emit(
         {"alias": alias, "run": run, "round": number, "adapter": adapter, "version": made.version, "refunded": 0.0},
         [
@@ -124,27 +137,39 @@ def rollback(
 
 def protect(
     alias: Annotated[str, typer.Argument(help="The alias.")],
-    key: Annotated[Path, typer.Option(help="The operator's key: cloister coordinator operator-key.")],
-    to: Annotated[str | None, typer.Option(help="Hand it to another operator: that one's public key, hex.")] = None,
+    key: Key = None,
+    to: Annotated[
+        str | None, typer.Option(help="The public key, 64 hex digits, of whoever guards it from now on.")
+    ] = None,
     off: Annotated[bool, typer.Option("--off", help="Let it move without a key again.")] = False,
     why: Annotated[str, typer.Option(help="A word for whoever reads the log.")] = "",
+    ask: Ask = None,
+    signature: Signature = None,
     json: Json = False,
     home: Home = None,
 ) -> None:
     """Let an alias move only with an operator's key from now on; with the present one's key hand it on, or take it off."""
     console.choose(json, home)
-    store, by = registry(), _operator(key)
+    store = registry()
     now = store.alias(check_name(alias, "alias"))
-    if now is None or by is None:
+    if now is None:
         raise _no_such(store, alias)
     if off and to is not None:
         raise InputError("hand it on, or take it off?", where="rounds protect", got="--to and --off")
-    guard = "" if off else by.verify_key.raw.hex() if to is None else VerifyKey.from_hex(to, "--to").raw.hex()
+    if not off and to is None and key is None:
+        raise InputError("whose key guards it from now on?", where="rounds protect", expected="--key FILE, or --to KEY")
+    guard = ""
+    if to is not None:
+        guard = VerifyKey.from_hex(to, "--to").raw.hex()
+    elif key is not None and not off:
+        guard = SigningKey.load(key).verify_key.raw.hex()
     if guard == now.guard:
         raise StateError(
             "this changes nothing", where=alias, got=f"guarded by key {_id(guard)} already" if guard else "no key"
         )
-    made = store.set_alias(alias, now.run, now.number, now.adapter, now.version, why, operator=by, guard=guard)
+    move = Wanted(alias, now.run, now.number, now.adapter, now.version, why, guard=guard)
+    if (made := _moved(store, move, key, ask, signature)) is None:
+        return
     whose = f"only with key {_id(guard)}" if guard else "without a key"
     console.emit({"alias": alias, "guard": guard, "version": made.version}, f"{alias}: moves {whose} from now on")
 
@@ -153,8 +178,42 @@ def _id(guard: str) -> str:
     return VerifyKey.from_hex(guard, "guard").id.hex()
 
 
-def _operator(path: Path | None) -> SigningKey | None:
-    return None if path is None else SigningKey.load(path)
+@dataclass(frozen=True)
+class Wanted:
+    """A move that somebody wants, as of ``Store.set_alias``."""
+
+    alias: str
+    run: str
+    number: int
+    adapter: str
+    expected: int
+    why: str
+    rollback: bool = False
+    guard: str | None = None
+
+
+def _moved(store: Store, move: Wanted, key: Path | None, ask: Path | None, signature: Path | None) -> Alias | None:
+    """Makes a move, or writes what its operator must sign: then nothing moved, and None."""
+    if sum(path is not None for path in (key, ask, signature)) > 1:
+        raise InputError("which of them?", where="rounds", got="more than one of --key, --ask and --signature")
+    to = (move.alias, move.run, move.number, move.adapter, move.expected)
+    if ask is not None:
+        if ask.exists():
+            raise InputError("there is a file already", where=str(ask), mend="choose another --ask")
+        write_durably(ask, store.asked_move(*to, rollback=move.rollback, guard=move.guard), mode=0o644)
+        lines = [
+            f"{ask}: what the operator of {move.alias} must sign; nothing moved",
+            "there: cloister coordinator operator-sign MOVE --key KEY --out SIGNATURE",
+            "and here then the same command with --signature SIGNATURE instead of --ask",
+        ]
+        console.emit({"alias": move.alias, "ask": str(ask)}, lines)
+        return None
+    by = None
+    if key is not None:
+        by = with_key(SigningKey.load(key))
+    elif signature is not None:
+        by = with_signature(signature)
+    return store.set_alias(*to, move.why, rollback=move.rollback, operator=by, guard=move.guard)
 
 
 def _no_such(store: Store, alias: str) -> StateError:

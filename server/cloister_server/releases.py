@@ -8,14 +8,15 @@ Nothing here refunds privacy, and giving up an adapter takes back nothing that o
 from __future__ import annotations
 
 import time
+from typing import Any
 
-from cloister_shared.aliases import ALIAS_PURPOSE, alias_move
+from cloister_shared.aliases import alias_move
 from cloister_shared.errors import RefusedError, StateError
-from cloister_shared.signing import SigningKey, VerifyKey
 from sqlmodel import Session, select
 
 from cloister_server.log import append
 from cloister_server.logbook import LogBook
+from cloister_server.operators import Operator, signed
 from cloister_server.tables import COMMITTED, Alias, AliasEvent, Hold, Round, Run, Tombstone
 
 
@@ -48,7 +49,7 @@ class Releases(LogBook):
         why: str,
         *,
         rollback: bool = False,
-        operator: SigningKey | None = None,
+        operator: Operator | None = None,
         guard: str | None = None,
     ) -> Alias:
         """Moves an alias, where it is at the version that the caller saw; the move is a leaf in the same transaction.
@@ -61,7 +62,7 @@ class Releases(LogBook):
             expected: The version that the caller saw; 0 for none.
             why: A word for the log.
             rollback: Whether it goes back.
-            operator: The key of a guarded alias's operator.
+            operator: Who signs it where it is guarded.
             guard: The public key, hex, that guards it from now on; empty for nobody's, None for whoever does now.
 
         Raises:
@@ -69,25 +70,55 @@ class Releases(LogBook):
             RefusedError: It is guarded by another key.
         """
         with self.database.writing() as session:
-            row, target = session.get(Alias, name), session.get(Round, (run, number))
-            if (0 if row is None else row.version) != expected:
-                got = "none" if row is None else f"move {row.version}, round {row.number} of run {row.run[:8]}"
-                raise StateError("the alias was moved meanwhile", where=name, expected=f"move {expected}", got=got)
-            if target is None or target.state != COMMITTED or target.adapter != adapter:
-                raise StateError("only a committed round can be released", where=f"run {run[:8]} round {number}")
-            if (grave := session.get(Tombstone, adapter)) is not None:
-                raise StateError("its adapter was given up", where=f"run {run[:8]} round {number}", got=grave.why)
-            row = row or Alias(name=name, run=run, number=number, adapter=adapter, version=0)
-            now, then = row.guard, row.guard if guard is None else guard
-            body = {"log": self.origin, "alias": name, "run": run, "round": number, "adapter": adapter}
-            body |= {"version": expected + 1, "rollback": rollback, "guard": then}
-            # Whoever guards it from now on shows with the first move that the key is there.
-            signature = _signed(operator, now or then, alias_move(body), name) if now or then else ""
-            row.run, row.number, row.adapter, row.version, row.guard = run, number, adapter, expected + 1, then
+            body, by = self._next(session, name, run, number, adapter, expected, rollback, guard)
+            row = session.get(Alias, name) or Alias(name=name, run=run, number=number, adapter=adapter, version=0)
+            signature = signed(operator, by, alias_move(body), name) if by else ""
+            row.run, row.number, row.adapter = run, number, adapter
+            row.version, row.guard = body["version"], body["guard"]
             leaf = append(session, "alias_set", body | {"why": why, "operator": signature}, self.signing)
             session.add(row)
             session.add(AliasEvent(**row.model_dump(), rollback=rollback, why=why, at=time.time(), leaf=leaf.index))
         return row
+
+    def asked_move(
+        self, name: str, run: str, number: int, adapter: str, expected: int, *, rollback: bool, guard: str | None
+    ) -> bytes:
+        """What the operator of a guarded alias would sign of such a move; nothing is written. Arguments as of ``set_alias``.
+
+        Raises:
+            StateError: It could not be made, or nobody need sign it.
+        """
+        with self.database.reading() as session:
+            body, by = self._next(session, name, run, number, adapter, expected, rollback, guard)
+        if not by:
+            raise StateError("nobody guards this alias", where=name, expected="a guarded one", mend="leave out --ask")
+        return alias_move(body)
+
+    def _next(
+        self,
+        session: Session,
+        name: str,
+        run: str,
+        number: int,
+        adapter: str,
+        expected: int,
+        rollback: bool,
+        guard: str | None,
+    ) -> tuple[dict[str, Any], str]:
+        """What a move's leaf will say, and the key that must sign it: empty where none must."""
+        row, target = session.get(Alias, name), session.get(Round, (run, number))
+        if (0 if row is None else row.version) != expected:
+            got = "none" if row is None else f"move {row.version}, round {row.number} of run {row.run[:8]}"
+            raise StateError("the alias was moved meanwhile", where=name, expected=f"move {expected}", got=got)
+        if target is None or target.state != COMMITTED or target.adapter != adapter:
+            raise StateError("only a committed round can be released", where=f"run {run[:8]} round {number}")
+        if (grave := session.get(Tombstone, adapter)) is not None:
+            raise StateError("its adapter was given up", where=f"run {run[:8]} round {number}", got=grave.why)
+        now = "" if row is None else row.guard
+        then = now if guard is None else guard
+        body = {"log": self.origin, "alias": name, "run": run, "round": number, "adapter": adapter}
+        # Whoever guards it from now on shows with the first move that the key is there.
+        return body | {"version": expected + 1, "rollback": rollback, "guard": then}, now or then
 
     def hold(self, run: str, number: int, why: str) -> Hold:
         """Keeps a round's adapter whatever happens, until the hold is released.
@@ -162,17 +193,3 @@ def _adapter_of(session: Session, run: str, number: int) -> str:
     if session.get(Tombstone, row.adapter) is not None:
         raise StateError("its adapter was given up before", where=f"run {run[:8]} round {number}")
     return row.adapter
-
-
-def _signed(operator: SigningKey | None, guard: str, move: bytes, alias: str) -> str:
-    key = VerifyKey.from_hex(guard, f"alias {alias}")
-    if operator is None or operator.verify_key.raw != key.raw:
-        raise RefusedError(
-            "registry.guarded",
-            "this alias moves only with its operator's key",
-            where=alias,
-            expected=f"key {key.id.hex()}",
-            got="none" if operator is None else f"key {operator.verify_key.id.hex()}",
-            mend="--key OPERATOR.key",
-        )
-    return operator.sign(ALIAS_PURPOSE, move).hex()

@@ -30,6 +30,7 @@ from cloister_flower.frames import reply
 from cloister_server import enrolment
 from cloister_server.enrolment import caller, invite, invited, redeem, renew, revoke
 from cloister_server.federation import Coordinator, admit_site, init, is_admitted, open_coordinator, read_federation
+from cloister_server.operators import with_key
 from cloister_server.rounds import run_rounds
 from cloister_server.store import Commit, Store
 from cloister_server.tables import RoundClient, Run
@@ -359,13 +360,13 @@ def test_what_is_released_is_fetched_and_nothing_else_can_be_shown(served: Coord
     for number in (1, 2, 3):
         planned(store, run, number)
         store.commit_round(run, number, Commit(store.blobs.put(adapters[number]), 1.0, 0.0, {}, {}))
-    guard, names = operator.verify_key.raw.hex(), [digest(one) for one in adapters]
+    guard, names, by = operator.verify_key.raw.hex(), [digest(one) for one in adapters], with_key(operator)
     store.set_alias("best", run, 0, names[0], 0, "first")
     got = client.fetch_release(site, "best", [])
     assert (got.number, got.adapter, got.guard) == (0, adapters[0], "")
     early = store.checkpoint()
-    store.set_alias("best", run, 1, names[1], 1, "guarded", operator=operator, guard=guard)
-    store.set_alias("best", run, 3, names[3], 2, "newer", operator=operator)
+    store.set_alias("best", run, 1, names[1], 1, "guarded", operator=by, guard=guard)
+    store.set_alias("best", run, 3, names[3], 2, "newer", operator=by)
     now = store.checkpoint()
     for seen in ([], [early], [now], [early, now]):
         got = client.fetch_release(site, "best", seen)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
-from cloister_server.cli import show
+from cloister_server.cli import operator_sign, show
 from cloister_server.compare import fields, modules
 from cloister_server.export import export_round
 from cloister_server.fsck import check
@@ -31,6 +31,7 @@ from cloister_shared.audit.became import became
 from cloister_shared.audit.bundle import Bundle, SignedLeaf
 from cloister_shared.audit.command import audit
 from cloister_shared.audit.trust import trust_of
+from cloister_shared.encoding import canonical
 from cloister_shared.errors import CloisterError, InputError, RefusedError, StateError, VerificationError
 from cloister_shared.notes import Checkpoint
 from cloister_shared.signing import SigningKey
@@ -354,6 +355,66 @@ def test_a_guarded_alias_moves_with_its_operators_key_alone(world: World, tmp_pa
         (3, False, False),
     ]  # fmt: skip
     assert whole(world) == []
+
+
+def test_an_operators_key_stays_on_a_machine_of_its_own(world: World, tmp_path: Path) -> None:
+    """Asked for here, signed elsewhere, moved here; a signature is of one move, and of that once."""
+    key, here = tmp_path / "elsewhere" / "operator.key", tmp_path / "here"
+    key.parent.mkdir()
+    here.mkdir()
+    SigningKey.generate().save(key)
+    public = SigningKey.load(key).verify_key.raw.hex()
+
+    def sign(name: str) -> Path:
+        operator_sign(here / f"{name}.move", key, here / f"{name}.sig")
+        return here / f"{name}.sig"
+
+    promote("production", 1)
+    with pytest.raises(StateError, match="nobody guards"):
+        promote("production", 2, ask=here / "free.move")
+    protect("production", to=public, ask=here / "guard.move")
+    now = world.store.alias("production")
+    assert now is not None
+    assert (now.guard, now.version) == ("", 1)
+    protect("production", to=public, signature=sign("guard"))
+    promote("production", 3, ask=here / "third.move")
+    promote("production", 2, ask=here / "second.move")
+    third, second = sign("third"), sign("second")
+    with pytest.raises(RefusedError, match="this very move"):
+        promote("production", 3, signature=second)
+    promote("production", 2, signature=second)
+    for wrong in (second, third, here / "nothing.sig", here / "third.move"):
+        with pytest.raises(CloisterError):
+            promote("production", 3, signature=wrong)
+    rollback("production", ask=here / "back.move")
+    rollback("production", signature=sign("back"))
+    protect("production", off=True, ask=here / "off.move")
+    protect("production", off=True, signature=sign("off"))
+    promote("production", 3)
+    with pytest.raises(InputError, match="which of them"):
+        promote("production", 2, key=key, signature=second)
+    with pytest.raises(InputError, match="already"):
+        operator_sign(here / "back.move", key, here / "back.sig")
+    moves = [(e.number, e.rollback, bool(e.guard)) for e in world.store.alias_events("production")]
+    assert moves == [
+        (1, False, False), (1, False, True), (2, False, True), (1, True, True), (1, False, False), (3, False, False),
+    ]  # fmt: skip
+    assert whole(world) == []
+    assert audited(world) == set()
+
+
+ODD = canonical(
+    dict.fromkeys(("log", "alias", "run", "round", "adapter", "version", "rollback"), "x") | {"guard": 5, "round": -1}
+)
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"alias":"x"}', b"\xff\xfe", ODD])
+def test_what_is_no_move_is_not_signed(tmp_path: Path, data: bytes) -> None:
+    SigningKey.generate().save(tmp_path / "operator.key")
+    (tmp_path / "x.move").write_bytes(data)
+    with pytest.raises(InputError, match="not a move"):
+        operator_sign(tmp_path / "x.move", tmp_path / "operator.key", tmp_path / "x.sig")
+    assert not (tmp_path / "x.sig").exists()
 
 
 def test_a_move_that_nobody_signed_is_a_violation_for_whoever_audits(world: World, tmp_path: Path) -> None:
