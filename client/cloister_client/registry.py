@@ -237,7 +237,12 @@ def read_identity(home: Path) -> Identity:
 
 @contextmanager
 def _registry(site: Site) -> Iterator[Any]:
-    card, own = site.coordinator(), read_identity(site.home)
+    with _registry_as(site.coordinator(), read_identity(site.home)) as stub:
+        yield stub
+
+
+@contextmanager
+def _registry_as(card: CoordinatorCard, own: Identity) -> Iterator[Any]:
     credentials = grpc.ssl_channel_credentials(card.ca.encode(), own.key, own.certificate)
     with _channel(card.registry, credentials) as channel, _said(card.registry):
         yield registry_pb2_grpc.RegistryStub(channel)
@@ -304,9 +309,10 @@ class Renewer:
 
 
 SignedRecord = tuple[bytes, str, str]
+FetchedLog = tuple[list[SignedRecord], str, dict[str, tuple[int, str, str]]]
 
 
-def fetch_log(site: Site) -> tuple[list[SignedRecord], str, dict[str, tuple[int, str, str]]]:
+def fetch_log(site: Site) -> FetchedLog:
     """The federation's whole log as the coordinator has it: leaves (record, key, signature), signed head, cosignatures.
 
     Nothing of it is believed here: whoever reads it checks it against keys of its own (``cloister_shared.audit``).
@@ -315,9 +321,41 @@ def fetch_log(site: Site) -> tuple[list[SignedRecord], str, dict[str, tuple[int,
         CloisterError: Nobody answers, or the coordinator refuses.
     """
     with _registry(site) as stub:
-        leaves, head = _whole_log(stub)
+        return _told(stub)
+
+
+def _told(stub: Any) -> FetchedLog:
+    leaves, head = _whole_log(stub)
     said = parse_record(head.cosignatures, "cosignatures")
-    return leaves, head.note, {str(i): (int(a), str(b), str(c)) for i, (a, b, c) in said.items()}
+    try:
+        return leaves, head.note, {str(i): (int(a), str(b), str(c)) for i, (a, b, c) in said.items()}
+    except (TypeError, ValueError) as error:
+        raise VerificationError("cosignatures are malformed", where="head of the log", got=str(error)[:100]) from error
+
+
+def fetch_as_auditor(invitation: Invitation, card: CoordinatorCard, seen: Sequence[Checkpoint]) -> FetchedLog:
+    """The federation's log, for an auditor with a token, which is spent; the key and its certificate are forgotten afterwards.
+
+    Args:
+        invitation: The token.
+        card: From ``look``.
+        seen: Heads of the log that the auditor remembers.
+
+    Raises:
+        VerificationError: The head is not signed by the coordinator that the token names, or of other leaves.
+        RollbackError: The log shrank or forked.
+        CloisterError: Nobody answers, or the coordinator refuses.
+    """
+    key, request = make_request(invitation.site)
+    asked = registry_pb2.CertifyRequest(secret=invitation.secret, csr=request)
+    credentials = grpc.ssl_channel_credentials(card.ca.encode())
+    with _channel(invitation.address, credentials) as channel, _said(invitation.address):
+        got = registry_pb2_grpc.EnrolmentStub(channel).Certify(asked, timeout=CALL_SECONDS)
+    with _registry_as(card, Identity(key, got.certificate)) as stub:
+        leaves, note, lines = _told(stub)
+    head = read_checkpoint(note, card.verify_key, log_of_federation(card.verify_key), "the federation's log").checkpoint
+    _check_whole([record for record, _, _ in leaves], head, seen, "the federation's log")
+    return leaves, note, lines
 
 
 def _whole_log(stub: Any) -> tuple[list[SignedRecord], Any]:

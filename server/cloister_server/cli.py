@@ -98,16 +98,24 @@ def admit(
 def invite_site(
     site: Annotated[str, typer.Argument(help="The site's name; the token is good for no other.")],
     minutes: Annotated[float, typer.Option(min=0.1, max=60 * 24 * 7, help="How long it is good.")] = 60.0,
+    auditor: Annotated[
+        bool, typer.Option("--auditor", help="For an auditor, who reads the log and no adapter, and trains nothing.")
+    ] = False,
     json: Json = False,
     home: Home = None,
 ) -> None:
-    """Print a token with which one site can join once."""
+    """Print a token with which one site can join once, or one auditor read the log."""
     console.choose(json, home)
     from cloister_server.enrolment import invite
 
     coordinator = open_coordinator(console.coordinator_home())
-    made = invite(coordinator, site, 60 * minutes)
+    made = invite(coordinator, site, 60 * minutes, auditor=auditor)
     token = made.to_token()
+    if auditor:
+        lines = [token, f"good once, for auditor {site}, for {minutes:g} minutes; send it over a channel you trust",
+                 "at the auditor: cloister audit fetch --out BUNDLE --trust TRUST.json, and paste it"]  # fmt: skip
+        console.emit({"auditor": site, "token": token, "address": made.address, "minutes": minutes}, lines)
+        return
     console.emit(
         {"site": site, "token": token, "address": made.address, "minutes": minutes},
         [
@@ -120,15 +128,22 @@ def invite_site(
 
 @coordinator_app.command("revoke")
 def revoke_site(
-    site: Annotated[str, typer.Argument(help="The site's name.")], json: Json = False, home: Home = None
+    site: Annotated[str, typer.Argument(help="The site's name, or the auditor's.")],
+    auditor: Annotated[bool, typer.Option("--auditor", help="It is an auditor.")] = False,
+    json: Json = False,
+    home: Home = None,
 ) -> None:
     """Put a site out: from its next call on, and from the next round on. Its key is never admitted again."""
     console.choose(json, home)
     from cloister_flower.control import Control
 
-    from cloister_server.enrolment import revoke
+    from cloister_server.enrolment import revoke, revoke_auditor
 
     coordinator = open_coordinator(console.coordinator_home())
+    if auditor:
+        revoke_auditor(coordinator.home, site)
+        console.emit({"auditor": site}, f"auditor {site}: reads nothing more, from the next call on")
+        return
     card = revoke(coordinator.home, site)
     Store(coordinator.home).log_members(coordinator.sites())
     try:

@@ -4,6 +4,7 @@
     sites/NAME.json         the card of an admitted site
     certificates/NAME.json  the key id of a site, serials that were given to it, and when each expires
     revoked/NAME-KEY.json   the card of a site that was revoked
+    auditors/NAME.json      the one serial of an auditor, who reads the log and nothing else, and when it expires
 
 Whoever changes anything holds one lock over looking and writing (``enrolment.lock``), since the service and the operator's commands are
 processes apart. A revoked site has no card, so that its next call finds nobody, and serials are of one key: the next site of its name
@@ -35,10 +36,12 @@ from cloister_server.federation import Coordinator, admit_site, is_admitted
 
 TOKEN_SECONDS = 3600.0
 _MOST_SERIALS = 8
+# No site's name has a space in it.
+_AUDITOR = "auditor "
 
 
-def invite(coordinator: Coordinator, site: str, seconds: float = TOKEN_SECONDS) -> Invitation:
-    """Makes a one-time token for a site's name.
+def invite(coordinator: Coordinator, site: str, seconds: float = TOKEN_SECONDS, *, auditor: bool = False) -> Invitation:
+    """Makes a one-time token for a site's name, or an auditor's.
 
     Raises:
         InputError: The federation serves no enrolment, or the name is taken.
@@ -52,21 +55,20 @@ def invite(coordinator: Coordinator, site: str, seconds: float = TOKEN_SECONDS) 
             expected="[registry] address and enrolment",
             mend="add the table, or exchange cards: cloister coordinator admit CARD",
         )
-    if (home / "sites" / f"{site}.json").exists():
+    if not auditor and (home / "sites" / f"{site}.json").exists():
         raise InputError(
             "this name is taken", where="site name", got=site, mend="cloister coordinator revoke SITE, or another"
         )
     ca = x509.load_pem_x509_certificate(coordinator.ca).public_bytes(Encoding.DER)
     made = Invitation.make(site, service.enrolment, ca, coordinator.signing.verify_key.raw)
     (home / "invitations").mkdir(mode=0o700, exist_ok=True)
-    write_durably(
-        home / "invitations" / f"{made.name}.json", canonical({"site": site, "expires": time.time() + seconds})
-    )
+    record = {"site": site, "expires": time.time() + seconds} | ({"auditor": True} if auditor else {})
+    write_durably(home / "invitations" / f"{made.name}.json", canonical(record))
     return made
 
 
-def invited(home: Path, name: str, now: float) -> str:
-    """The site that an open invitation is for; ``name`` is the hash of its secret.
+def open_invitation(home: Path, name: str, now: float) -> tuple[str, bool]:
+    """For whom an open invitation is, and whether that is an auditor; ``name`` is the hash of its secret.
 
     Raises:
         RefusedError: There is none, it was used, or it is too old; which of them a stranger is not told apart.
@@ -77,7 +79,19 @@ def invited(home: Path, name: str, now: float) -> str:
         raise _unknown() from error
     if now > float(record["expires"]):
         raise _unknown()
-    return str(record["site"])
+    return str(record["site"]), bool(record.get("auditor", False))
+
+
+def invited(home: Path, name: str, now: float) -> str:
+    """The site that an open invitation is for.
+
+    Raises:
+        RefusedError: As ``open_invitation``, or it is an auditor's.
+    """
+    site, auditor = open_invitation(home, name, now)
+    if auditor:
+        raise _unknown()
+    return site
 
 
 def _spent_on(home: Path, name: str, card: bytes, request: bytes, now: float) -> str:
@@ -155,6 +169,26 @@ def redeem(coordinator: Coordinator, secret_name: str, card: bytes, request: byt
     return certificate
 
 
+def certify_auditor(coordinator: Coordinator, secret_name: str, request: bytes, now: float) -> x509.Certificate:
+    """An auditor's certificate, for one open invitation, which is spent by it; it is not renewed.
+
+    Raises:
+        CloisterError: The invitation or the request is not good; nothing is spent.
+    """
+    home = coordinator.home
+    open_invitation(home, secret_name, now)
+    with _alone(home):
+        name, auditor = open_invitation(home, secret_name, now)
+        if not auditor:
+            raise _unknown()
+        certificate = certify(home / "tls", request, f"{_AUDITOR}{name}", _life(coordinator))
+        (home / "auditors").mkdir(mode=0o700, exist_ok=True)
+        known = {"serial": f"{certificate.serial_number:x}", "expires": certificate.not_valid_after_utc.timestamp()}
+        write_durably(home / "auditors" / f"{name}.json", canonical(known))
+        os.rename(home / "invitations" / f"{secret_name}.json", home / "invitations" / f"{secret_name}.spent")
+    return certificate
+
+
 def renew(coordinator: Coordinator, who: Caller, request: bytes, now: float) -> x509.Certificate:
     """One more certificate for an enrolled site.
 
@@ -187,14 +221,14 @@ def _serials(home: Path, card: SiteCard) -> dict[str, float]:
     try:
         record = read_json(home / "certificates" / f"{card.name}.json", "serials")
     except InputError as error:
-        raise _gone(card.name) from error
+        raise _gone(f"site {card.name}") from error
     if not is_admitted(home, card) or record["key"] != card.verify_key.id.hex():
-        raise _gone(card.name)
+        raise _gone(f"site {card.name}")
     return dict(record["serials"])
 
 
-def _gone(site: str) -> RefusedError:
-    return RefusedError("registry.revoked", "this site is not enrolled, or no longer", where=f"site {site}")
+def _gone(who: str) -> RefusedError:
+    return RefusedError("registry.revoked", f"this {who.split(maxsplit=1)[0]} is not enrolled, or no longer", where=who)
 
 
 def _remember(home: Path, card: SiteCard, certificate: x509.Certificate, others: dict[str, float]) -> None:
@@ -218,6 +252,48 @@ class Caller:
     serial: str
     expires: float
 
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.card.name
+
+
+@dataclass(frozen=True)
+class Auditor:
+    """An auditor who calls: reads what every site may read of the log.
+
+    Attributes:
+        name: As nobody else is called.
+    """
+
+    name: str
+
+
+def reader(home: Path, pem: bytes, now: float) -> Caller | Auditor:
+    """Who a client certificate stands for at this moment, a site or an auditor.
+
+    Raises:
+        RefusedError: It has expired, was never given, or was revoked.
+    """
+    certificate = x509.load_pem_x509_certificate(pem)
+    named = _named_in(certificate)
+    if not named.startswith(_AUDITOR):
+        return caller(home, pem, now)
+    _check_times(certificate, named, now)
+    try:
+        path = home / "auditors" / f"{check_name(named.removeprefix(_AUDITOR), 'certificate')}.json"
+        known = read_json(path, "auditor")
+    except InputError as error:
+        raise _gone(named) from error
+    if known["serial"] != f"{certificate.serial_number:x}":
+        raise _gone(named)
+    return Auditor(named)
+
+
+def _named_in(certificate: x509.Certificate) -> str:
+    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(names[0].value) if len(names) == 1 else ""
+
 
 def caller(home: Path, pem: bytes, now: float) -> Caller:
     """Who a client certificate stands for at this moment; TLS has checked its chain, and that only when the connection began.
@@ -226,27 +302,49 @@ def caller(home: Path, pem: bytes, now: float) -> Caller:
         RefusedError: It has expired, was never given, or its site is revoked.
     """
     certificate = x509.load_pem_x509_certificate(pem)
-    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    site = str(names[0].value) if len(names) == 1 else ""
+    site = _named_in(certificate)
+    _check_times(certificate, f"site {site}", now)
+    if site.startswith(_AUDITOR):
+        raise RefusedError("registry.sites", "this is for sites alone", where=site)
+    try:
+        card = read_site_card(home / "sites" / f"{check_name(site, 'certificate')}.json")
+    except InputError as error:
+        raise _gone(f"site {site}") from error
+    serials = _serials(home, card)
+    serial = f"{certificate.serial_number:x}"
+    if serial not in serials:
+        raise RefusedError("registry.revoked", "this certificate is not one of the site's", where=f"site {site}")
+    return Caller(card, serial, certificate.not_valid_after_utc.timestamp())
+
+
+def _check_times(certificate: x509.Certificate, who: str, now: float) -> None:
     ends, begins = certificate.not_valid_after_utc.timestamp(), certificate.not_valid_before_utc.timestamp()
     if not begins <= now < ends:
         raise RefusedError(
             "registry.expired",
             "this certificate is not valid now",
-            where=f"site {site}",
+            where=who,
             expected=f"{certificate.not_valid_before_utc:%F %T} to {certificate.not_valid_after_utc:%F %T} UTC",
             got=f"{datetime.datetime.fromtimestamp(now, datetime.UTC):%F %T} UTC here",
             mend="see to both clocks, or enrol anew with a token",
         )
-    try:
-        card = read_site_card(home / "sites" / f"{check_name(site, 'certificate')}.json")
-    except InputError as error:
-        raise _gone(site) from error
-    serials = _serials(home, card)
-    serial = f"{certificate.serial_number:x}"
-    if serial not in serials:
-        raise RefusedError("registry.revoked", "this certificate is not one of the site's", where=f"site {site}")
-    return Caller(card, serial, ends)
+
+
+def revoke_auditor(home: Path, name: str) -> None:
+    """Ends an auditor's reading, and their open invitations.
+
+    Raises:
+        InputError: There is no such auditor.
+    """
+    path = home / "auditors" / f"{check_name(name, 'auditor')}.json"
+    with _alone(home):
+        if not path.is_file():
+            raise InputError("no such auditor", where=str(path.parent), got=name)
+        path.unlink()
+        for invitation in (home / "invitations").glob("*.json"):
+            record = read_json(invitation, "invitation")
+            if record["site"] == name and record.get("auditor"):
+                invitation.unlink()
 
 
 def revoke(home: Path, site: str) -> SiteCard:
@@ -265,6 +363,7 @@ def revoke(home: Path, site: str) -> SiteCard:
         os.rename(path, home / "revoked" / f"{site}-{card.verify_key.id.hex()}.json")
         (home / "certificates" / f"{site}.json").unlink(missing_ok=True)
         for invitation in (home / "invitations").glob("*.json"):
-            if read_json(invitation, "invitation")["site"] == site:
+            record = read_json(invitation, "invitation")
+            if record["site"] == site and not record.get("auditor"):
                 invitation.unlink()
     return card

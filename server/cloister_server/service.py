@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from cloister_shared.encoding import canonical
@@ -37,7 +37,16 @@ from cloister_shared.processes import die_with_parent
 from cloister_shared.v1 import registry_pb2, registry_pb2_grpc
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from cloister_server.enrolment import Caller, caller, invited, redeem, renew
+from cloister_server.enrolment import (
+    Auditor,
+    Caller,
+    caller,
+    certify_auditor,
+    open_invitation,
+    reader,
+    redeem,
+    renew,
+)
 from cloister_server.federation import Coordinator, open_coordinator
 from cloister_server.store import Store
 from cloister_server.tables import COMMITTED, Leaf
@@ -56,6 +65,9 @@ _OPTIONS = [
 ]
 _MOST_ROUNDS = 1000
 _MOST_LEAVES, _PIECE_BYTES = 2000, 128 * 1024
+
+
+Who = TypeVar("Who", bound=Caller | Auditor)
 
 
 class Quota:
@@ -108,7 +120,7 @@ class Enrolment(registry_pb2_grpc.EnrolmentServicer):  # type: ignore[misc]
         """The coordinator's card."""
         await _bounded(context)
         async with self._quota.held(_host(context), context):
-            await _answer(context, lambda: invited(self._coordinator.home, _named(request.secret), time.time()))
+            await _answer(context, lambda: open_invitation(self._coordinator.home, _named(request.secret), time.time()))
             return registry_pb2.LookReply(card=(self._coordinator.home / "card.json").read_bytes())
 
     async def Enrol(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -121,6 +133,17 @@ class Enrolment(registry_pb2_grpc.EnrolmentServicer):  # type: ignore[misc]
         async with self._quota.held(_host(context), context):
             made = await _answer(context, deed)
             return registry_pb2.EnrolReply(certificate=made.public_bytes(Encoding.PEM))
+
+    async def Certify(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Certifies an auditor."""
+        await _bounded(context)
+
+        def deed() -> Any:
+            return certify_auditor(self._coordinator, _named(request.secret), request.csr, time.time())
+
+        async with self._quota.held(_host(context), context):
+            made = await _answer(context, deed)
+            return registry_pb2.CertifyReply(certificate=made.public_bytes(Encoding.PEM))
 
 
 def _named(secret: bytes) -> str:
@@ -136,19 +159,31 @@ def _leaf(leaf: Leaf) -> Any:
 
 
 class Registry(registry_pb2_grpc.RegistryServicer):  # type: ignore[misc]
-    """For enrolled sites."""
+    """For enrolled sites; what is of the log, for auditors too."""
 
     def __init__(self, coordinator: Coordinator, store: Store, quota: Quota) -> None:
         self._coordinator, self._store, self._quota = coordinator, store, quota
 
     @asynccontextmanager
+    async def _read(self, context: Any) -> AsyncIterator[Caller | Auditor]:
+        """A call by a site or an auditor."""
+        async with self._held(context, reader) as who:
+            yield who
+
+    @asynccontextmanager
     async def _call(self, context: Any) -> AsyncIterator[Caller]:
+        """A call by a site."""
+        async with self._held(context, caller) as who:
+            yield who
+
+    @asynccontextmanager
+    async def _held(self, context: Any, found: Callable[[Path, bytes, float], Who]) -> AsyncIterator[Who]:
         await _bounded(context)
         shown = context.auth_context().get("x509_pem_cert", [])
         if len(shown) != 1:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no client certificate")
-        who = await _answer(context, lambda: caller(self._coordinator.home, shown[0], time.time()))
-        async with self._quota.held(who.card.name, context):
+        who: Who = await _answer(context, lambda: found(self._coordinator.home, shown[0], time.time()))
+        async with self._quota.held(who.name, context):
             yield who
 
     @staticmethod
@@ -173,14 +208,14 @@ class Registry(registry_pb2_grpc.RegistryServicer):  # type: ignore[misc]
 
     async def Log(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """Leaves from a place on, at most ``_MOST_LEAVES`` a call."""
-        async with self._call(context):
+        async with self._read(context):
             found = await _answer(context, lambda: self._store.leaves(request.start, request.start + _MOST_LEAVES))
             for leaf in found:
                 yield _leaf(leaf)
 
     async def Head(self, request: Any, context: Any) -> Any:  # noqa: N802
         """The newest head and its cosignatures."""
-        async with self._call(context):
+        async with self._read(context):
             note, lines = await _answer(context, self._head)
             return registry_pb2.HeadReply(note=note, cosignatures=canonical(lines))
 
@@ -189,7 +224,7 @@ class Registry(registry_pb2_grpc.RegistryServicer):  # type: ignore[misc]
 
     async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Runs' rounds as they stand, at most ``_MOST_ROUNDS``, newest last."""
-        async with self._call(context):
+        async with self._read(context):
             return await self._found(context, lambda: self._list(request.run), "no such run")
 
     def _list(self, run: str) -> Any:
@@ -212,7 +247,7 @@ class Registry(registry_pb2_grpc.RegistryServicer):  # type: ignore[misc]
 
     async def Get(self, request: Any, context: Any) -> Any:  # noqa: N802
         """One committed round, proven."""
-        async with self._call(context):
+        async with self._read(context):
             return await self._found(context, lambda: self._get(request.run, request.number), "no such committed round")
 
     def _get(self, run: str, number: int) -> Any:
@@ -228,7 +263,7 @@ class Registry(registry_pb2_grpc.RegistryServicer):  # type: ignore[misc]
 
     async def Consistency(self, request: Any, context: Any) -> Any:  # noqa: N802
         """That one size of the log begins with another."""
-        async with self._call(context):
+        async with self._read(context):
             return await self._found(
                 context, lambda: self._consistency(request.old, request.size), "the log has no such sizes"
             )

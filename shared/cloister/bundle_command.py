@@ -1,11 +1,13 @@
-"""``cloister audit export`` and ``cloister audit trust``: what this machine holds of a federation, as one file for an auditor.
+"""``cloister audit export | fetch | trust``: what this machine holds, or may fetch, of a federation, as one file for an auditor.
 
 A site exports its own log, in which what says something of its text is a salted hash; a coordinator exports the federation's; where both
-are here (a demo, a laptop), both. Neither command needs a server.
+are here (a demo, a laptop), both; neither needs a server. An auditor with a token fetches
+the federation's log by itself, and remembers its head.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +16,11 @@ from typing import Annotated
 import typer
 from cloister_shared import console
 from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog, write_bundle
-from cloister_shared.audit.trust import trust_of, write_trust
+from cloister_shared.audit.trust import read_trust, trust_of, write_trust
 from cloister_shared.cards import read_coordinator_card, read_site_card
-from cloister_shared.errors import InputError
-from cloister_shared.notes import Checkpoint
+from cloister_shared.errors import InputError, VerificationError
+from cloister_shared.invitation import Invitation
+from cloister_shared.notes import Checkpoint, checkpoint_of
 from cloister_shared.signing import SigningKey, VerifyKey, read_secret
 from cloister_shared.witness import log_of_federation, log_of_site
 
@@ -28,6 +31,7 @@ Home = Annotated[Path | None, typer.Option("--home", help="Folder of state.")]
 def register(app: typer.Typer) -> None:
     """Adds the commands to the audit's group."""
     app.command("export")(export)
+    app.command("fetch")(fetch)
     app.command("trust")(trust)
 
 
@@ -109,6 +113,57 @@ def export(
             f"{out}: {len(bundle.leaves)} leaves of the federation's log, {len(bundle.sites)} sites' own logs,"
             f" {len(bundle.adapters)} adapters, {out.stat().st_size:,} bytes",
             "give it to the auditor; the trust file goes another way: cloister audit trust --out TRUST.json",
+        ],
+    )
+
+
+def fetch(
+    out: Annotated[Path, typer.Option(help="The bundle to write.")],
+    trust: Annotated[
+        Path,
+        typer.Option(
+            help="The auditor's trust file: made with the key that the token names, or held against and brought up to date."
+        ),
+    ],
+    json: Json = False,
+) -> None:
+    """Fetch a federation's log as an auditor, with a token on standard input; held against its key and what the trust file remembers."""
+    console.choose(json, None)
+    from cloister_client.registry import fetch_as_auditor, look
+
+    if out.exists():
+        raise InputError("there is a file already", where=str(out), mend="choose another --out")
+    known = read_trust(trust) if trust.exists() else None
+    if sys.stdin.isatty():
+        print("token: ", end="", file=sys.stderr, flush=True)
+    invitation = Invitation.from_token(sys.stdin.readline())
+    card = look(invitation)
+    origin = log_of_federation(card.verify_key)
+    if known is not None and known.federation.raw != card.verify_key.raw:
+        raise VerificationError(
+            "the trust file is of another federation",
+            where=str(trust),
+            expected=f"key {known.federation.id.hex()}",
+            got=f"key {card.fingerprint}",
+        )
+    seen = [] if known is None or origin not in known.remembered else [known.remembered[origin]]
+    leaves, note, cosignatures = fetch_as_auditor(invitation, card, seen)
+    head = checkpoint_of(note.partition("\n\n")[0] + "\n", "head of the log")
+    bundle = Bundle(round(time.time()), tuple(SignedLeaf(*one) for one in leaves), note, cosignatures)
+    write_bundle(out, bundle)
+    mine = trust_of(card.federation, card.verify_key, {}, []) if known is None else known
+    write_trust(trust, replace(mine, remembered=dict(mine.remembered) | {origin: head}))
+    console.emit(
+        {"bundle": str(out), "trust": str(trust), "leaves": head.size, "federation": card.federation},
+        [
+            f"{out}: {head.size} leaves of the log of {card.federation}, signed by the key that the token names ({card.fingerprint})",
+            f"{trust}: remembers them"
+            + (f"; the {seen[0].size} of the last time are among them, unchanged" if seen else "")
+            + (
+                ", and names no sites yet: take their keys from the sites (cloister audit trust)"
+                if not mine.sites
+                else ""
+            ),
         ],
     )
 

@@ -67,6 +67,8 @@ COMMANDS = (
     "registry gc",
     "registry migrate",
     "coordinator operator-key",
+    "coordinator operator-sign",
+    "audit fetch",
     "site rounds",
     "site pull",
     "doctor",

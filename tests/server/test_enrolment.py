@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import io
 import json
 import os
 import socket
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import asdict, replace
@@ -23,6 +24,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from cloister.bundle_command import fetch
 from cloister_client import registry as client
 from cloister_client.policy import Policy
 from cloister_client.site import Site, enrol, read_site
@@ -34,6 +36,8 @@ from cloister_server.operators import with_key
 from cloister_server.rounds import run_rounds
 from cloister_server.store import Commit, Store
 from cloister_server.tables import RoundClient, Run
+from cloister_shared.audit.bundle import read_bundle
+from cloister_shared.audit.trust import read_trust, write_trust
 from cloister_shared.cards import CoordinatorCard, SiteCard, read_site_card
 from cloister_shared.encoding import digest
 from cloister_shared.errors import CloisterError, InputError, RefusedError, RollbackError, StateError, VerificationError
@@ -45,6 +49,7 @@ from cloister_shared.signing import SigningKey
 from cloister_shared.tls import certify, make_request, make_site_ca, make_tls
 from cloister_shared.v1 import registry_pb2, registry_pb2_grpc
 from cloister_shared.vectors import Schema, to_safetensors
+from cloister_shared.witness import log_of_federation
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given
@@ -398,6 +403,92 @@ def test_what_is_released_is_fetched_and_nothing_else_can_be_shown(served: Coord
     store.log("alias_set", body | {"rollback": True, "guard": "", "operator": "", "why": ""})
     with pytest.raises(VerificationError, match="signature of the operator"):
         client.fetch_release(site, "best", [now])
+    store.close()
+
+
+def test_an_auditor_reads_the_log_and_nothing_else(served: Coordinator) -> None:
+    made = invite(served, "audit-1", auditor=True)
+    card = client.look(made)
+    leaves, note, _ = client.fetch_as_auditor(made, card, [])
+    store = Store(served.home)
+    store.log("incident", {"what": "x"})
+    at = store.checkpoint()
+    assert (len(leaves), note.split("\n")[0]) == (at.size - 1, store.origin)
+    with pytest.raises(RefusedError, match="not good"):
+        client.fetch_as_auditor(made, card, [])
+    # A history that shrank or forked since the auditor saw it.
+    for odd in (replace(at, root=bytes(32)), replace(at, size=at.size + 1)):
+        with pytest.raises(RollbackError):
+            client.fetch_as_auditor(invite(served, "audit-2", auditor=True), card, [odd])
+    key, request = make_request("whatever")
+    again = invite(served, "audit-3", auditor=True)
+    certificate = enrolment.certify_auditor(served, again.name, request, time.time()).public_bytes(Encoding.PEM)
+    with client._registry_as(card, client.Identity(key, certificate)) as stub:
+        stub.Head(registry_pb2.HeadRequest(), timeout=10)
+        stub.List(registry_pb2.ListRequest(), timeout=10)
+        refused: list[Callable[[], Any]] = [
+            lambda: stub.Renew(registry_pb2.RenewRequest(csr=request), timeout=10),
+            lambda: stub.Rounds(registry_pb2.RoundsRequest(), timeout=10),
+            lambda: stub.Run(registry_pb2.RunRequest(run="ab" * 16), timeout=10),
+            lambda: list(stub.Adapter(registry_pb2.AdapterRequest(digest="00" * 32), timeout=10)),
+        ]
+        for deed in refused:
+            with pytest.raises(grpc.RpcError) as caught:
+                deed()
+            assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
+            assert "for sites alone" in str(caught.value.details())
+        # Revoked: from the next call on, over the same connection.
+        enrolment.revoke_auditor(served.home, "audit-3")
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Head(registry_pb2.HeadRequest(), timeout=10)
+        assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
+    with pytest.raises(InputError, match="no such auditor"):
+        enrolment.revoke_auditor(served.home, "audit-3")
+    store.close()
+
+
+def test_tokens_of_auditors_and_of_sites_are_not_each_others(served: Coordinator, tmp_path: Path) -> None:
+    for_site, for_auditor = invite(served, "chi"), invite(served, "chi", auditor=True)
+    card = client.look(for_site)
+    with pytest.raises(RefusedError, match="not good"):
+        client.fetch_as_auditor(for_site, card, [])
+    make_site(tmp_path / "chi", "chi", card)
+    with pytest.raises(RefusedError, match="not good"):
+        client.enrol(for_auditor, card, tmp_path / "chi", "chi")
+    client.enrol(for_site, card, tmp_path / "chi", "chi")
+    client.fetch_as_auditor(for_auditor, card, [])
+    # Of one name, and apart: to revoke the one leaves the other.
+    revoke(served.home, "chi")
+    enrolment.revoke_auditor(served.home, "chi")
+
+
+def test_an_auditor_fetches_and_remembers(served: Coordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first time trust is made from the token alone; later the log must begin with what was seen."""
+    trust, number = tmp_path / "trust.json", iter(range(9))
+
+    def fetched(into: Path = trust) -> int:
+        token = invite(served, "audit-9", auditor=True).to_token()
+        monkeypatch.setattr("sys.stdin", io.StringIO(token + "\n"))
+        fetch(tmp_path / f"{next(number)}.zip", into)
+        return read_trust(into).remembered[log_of_federation(served.signing.verify_key)].size
+
+    first, store = fetched(), Store(served.home)
+    store.log("incident", {"what": "x"})
+    assert fetched() == first + 1
+    assert (read_trust(trust).federation, read_trust(trust).sites) == (served.signing.verify_key, {})
+    bundle = read_bundle(tmp_path / "1.zip")
+    assert [leaf.record for leaf in bundle.leaves] == [leaf.record for leaf in store.leaves()]
+    assert bundle.note == store.signed_checkpoint(store.checkpoint())
+    known = read_trust(trust)
+    forked = replace(known, remembered={store.origin: replace(store.checkpoint(), root=bytes(32))})
+    write_trust(tmp_path / "forked.json", forked)
+    write_trust(tmp_path / "other.json", replace(known, federation=SigningKey.generate().verify_key))
+    for name, error in (("forked", RollbackError), ("other", VerificationError)):
+        before = (tmp_path / f"{name}.json").read_bytes()
+        with pytest.raises(error):
+            fetched(tmp_path / f"{name}.json")
+        assert (tmp_path / f"{name}.json").read_bytes() == before
+    assert not (tmp_path / "2.zip").exists()
     store.close()
 
 

@@ -45,6 +45,11 @@ class EnrolmentStub:
                 request_serializer=cloister__shared_dot_v1_dot_registry__pb2.EnrolRequest.SerializeToString,
                 response_deserializer=cloister__shared_dot_v1_dot_registry__pb2.EnrolReply.FromString,
                 _registered_method=True)
+        self.Certify = channel.unary_unary(
+                '/cloister.v1.Enrolment/Certify',
+                request_serializer=cloister__shared_dot_v1_dot_registry__pb2.CertifyRequest.SerializeToString,
+                response_deserializer=cloister__shared_dot_v1_dot_registry__pb2.CertifyReply.FromString,
+                _registered_method=True)
 
 
 class EnrolmentServicer:
@@ -65,6 +70,13 @@ class EnrolmentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Certify(self, request, context):
+        """Certifies an auditor's key, for a token that was made for one; the token is spent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EnrolmentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +89,11 @@ def add_EnrolmentServicer_to_server(servicer, server):
                     servicer.Enrol,
                     request_deserializer=cloister__shared_dot_v1_dot_registry__pb2.EnrolRequest.FromString,
                     response_serializer=cloister__shared_dot_v1_dot_registry__pb2.EnrolReply.SerializeToString,
+            ),
+            'Certify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Certify,
+                    request_deserializer=cloister__shared_dot_v1_dot_registry__pb2.CertifyRequest.FromString,
+                    response_serializer=cloister__shared_dot_v1_dot_registry__pb2.CertifyReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +151,33 @@ class Enrolment:
             '/cloister.v1.Enrolment/Enrol',
             cloister__shared_dot_v1_dot_registry__pb2.EnrolRequest.SerializeToString,
             cloister__shared_dot_v1_dot_registry__pb2.EnrolReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Certify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.v1.Enrolment/Certify',
+            cloister__shared_dot_v1_dot_registry__pb2.CertifyRequest.SerializeToString,
+            cloister__shared_dot_v1_dot_registry__pb2.CertifyReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -221,7 +265,8 @@ class RegistryServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Log(self, request, context):
-        """The federation's log from a place on: every enrolled site may read all of it, so that each can hold it to account.
+        """The federation's log from a place on: every enrolled site may read all of it, so that each can hold it to account; and auditors
+        this, Head, List, Get and Consistency, and nothing else.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
