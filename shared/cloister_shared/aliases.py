@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cloister_shared.audit.reading import MALFORMED, hexes, integer, words
+from cloister_shared.cards import check_name
 from cloister_shared.encoding import canonical
 from cloister_shared.errors import CloisterError, VerificationError
 from cloister_shared.signing import VerifyKey
@@ -63,9 +64,11 @@ class Move:
 
         Raises:
             ValueError: It is malformed.
+            InputError: Its name is none.
         """
         return cls(
-            words(record, "alias"),
+            # One that looks like another is another's bait.
+            check_name(words(record, "alias"), "alias"),
             integer(record, "version", 1, 1_000_000),
             hexes(record, "run", 16),
             integer(record, "round", 0, 1_000_000),
@@ -123,7 +126,7 @@ def newest_move(records: Iterable[dict[str, Any]], alias: str, where: str) -> Mo
         at = f"{where}, leaf {index}"
         try:
             move = Move.read(record)
-        except MALFORMED as error:
+        except (CloisterError, *MALFORMED) as error:
             raise VerificationError("a move of an alias is malformed", where=at, got=str(error)[:200]) from error
         move.check_order(last, at)
         move.check_operator(last, at)

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 from cloister_server.rounds import run_rounds
-from cloister_shared.audit.budget import by_pld, by_rdp, check_published
+from cloister_shared.audit.budget import by_pld, by_rdp
 from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog, read_bundle, write_bundle
 from cloister_shared.audit.command import Audit, audit, merged, verify
 from cloister_shared.audit.federation import Aborted, Asked, History, RoundCommit
 from cloister_shared.audit.findings import Findings
 from cloister_shared.audit.page import as_csv, as_html
+from cloister_shared.audit.published import check_published
 from cloister_shared.audit.report import answers, as_record
 from cloister_shared.audit.trust import Trust, read_trust, trust_of, write_trust
 from cloister_shared.encoding import canonical, digest
@@ -173,19 +174,12 @@ def test_a_rewrite_with_the_logs_own_key_is_seen_by_whoever_remembers(case: Case
 
 @pytest.mark.parametrize("change", WITH_THE_KEY)
 def test_a_rewrite_is_seen_by_witnesses_alone(case: Case, change: str) -> None:
-    """After a witness saw the head; what came after every witness's last head is nobody's to see."""
+    """After a witness saw the head: of all of it, since sites cosign once more at a run's end."""
+    assert {size for size, _, _ in case.bundle.cosignatures.values()} == {len(case.bundle.leaves)}
     bare = replace(WITH_THE_KEY[change](case), sites={})
     got = audit(bare, replace(case.trust, remembered={}))
-    seen = max(size for size, _, _ in case.bundle.cosignatures.values())
-    if change == "older backup":
-        # The last commit was cosigned by nobody yet: the closing message's cosignature stays at the site.
-        assert seen == len(case.bundle.leaves) - 1
-        assert got.findings.exit_code == 2
-    elif change in ("delete", "reorder"):
-        assert got.findings.exit_code == 3
-        assert "witness" in found(got, "fork")
-    else:
-        assert "witness" in found(got, "fork")
+    assert got.findings.exit_code == 3
+    assert "witness" in found(got, "fork")
 
 
 @pytest.mark.parametrize("change", WITH_THE_KEY)
@@ -416,7 +410,8 @@ def test_a_reservation_that_says_odd_things_never_passes(case: Case, changes: di
     odd = canonical(reserve | {"entry": 4, "plan": "ab" * 32} | changes)
     got = audit(with_events(case, (*events, odd)), case.trust)
     if changes == {"secure": "ab" * 32}:
-        assert got.findings.exit_code == 0  # reserved and never spent: counted, and nothing wrong with it
+        # Well formed, and yet the commit of that round does not say that this was asked.
+        assert (got.findings.exit_code, found(got, "violation")) == (1, {"untold"})
         assert max(b.steps for b in got.blocks) == 8
     else:
         assert got.findings.exit_code == 1
@@ -497,7 +492,7 @@ def test_a_stranger_that_took_part_is_told(case: Case) -> None:
 
 
 def test_a_round_that_nobody_else_saw_is_incomplete(case: Case) -> None:
-    got = audit(replace(case.bundle, sites={}), case.trust)
+    got = audit(replace(case.bundle, sites={}, cosignatures={}), case.trust)
     assert "unwitnessed" in found(got, "incomplete")
     assert "unwitnessed" not in found(audit(case.bundle, case.trust))
 
@@ -611,10 +606,11 @@ def test_what_an_aborted_round_charged_is_in_what_is_published_later() -> None:
 
     def published(aborted: Aborted, charged: int, steps: int) -> list[str]:
         epsilon = by_pld((((1.0, 0.1), steps),), 1e-5)
+        aborted = replace(aborted, epsilon=by_pld((((1.0, 0.1), 6 * max(1, aborted.charged)),), 1e-5))
         one = Asked("aa" * 16, "a", "11" * 32, "accepted", "22" * 32, 1.0, 0.1, 6, 1e-5, epsilon, charged, "")
         commit = RoundCommit(5, "cd" * 16, 1, "33" * 32, "44" * 32, (one,), (), "", {})
         findings = Findings()
-        check_published(History(commits=[commit], aborted=[aborted]), findings)
+        check_published(History(commits=[commit], aborted=[aborted]), findings, {})
         return [f.code for f in findings.found]
 
     other = Aborted(3, "ef" * 16, 1, "aa" * 16, "a", "55" * 32, "missing", 2, (1.0, 0.1, 6))
@@ -624,8 +620,66 @@ def test_what_an_aborted_round_charged_is_in_what_is_published_later() -> None:
     same = replace(other, run="cd" * 16, charged=1)
     assert published(same, 2, 12) == []
     assert published(same, 2, 6) == ["published"]
-    # A newer attempt's leaf stands for the older one's.
     assert published(replace(other, terms=None), 1, 6) == []
+    # What was charged once is not taken back: by a later leaf of the same round, whatever it says.
+    assert published(replace(same, charged=3), 1, 18) == ["charged"]
+    assert published(replace(same, charged=3), 1, 6) == ["charged", "published"]
+
+
+def hostile(case: Case, changes: dict[str, Any], *, only: str = "") -> Bundle:
+    """A coordinator that wrote every commit so from the first day, and told its sites and witnesses the same."""
+    records = records_of(case)
+    for record in records:
+        for one in record["clients"] if record["kind"] == "round_commit" else ():
+            if one["client"] == (only or site_of(case)):
+                one.update(changes)
+    return rewritten(case, records)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"verdict": "late", "update": "", "charged": 0, "epsilon": 0.0}, "uncharged"),
+        ({"verdict": "outlier", "update": "ab" * 32}, "update"),
+        ({"plan": "ab" * 32, "verdict": "missing", "update": ""}, "untold"),
+    ],
+)
+def test_what_a_site_spent_for_is_told_as_charged(case: Case, changes: dict[str, Any], code: str) -> None:
+    assert code in found(audit(hostile(case, changes), case.trust), "violation")
+
+
+def test_a_site_whose_update_is_said_not_to_have_entered_is_named(case: Case) -> None:
+    bundle = hostile(case, {"verdict": "late", "update": ""})
+    done = audit(bundle, case.trust)
+    said = answers(bundle, case.trust, done.history, done.ledgers, done.blocks, done.findings)
+    holds = next(a.lines for a in said if "holds which" in a.question)
+    assert all("by the coordinator's word not in it: site-" in line for line in holds if not line.startswith("round 0"))
+
+
+def more_entries(case: Case, **changes: Any) -> Bundle:
+    """A site's log with one more entry, spent."""
+    events = case.bundle.sites[site_of(case)].events
+    first = next(json.loads(e) for e in events if json.loads(e)["event"] == "reserve")
+    spent = {"event": "spend", "at": first["at"], "entry": 4, "update": "ab" * 32, "vector": "ab" * 32}
+    more = (canonical(first | {"entry": 4, "plan": "ab" * 32} | changes), canonical(spent))
+    return with_events(case, (*events, *more))
+
+
+def test_work_that_no_leaf_tells_of_is_seen(case: Case) -> None:
+    for changes, kind, code in (
+        ({}, "violation", "untold"),
+        ({"round": 4}, "incomplete", "untold"),
+        ({"run": "ee" * 16}, "incomplete", "elsewhere"),
+    ):
+        got = audit(more_entries(case, **changes), case.trust)
+        assert code in found(got, kind), changes
+
+
+def test_what_is_published_is_held_against_the_sites_own_ledgers(case: Case) -> None:
+    """Numbers with noise of their own stand in the ledger, and not in the commit's terms."""
+    bundle = changed_reserve(case, {"noised": [["loss", 1.0]], "admitted": [10.0]}, nth=2)
+    # A rewritten ledger is not the one that commits hold heads of: that is seen too.
+    assert {"published"} <= found(audit(bundle, case.trust), "violation")
 
 
 def test_a_report_is_not_written_over_another(case: Case, tmp_path: Path) -> None:

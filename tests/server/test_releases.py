@@ -479,18 +479,20 @@ def test_the_report_tells_what_became_of_rounds_in_order(world: World, tmp_path:
     told = [
         line.partition(" UTC: ")[2].replace("; nobody else saw this leaf yet", "*") for line in became(done.history)
     ]
-    by = f"by its operator, key {two.id.hex()}"
+    by = f"signed by its operator, key {two.id.hex()}"
+    said = "; the coordinator's reason: "
     held = next(row.leaf for row in world.store.holds())
     assert [line.split(", statement")[0] for line in told] == [
-        f"production was set to round 1 of run {run}, by whoever has the coordinator's key: first",
-        f"production moves only with key {one.id.hex()} from here on; set with that key",
-        f"production was handed on to key {two.id.hex()}, by its operator, key {one.id.hex()}: left the company*",
+        f"production was set to round 1 of run {run}, by whoever has the coordinator's key{said}first",
+        f"production moves only with key {one.id.hex()} from here on, signed by its operator, key {one.id.hex()}",
+        f"production moves only with key {two.id.hex()} from here on, signed by its operator, key {one.id.hex()}"
+        f"{said}left the company*",
         f"production was set to round 2 of run {run}, {by}*",
-        f"round 3 of run {run} is held, whatever happens: asked by the court*",
+        f"round 3 of run {run} is held, whatever happens{said}asked by the court*",
         f"production went back to round 1 of run {run}, {by}*",
-        f"the hold of leaf {held} on round 3 of run {run} ended: the court is done*",
+        f"the hold of leaf {held} on round 3 of run {run} ended{said}the court is done*",
         f"production moves without a key from here on, {by}*",
-        f"round 0 of run {run}: its adapter was given up: no longer needed*",
+        f"round 0 of run {run}: its adapter was given up{said}no longer needed*",
         f"round 2 of run {run} was exported",
     ]
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from cloister_shared.aliases import Move
 from cloister_shared.audit.federation import History
-from cloister_shared.audit.reading import when
-from cloister_shared.errors import VerificationError
+from cloister_shared.audit.reading import MALFORMED, when
+from cloister_shared.errors import CloisterError, VerificationError
 from cloister_shared.signing import VerifyKey
 
 
@@ -37,13 +38,18 @@ def became(history: History) -> list[str]:
 
 
 def _told(history: History) -> Iterator[tuple[int, str]]:
-    aliases = dict[str, Mapping[str, Any]]()
+    aliases = dict[str, Move]()
     for index, record in enumerate(history.records):
-        kind, why = record.get("kind"), f": {record['why']}" if record.get("why") else ""
+        # Nobody but the coordinator signs why.
+        kind, why = record.get("kind"), f"; the coordinator's reason: {record['why']}" if record.get("why") else ""
         if kind == "alias_set":
-            name = str(record.get("alias"))
-            yield index, _moved(aliases.get(name), record) + why
-            aliases[name] = record
+            try:
+                move = Move.read(record)
+            except (CloisterError, *MALFORMED):
+                yield index, "a move of an alias that is malformed"
+                continue
+            yield index, _moved(aliases.get(move.alias), move) + why
+            aliases[move.alias] = move
         elif kind == "export":
             yield index, f"{round_of(record)} was exported, statement {str(record.get('statement'))[:16]}"
         elif kind == "hold" and record.get("released"):
@@ -56,18 +62,23 @@ def _told(history: History) -> Iterator[tuple[int, str]]:
             yield index, f"round 0 of run {str(record.get('run'))[:8]} was imported: {came}"
 
 
-def _moved(before: Mapping[str, Any] | None, record: Mapping[str, Any]) -> str:
+def _moved(before: Move | None, move: Move) -> str:
     """One move: where to, or who guards the alias from then on; and by whom."""
-    name, last = record.get("alias"), before or {}
-    was, now = last.get("guard") or "", record.get("guard") or ""
-    by = f"by its operator, key {key_id(was or now)}" if was or now else "by whoever has the coordinator's key"
-    place = ("run", "round", "adapter")
-    if before is not None and was != now and [last.get(n) for n in place] == [record.get(n) for n in place]:
-        if not was:
-            return f"{name} moves only with key {key_id(now)} from here on; set with that key"
-        return f"{name} {f'was handed on to key {key_id(now)}' if now else 'moves without a key from here on'}, {by}"
-    back = "went back" if record.get("rollback") else "was set"
-    return f"{name} {back} to {round_of(record)}, {by}"
+    was = before.guard if before is not None else ""
+    by = "by whoever has the coordinator's key"
+    if was or move.guard:
+        key = key_id(was or move.guard)
+        try:
+            move.check_operator(before, "")
+            by = f"signed by its operator, key {key}"
+        except CloisterError:
+            by = f"WITHOUT the signature of its operator, key {key}"
+    here = before is not None and (before.run, before.number, before.adapter) == (move.run, move.number, move.adapter)
+    if here and was != move.guard:
+        then = f"moves only with key {key_id(move.guard)}" if move.guard else "moves without a key"
+        return f"{move.alias} {then} from here on, {by}"
+    back = "went back" if move.record.get("rollback") else "was set"
+    return f"{move.alias} {back} to round {move.number} of run {move.run[:8]}, {by}"
 
 
 def imported(record: Mapping[str, Any]) -> str:

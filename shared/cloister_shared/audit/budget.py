@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from cloister_shared.audit.federation import Aborted, History, RoundCommit
 from cloister_shared.audit.findings import Findings, many
-from cloister_shared.audit.reading import MALFORMED, number
 from cloister_shared.audit.sites import Entry, Ledger, Step
 
 Steps = tuple[tuple[Step, int], ...]
@@ -146,6 +144,11 @@ def _epsilon(steps: Steps, delta: float) -> tuple[float, float]:
     return (by_pld(steps, delta) if bound < _FAR_ABOVE else bound), bound
 
 
+def epsilon_of(steps: Counter[Step], delta: float) -> float:
+    """Epsilon of these releases, by PLD (by RDP where that is far above anything that is allowed)."""
+    return _epsilon(tuple(sorted(steps.items())), delta)[0]
+
+
 def _block(ledger: Ledger, block: int, sure: int, findings: Findings) -> Block:
     charged = [e for e in ledger.entries.values() if block in e.blocks and e.state != "void"]
     # Of all that were stated, the least: an epsilon at a larger delta says less.
@@ -187,50 +190,3 @@ def _together(entries: list[Entry]) -> Steps:
     for entry in entries:
         whole += entry.steps
     return tuple(sorted(whole.items()))
-
-
-def check_published(history: History, findings: Findings) -> None:
-    """What the coordinator published may nowhere be less than what its own log comes to: for each client, and for whole clients."""
-    whole, good = dict[str, Counter[Step]](), set[str]()
-    # Charged, though the round came to nothing; a commit of the same round counts these attempts again.
-    lost = dict[tuple[str, str, int], Counter[Step]]()
-    told: list[RoundCommit | Aborted] = sorted([*history.commits, *history.aborted], key=lambda leaf: leaf.index)
-    for leaf in told:
-        if isinstance(leaf, Aborted):
-            if leaf.terms is not None:
-                sigma, rate, steps = leaf.terms
-                of = whole.setdefault(leaf.client, Counter())
-                of.subtract(lost.pop((leaf.client, leaf.run, leaf.number), Counter()))
-                lost[leaf.client, leaf.run, leaf.number] = Counter({(sigma, rate): steps * leaf.charged})
-                of.update(lost[leaf.client, leaf.run, leaf.number])
-            continue
-        for one in leaf.asked:
-            of = whole.setdefault(one.client, Counter())
-            of.subtract(lost.pop((one.client, leaf.run, leaf.number), Counter()))
-            if not one.took_part:
-                continue
-            # An attempt that was charged counts, whatever came of it: its text was used.
-            of[one.noise_multiplier, one.sample_rate] += one.steps * max(1, one.charged)
-            least, _ = _epsilon(tuple(sorted((+of).items())), one.delta)
-            if one.epsilon < least - TOLERANCE:
-                where = f"site {one.name}, round {leaf.number} of run {leaf.run[:8]}"
-                findings.violation("published", where, f"epsilon {one.epsilon:.4f} was published, {least:.4f} is right")
-            else:
-                good.add(one.client)
-    if good:
-        findings.held.append(
-            f"the epsilon published for {many(len(good), 'site')} is not below what dp-accounting makes of their rounds"
-        )
-    sums = Counter[Step]()
-    for record in history.records:
-        if record.get("kind") == "spend":
-            where = f"leaf {record.get('index')}"
-            try:
-                sums[number(record, "noise_multiplier", 0.05, 1e6), 1.0] += 1
-                mine, _ = _epsilon(tuple(sorted(sums.items())), number(record, "delta", 1e-10, 0.5))
-                if number(record, "epsilon", 0, 1e6) < mine - TOLERANCE:
-                    findings.violation(
-                        "published", where, f"client level: {record['epsilon']:.4f} was published, {mine:.4f} is right"
-                    )
-            except MALFORMED as error:
-                findings.violation("leaf", where, f"malformed: {error}"[:300])

@@ -16,16 +16,18 @@ from typing import Annotated
 import typer
 
 from cloister_shared import console
-from cloister_shared.audit.budget import Block, check_budgets, check_published
+from cloister_shared.audit.budget import Block, check_budgets
 from cloister_shared.audit.bundle import Bundle, SiteLog, read_bundle
 from cloister_shared.audit.draws import check_draws
 from cloister_shared.audit.federation import History, called, check_covered, check_federation
 from cloister_shared.audit.findings import Findings
 from cloister_shared.audit.page import as_csv, as_html
+from cloister_shared.audit.published import check_published
 from cloister_shared.audit.reading import printable
 from cloister_shared.audit.releases import check_releases
 from cloister_shared.audit.report import VERDICTS, answers, as_record
-from cloister_shared.audit.sites import Ledger, check_site, check_spends
+from cloister_shared.audit.sites import Ledger, check_site
+from cloister_shared.audit.spends import check_spends
 from cloister_shared.audit.trust import Trust, read_trust
 from cloister_shared.encoding import digest, write_durably
 from cloister_shared.errors import CloisterError, InputError
@@ -62,7 +64,7 @@ def audit(bundle: Bundle, trust: Trust) -> Audit:
     check_spends(ledgers, trust, history, findings)
     check_covered(history, findings)
     blocks = check_budgets(ledgers, findings)
-    check_published(history, findings)
+    check_published(history, findings, ledgers)
     for name, data in bundle.adapters.items():
         if digest(data) != name:
             findings.violation("adapter", f"adapter {name[:16]}", f"its bytes have digest {digest(data)[:16]}")

@@ -20,6 +20,8 @@ from cloister_shared.signing import VerifyKey
 from cloister_shared.witness import LEAF_KINDS, LEAF_PURPOSE, log_of_federation
 
 _FAR = 1 << 53
+# A site comes or goes: its own card and ledger say so too.
+_HARMLESS = ("enrol", "revoke")
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class Aborted:
         verdict: What came of it.
         charged: Attempts at the round that may have been charged so far.
         terms: Noise multiplier, sample rate and steps; None in leaves from before they said.
+        delta: At which epsilon is stated.
+        epsilon: As stated.
     """
 
     index: int
@@ -112,6 +116,8 @@ class Aborted:
     verdict: str
     charged: int
     terms: tuple[float, float, int] | None
+    delta: float = 1e-5
+    epsilon: float = 0.0
 
 
 @dataclass
@@ -124,6 +130,7 @@ class History:
         commits: The round commits among them.
         aborted: What rounds that came to nothing asked of clients.
         seen: When each witness cosigned it, by client id.
+        runs: Runs that began.
         names: What the log's enrolments call sites, by client id.
         witnessed: How many leaves a trusted site cosigned, or has the signed head of in its own log.
         remembered: How many leaves the trust file remembers.
@@ -135,6 +142,7 @@ class History:
     aborted: list[Aborted] = field(default_factory=list)
     seen: dict[str, int] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
+    runs: set[str] = field(default_factory=set)
     witnessed: int = 0
     remembered: int = 0
 
@@ -257,8 +265,12 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
                 if run in runs:
                     raise ValueError("this run began before")
                 runs[run] = (0, hexes(record, "adapter", 32), hexes(record, "base", 32))
-            elif kind == "incident" and isinstance(record.get("clients"), list):
-                history.aborted += [_aborted(record, index, one) for one in rows(record, "clients")]
+                history.runs.add(run)
+            elif kind == "incident" and "clients" in record:
+                lost = [_aborted(record, index, one) for one in rows(record, "clients")]
+                if len({one.client for one in lost}) != len(lost):
+                    raise ValueError("a client twice")
+                history.aborted += lost
             elif kind == "round_commit":
                 commit = _commit(record, index)
                 history.commits.append(commit)
@@ -361,6 +373,8 @@ def _aborted(record: dict[str, Any], index: int, one: dict[str, Any]) -> Aborted
         )
         if said
         else None,
+        number(one, "delta", 1e-10, 0.5) if said else 1e-5,
+        number(one, "epsilon", 0, 1e6) if said else 0.0,
     )
 
 
@@ -373,10 +387,11 @@ def _ids(one: dict[str, Any]) -> list[Any]:
 
 def check_covered(history: History, findings: Findings) -> None:
     """How far others saw this log: what comes after can still be written anew by whoever has its key."""
-    late = [c for c in history.commits if c.index >= history.covered]
+    late = [i for i, r in enumerate(history.records) if i >= history.covered and r.get("kind") not in _HARMLESS]
     if late:
-        first = f"round {late[0].number} of run {late[0].run[:8]}"
-        findings.incomplete("unwitnessed", f"leaf {late[0].index}", f"nobody else saw {first} and what came after it")
+        kind = history.records[late[0]].get("kind")
+        what = f"nobody else saw this {kind} yet, nor {many(len(late) - 1, 'leaf', 'leaves')} after it: they can still be rewritten"
+        findings.incomplete("unwitnessed", f"leaf {late[0]}", what)
     elif history.commits:
         leaves = many(len(history.tree), "leaf", "leaves")
         seen = f"of its {leaves} {history.witnessed} were seen by sites, {history.remembered} are remembered"

@@ -22,6 +22,7 @@ def check_releases(history: History, findings: Findings) -> None:
         history: The federation's log.
         findings: Where what is found goes.
     """
+    held = dict[int, str]()
     made, gone, aliases, guarded = dict[tuple[str, int], str](), set[str](), dict[str, Move](), 0
     for index, record in enumerate(history.records):
         where, kind = f"leaf {index}", record.get("kind")
@@ -37,7 +38,15 @@ def check_releases(history: History, findings: Findings) -> None:
             if made.get(place) != adapter:
                 what = f"{kind} names an adapter that round {place[1]} of run {place[0][:8]} did not make"
                 findings.violation("release", where, what)
+            if kind == "hold" and not record.get("released"):
+                held[index] = adapter
+            elif kind == "hold" and held.pop(integer(record, "hold", 0, index), None) != adapter:
+                findings.violation("release", where, "a hold ended that was none, or had ended")
+            if kind in ("tombstone", "export", "hold") and adapter in gone:
+                findings.violation("release", where, f"{kind} of an adapter that was given up before")
             if kind == "tombstone":
+                if adapter in held.values() or any(last.adapter == adapter for last in aliases.values()):
+                    findings.violation("release", where, "an adapter was given up that a hold or an alias keeps")
                 gone.add(adapter)
             if kind == "alias_set":
                 if adapter in gone:

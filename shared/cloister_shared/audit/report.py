@@ -13,10 +13,11 @@ from typing import Any
 from cloister_shared.audit.became import became, imported, round_of
 from cloister_shared.audit.budget import Block
 from cloister_shared.audit.bundle import Bundle
-from cloister_shared.audit.federation import History, called
+from cloister_shared.audit.federation import History, RoundCommit, called
 from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.reading import printable, when
 from cloister_shared.audit.sites import Ledger
+from cloister_shared.audit.spends import unsure
 from cloister_shared.audit.trust import Trust
 
 VERDICTS = {0: "PASS", 1: "VIOLATION", 2: "INCOMPLETE", 3: "FORK OR ROLLBACK"}
@@ -29,7 +30,11 @@ ACCOUNTANTS = (
     " The sites charge the larger of PRV's upper bound and PLD, so that their own figures lie up to 0.02 above this PLD: numerical"
     " error, on the safe side."
 )
+_SAMPLED = "Poisson over units, as reservations state and commits repeat."
+_ALONE = "Poisson over units, as reservations state; no commits are here to hold them against."
 NOT_PROVEN = (
+    "That an update of which the coordinator says that it came late, was refused or was left out did not enter an adapter.",
+    "Which text is a block, where a site's ledger says that it has several: budgets are of blocks.",
     "That a client really added the noise that its ledger says: short of attestation of its machine nobody outside can see that.",
     "That a site registered all of its text, or that two units are not the same person under two names.",
     "What happened before the first head that anybody here remembers, where nobody witnessed it.",
@@ -54,6 +59,11 @@ class Answer:
         object.__setattr__(self, "lines", tuple(map(printable, self.lines)))
 
 
+def _figures(record: Mapping[str, Any], *names: str) -> bool:
+    """Whether these fields are figures that can be printed; what is malformed is a finding elsewhere."""
+    return all(isinstance(record.get(name), int | float) and 0 <= record[name] < 1e9 for name in names)
+
+
 def merged(names: Sequence[str]) -> str:
     """Several names on a line; of many the first and how many more."""
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
@@ -71,6 +81,45 @@ def _unit(card: object) -> str:
     """What a site declared at enrolment."""
     known = card if isinstance(card, dict) else {}
     return f"{known.get('name')}: one unit is one {known.get('unit')}; {known.get('records')} declared at enrolment"
+
+
+def _trusted(trust: Trust, history: History, sums: Sequence[RoundCommit], findings: Findings) -> list[str]:
+    """What the coordinator saw, and on whose word."""
+    broken = {(lost.run, lost.number) for lost in history.aborted} - {(c.run, c.number) for c in history.commits}
+    single = many(len(history.commits) - len(sums), "round")
+    lines = [f"The coordinator of {trust.name} saw single noised updates in {single}."]
+    if sums:
+        checked = not any(f.code in ("no-draw", "draw", "sums") for f in findings.found)
+        how = "as the draws of its groups bear out" if checked else "by its own word"
+        lines.append(f"In {many(len(sums), 'round')} it saw sums of groups alone, {how}.")
+    if broken:
+        lines.append(f"What it saw of {many(len(broken), 'round')} that came to nothing the log does not say.")
+    return lines
+
+
+def _models(history: History, ledgers: Mapping[str, Ledger], trust: Trust) -> list[str]:
+    """Whose text each adapter holds: of its own round, and of all that it descends from."""
+    holds, made, lines = dict[str, frozenset[str]](), {c.index: c for c in history.commits}, list[str]()
+    for index, record in enumerate(history.records):
+        adapter = str(record.get("adapter"))
+        if record.get("kind") == "policy":
+            here = f"round 0 of run {str(record.get('run'))[:8]}: adapter {adapter[:16]}"
+            if came := imported(record):
+                holds[adapter] = holds.get(adapter, frozenset()) | {f"sites of another federation ({came})"}
+            if adapter in holds:
+                lines.append(f"{here} holds {', '.join(sorted(holds[adapter]))}")
+            else:
+                lines.append(f"{here} was made by no round here: what its coordinator began with")
+        elif (commit := made.get(index)) is not None:
+            new = {one.name for one in commit.asked if one.verdict == "accepted"}
+            old = holds.get(commit.start, frozenset()) - new
+            holds[commit.adapter] = holds.get(commit.adapter, frozenset()) | new | old
+            line = f"round {commit.number} of run {commit.run[:8]}: adapter {commit.adapter[:16]} holds"
+            line += f" {', '.join(sorted(new)) or 'no text of this round'}"
+            line += f"; from earlier rounds {', '.join(sorted(old))}" if old else ""
+            left_out = unsure(ledgers, trust, commit)
+            lines.append(line + (f"; by the coordinator's word not in it: {', '.join(left_out)}" if left_out else ""))
+    return lines
 
 
 def answers(
@@ -136,10 +185,10 @@ def answers(
     whole = [
         f"client level: epsilon {r['epsilon']:.4f} at delta {r['delta']:g} after {round_of(r, 'number')}"
         for r in of["spend"]
-        if isinstance(r.get("epsilon"), int | float) and isinstance(r.get("delta"), int | float)
+        if _figures(r, "epsilon", "delta")
     ]
-    drawn = {(r.get("run"), r.get("number")) for r in of["spend"]}
-    if whole and (without := [c for c in history.commits if (c.run, c.number) not in drawn]):
+    drawn = {(str(r.get("run")), str(r.get("number"))) for r in of["spend"]}
+    if whole and (without := [c for c in history.commits if (c.run, str(c.number)) not in drawn]):
         told = merged([f"{c.number} of run {c.run[:8]}" for c in without])
         whole.append(f"client level: no such noise in rounds {told}: of their updates it says nothing")
     absent = (
@@ -150,16 +199,7 @@ def answers(
     none = (absent or "nothing in the logs",)
     kinds = {e.terms for ledger in own for e in ledger.entries.values()}
     noise = [f"noise multiplier {a:g}, sample rate {b:.4g}, {c} steps, delta {d:g}" for a, b, c, d in sorted(kinds)]
-    models = [
-        f"round {c.number} of run {c.run[:8]}: adapter {c.adapter[:16]} holds"
-        f" {', '.join(sorted(one.name for one in c.asked if one.verdict == 'accepted')) or 'no text'}"
-        for c in history.commits
-    ]
-    models += [
-        f"round 0 of run {str(r.get('run'))[:8]}: adapter {str(r.get('adapter'))[:16]} holds text of another federation's sites: {came}"
-        for r in of["policy"]
-        if (came := imported(r))
-    ]
+    models = _models(history, ledgers, trust)
     code = sorted(
         {
             f"{r.get('code')}, lock file {str(r.get('lock') or 'not said')[:16]}, base {str(r.get('base'))[:16]},"
@@ -167,7 +207,12 @@ def answers(
             for r in (*of["policy"], *of["round_commit"])
         }
     )
-    incidents = [f"leaf {r.get('index')}: {r.get('what')}" for r in of["incident"]]
+    incidents = [
+        f"leaf {index}: {r.get('kind')}: {r.get('what')}"
+        + ("; nobody else saw this leaf yet" if index >= history.covered else "")
+        for index, r in enumerate(records)
+        if r.get("kind") in ("incident", "recovery")
+    ]
     incidents += [f"{ledger.name}: {line}" for ledger in own for line in ledger.incidents]
     members = [
         f"leaf {r.get('index')}: {r.get('kind')} {r.get('site')}, {when(r.get('at'))}"
@@ -196,17 +241,18 @@ def answers(
         Answer(
             "Who was trusted with what?",
             (
-                f"The coordinator of {trust.name} saw single noised updates in {len(history.commits) - len(sums)} rounds"
-                f" and only sums of groups in {len(sums)}.",
+                *_trusted(trust, history, sums, findings),
                 "Everybody who sees rounds sees the adapters.",
-            ),
+            )
+            if history.commits or history.aborted
+            else none,
         ),
         Answer("Caps, and who changed them when?", (*caps, *unsaid) or none),
         Answer("Any overrun or reset?", (*(overruns or (["none found"] if own else [])), *unsaid) or none),
         Answer(
             "Did the sampling match the accountant?",
             (
-                *(["Poisson over units, as reservations state and commits repeat."] if own else []),
+                *([_SAMPLED if history.commits else _ALONE] if own else []),
                 *unsaid,
                 *(f"{f.where}: {f.what}" for f in findings.found if f.code == "terms"),
             )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cloister_shared.audit.bundle import Bundle, SiteLog
-from cloister_shared.audit.federation import Asked, History, RoundCommit, called
+from cloister_shared.audit.federation import History, called
 from cloister_shared.audit.findings import Findings
 from cloister_shared.audit.reading import MALFORMED, hexes, integer, number, record_of, words
 from cloister_shared.audit.trust import Trust
@@ -336,85 +336,3 @@ def _same_as_note(record: dict[str, Any], trust: Trust, history: History, findin
         return
     if size > len(history.tree) or history.tree.root(size).hex() != root:
         findings.violation("dispute", at, f"this site says that it saw another log of {size} leaves than is here")
-
-
-def check_spends(ledgers: dict[str, Ledger], trust: Trust, history: History, findings: Findings) -> None:
-    """Each commit's clients against their own ledgers: spent before the answer's head, on that very work, on those terms."""
-    of = {i: ledger for ledger in ledgers.values() for i, key in trust.sites.items() if key in ledger.keys}
-    missing, strangers, plans, matched = set[str](), set[str](), set[str](), 0
-    last = {commit.run: commit.number for commit in history.commits}
-    for commit in history.commits:
-        for one in commit.asked:
-            where = f"round {commit.number} of run {commit.run[:8]}, {one.name}"
-            if one.verdict == "accepted" and one.plan in plans:
-                findings.violation("plan-twice", where, "this work was accepted before")
-            plans |= {one.plan} if one.verdict == "accepted" else set()
-            if not one.took_part:
-                continue
-            ledger = of.get(one.client)
-            if one.client not in trust.sites:
-                strangers.add(one.name)
-            elif ledger is None:
-                missing.add(one.name)
-            elif one.verdict == "accepted":
-                matched += _accepted(one, commit, ledger, findings, where)
-                if one.plan not in ledger.receipts:
-                    late = " (the last of its run: it may be on its way)" if commit.number == last[commit.run] else ""
-                    findings.incomplete("no-receipt", where, f"the site has no receipt for it{late}")
-    for lost in history.aborted:
-        # A round that came to nothing has used the text of those whose updates came.
-        if lost.verdict == "accepted" and (ledger := of.get(lost.client)) is not None:
-            states = {e.state for e in ledger.entries.values() if e.plan == lost.plan}
-            if not states & {"spent", "lost", "reserved"}:
-                where = f"leaf {lost.index}, {lost.name}"
-                findings.violation(
-                    "unspent", where, "an update came in an aborted round, and its site never spent for it"
-                )
-    if matched:
-        findings.held.append(
-            f"{matched} accepted updates are each in their site's own ledger, reserved before they were spent"
-        )
-    for name in sorted(strangers):
-        findings.incomplete("stranger", f"site {name}", "it took part, and the trust file does not name its key")
-    for name in sorted(missing):
-        findings.incomplete(
-            "no-site-log",
-            f"site {name}",
-            "its own log is not here, its spends are the coordinator's word: ask it for its export",
-        )
-
-
-def _accepted(one: Asked, commit: RoundCommit, ledger: Ledger, findings: Findings, where: str) -> int:
-    found = [e for e in ledger.entries.values() if e.plan == one.plan and e.state == "spent"]
-    if not found:
-        findings.violation("unspent", where, "an update was accepted that this site's ledger never spent for")
-        return 0
-    entry = found[0]
-    if (entry.run, entry.round) != (commit.run, commit.number):
-        findings.violation("terms", where, f"the site spent for round {entry.round} of run {entry.run[:8]}")
-    if entry.terms != (one.noise_multiplier, one.sample_rate, one.steps, one.delta):
-        findings.violation(
-            "terms",
-            where,
-            f"the commit says {one.noise_multiplier:g}, {one.sample_rate:g}, {one.steps}, {one.delta:g};"
-            f" the ledger {', '.join(f'{x:g}' for x in entry.terms)}",
-        )
-    if entry.closed_at >= ledger.anchors.get(commit.index, 0):
-        findings.violation(
-            "anchored-head", where, "the head that came with its answer has not this round's spend in it"
-        )
-    if entry.secure:
-        inside = [group for group in commit.sums if one.client in group]
-        if one.update or len(inside) != 1 or len(inside[0]) < 3:
-            findings.violation(
-                "sums", where, "the site answered under masks, and the commit has no sum of three or more with it"
-            )
-    elif any(one.client in group for group in commit.sums):
-        findings.violation("sums", where, "the commit says that it was in a sum, and the site answered by itself")
-    elif not entry.vector:
-        findings.incomplete(
-            "vector", where, "the site's agent died between training and answer: which update was its is not known"
-        )
-    elif one.update != entry.vector:
-        findings.violation("update", where, "another update was accepted than this site's ledger spent for")
-    return 1

@@ -1,0 +1,122 @@
+"""Every epsilon that the coordinator published, held against its own log and against the sites' own ledgers: nowhere less than either.
+
+Of a client: everything that its commits and aborted rounds say was charged, attempts included; and every entry of its own ledger that is of
+a run of this log, block by block, noised numbers included. Of whole clients: every sum that noise was drawn for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from cloister_shared.audit.budget import TOLERANCE, epsilon_of
+from cloister_shared.audit.federation import Aborted, History, RoundCommit
+from cloister_shared.audit.findings import Findings, many
+from cloister_shared.audit.reading import MALFORMED, number
+from cloister_shared.audit.sites import Ledger, Step
+
+
+def check_published(history: History, findings: Findings, ledgers: Mapping[str, Ledger]) -> None:
+    """Walks commits and aborted rounds in the log's order.
+
+    Args:
+        history: The federation's log.
+        findings: Where what is found goes.
+        ledgers: Sites' own, by client id.
+    """
+    whole, good = dict[str, Counter[Step]](), set[str]()
+    # Charged, though the round came to nothing; a commit of the same round counts these attempts again.
+    lost, most = dict[tuple[str, str, int], Counter[Step]](), dict[tuple[str, str, int], int]()
+    own = {client: _Own(ledger, history) for client, ledger in ledgers.items()}
+    told: list[RoundCommit | Aborted] = sorted([*history.commits, *history.aborted], key=lambda leaf: leaf.index)
+    for leaf in told:
+        place, at = (leaf.run, leaf.number), f"round {leaf.number} of run {leaf.run[:8]}"
+        for one in [leaf] if isinstance(leaf, Aborted) else leaf.asked:
+            key, where = (one.client, *place), f"site {one.name}, {at}"
+            if one.charged < most.get(key, 0):
+                was = f"{many(most[key], 'attempt')} was" if most[key] == 1 else f"{most[key]} attempts were"
+                findings.violation("charged", where, f"{was} charged by an earlier leaf, {one.charged} by this one")
+            most[key] = max(one.charged, most.get(key, 0))
+            of = whole.setdefault(one.client, Counter())
+            of.subtract(lost.pop(key, Counter()))
+            # An attempt that was charged counts, whatever came of it: its text was used.
+            times = max(most[key], int(one.verdict == "accepted"))
+            if isinstance(one, Aborted):
+                if one.terms is None or not times:
+                    continue
+                sigma, rate, steps = one.terms
+                lost[key] = Counter({(sigma, rate): steps * times})
+                of.update(lost[key])
+            else:
+                if not times:
+                    continue
+                of[one.noise_multiplier, one.sample_rate] += one.steps * times
+            least = epsilon_of(+of, one.delta)
+            if one.epsilon < least - TOLERANCE:
+                findings.violation("published", where, f"epsilon {one.epsilon:.4f} was published, {least:.4f} is right")
+                continue
+            good.add(one.client)
+            if one.client in own and one.verdict == "accepted":
+                own[one.client].check(one.plan, +of, one.epsilon, one.delta, findings, where)
+    if good:
+        against = " and of their own ledgers" if own else ""
+        findings.held.append(
+            f"the epsilon published for {many(len(good), 'site')} is not below what dp-accounting makes of their rounds{against}"
+        )
+    _whole_clients(history, findings)
+
+
+class _Own:
+    """A site's own ledger, as far as entries of this federation's runs go, walked up to one work after the other."""
+
+    def __init__(self, ledger: Ledger, history: History) -> None:
+        charged = [e for e in ledger.entries.values() if e.state != "void" and e.run in history.runs]
+        self._entries, self._at = charged, 0
+        self._last = {e.plan: place for place, e in enumerate(charged)}
+        self._sure, self._all = dict[int, Counter[Step]](), dict[int, Counter[Step]]()
+
+    def check(
+        self, plan: str, told: Counter[Step], epsilon: float, delta: float, findings: Findings, where: str
+    ) -> None:
+        """Holds what was published after a work against the ledger's entries up to it."""
+        while self._at <= self._last.get(plan, -1):
+            entry = self._entries[self._at]
+            for block in entry.blocks:
+                self._all.setdefault(block, Counter()).update(entry.steps)
+                if entry.state == "spent":
+                    self._sure.setdefault(block, Counter()).update(entry.steps)
+            self._at += 1
+        for kinds, lost in ((self._sure, False), (self._all, True)):
+            # What the log tells as well, or more of it, was looked at above.
+            worst = max((epsilon_of(steps, delta) for steps in kinds.values() if not steps <= told), default=0.0)
+            if epsilon >= worst - TOLERANCE:
+                continue
+            if not lost:
+                what = f"epsilon {epsilon:.4f} was published, the site's own ledger comes to {worst:.4f}"
+                findings.violation("published", where, what)
+            else:
+                what = (
+                    f"with charges that no update came of the site's own ledger comes to {worst:.4f}, not {epsilon:.4f}"
+                )
+                findings.incomplete("published", where, f"{what}: its own figure is the right one")
+            return
+
+
+def _whole_clients(history: History, findings: Findings) -> None:
+    sums, committed = Counter[Step](), dict[tuple[object, object], int]()
+    for commit in history.commits:
+        committed[commit.run, commit.number] = commit.index
+    for index, record in enumerate(history.records):
+        if record.get("kind") != "spend":
+            continue
+        where = f"leaf {index}"
+        try:
+            sums[number(record, "noise_multiplier", 0.05, 1e6), 1.0] += 1
+            mine = epsilon_of(sums, number(record, "delta", 1e-10, 0.5))
+            said = number(record, "epsilon", 0, 1e6)
+            if said < mine - TOLERANCE:
+                findings.violation("published", where, f"client level: {said:.4f} was published, {mine:.4f} is right")
+            if index > committed.get((record.get("run"), record.get("number")), len(history.records)):
+                findings.violation("order", where, "noise was charged after its round was committed")
+        except MALFORMED as error:
+            findings.violation("leaf", where, f"malformed: {error}"[:300])
