@@ -10,7 +10,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import hmac
-import json
 import random
 import socket
 import ssl
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 from cloister_shared.aliases import Move, newest_move
 from cloister_shared.cards import CoordinatorCard, coordinator_card_of, split_address
 from cloister_shared.encoding import digest, parse_record, write_durably
@@ -44,6 +44,7 @@ from cloister_client.site import Site
 IDENTITY = "identity.pem"
 CALL_SECONDS, LONG_SECONDS = 20.0, 59.0
 _MESSAGE_BYTES = 4 * 1024 * 1024
+_LOG_BYTES = 1 << 30
 # A certificate is renewed after this share of its life.
 RENEW_AT = 2 / 3
 _PLAIN = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
@@ -309,7 +310,8 @@ class Renewer:
 
 
 SignedRecord = tuple[bytes, str, str]
-FetchedLog = tuple[list[SignedRecord], str, dict[str, tuple[int, str, str]]]
+# Leaves, signed head, cosignatures and heads of sites' own logs by client.
+FetchedLog = tuple[list[SignedRecord], str, dict[str, tuple[int, str, str]], dict[str, str]]
 
 
 def fetch_log(site: Site) -> FetchedLog:
@@ -326,10 +328,11 @@ def fetch_log(site: Site) -> FetchedLog:
 
 def _told(stub: Any) -> FetchedLog:
     leaves, head = _whole_log(stub)
-    said = parse_record(head.cosignatures, "cosignatures")
     try:
-        return leaves, head.note, {str(i): (int(a), str(b), str(c)) for i, (a, b, c) in said.items()}
-    except (TypeError, ValueError) as error:
+        said = parse_record(head.cosignatures, "cosignatures")
+        lines = {str(i): (int(a), str(b), str(c)) for i, (a, b, c) in said.items()}
+        return leaves, head.note, lines, {str(i): str(note) for i, note in parse_record(head.heads, "heads").items()}
+    except (TypeError, ValueError, OverflowError) as error:
         raise VerificationError("cosignatures are malformed", where="head of the log", got=str(error)[:100]) from error
 
 
@@ -352,23 +355,32 @@ def fetch_as_auditor(invitation: Invitation, card: CoordinatorCard, seen: Sequen
     with _channel(invitation.address, credentials) as channel, _said(invitation.address):
         got = registry_pb2_grpc.EnrolmentStub(channel).Certify(asked, timeout=CALL_SECONDS)
     with _registry_as(card, Identity(key, got.certificate)) as stub:
-        leaves, note, lines = _told(stub)
+        leaves, note, lines, heads = _told(stub)
     head = read_checkpoint(note, card.verify_key, log_of_federation(card.verify_key), "the federation's log").checkpoint
     _check_whole([record for record, _, _ in leaves], head, seen, "the federation's log")
-    return leaves, note, lines
+    return leaves, note, lines, heads
 
 
 def _whole_log(stub: Any) -> tuple[list[SignedRecord], Any]:
-    leaves = list[SignedRecord]()
+    """The leaves that a head is said to be of, and that head; nothing of it is checked."""
+    leaves, held = list[SignedRecord](), 0
     head = stub.Head(registry_pb2.HeadRequest(), timeout=CALL_SECONDS)
     size = checkpoint_of(head.note.partition("\n\n")[0] + "\n", "head of the log").size
     while len(leaves) < size:
-        asked = registry_pb2.LogRequest(start=len(leaves))
-        page = [(o.record, o.key, o.signature) for o in stub.Log(asked, timeout=LONG_SECONDS)]
-        if not page:
-            raise VerificationError("the log is shorter than its head says", expected=str(size), got=str(len(leaves)))
-        leaves += page
-    return leaves[:size], head
+        before, page = len(leaves), stub.Log(registry_pb2.LogRequest(start=len(leaves)), timeout=LONG_SECONDS)
+        for one in page:
+            leaves.append((one.record, one.key, one.signature))
+            held += len(one.record)
+            if len(leaves) == size or held > _LOG_BYTES:
+                page.cancel()
+                break
+        if held > _LOG_BYTES:
+            raise VerificationError(
+                "the log is too large", where="the coordinator's", expected=f"<= {_LOG_BYTES} bytes"
+            )
+        if len(leaves) == before:
+            raise VerificationError("the log is shorter than its head says", expected=str(size), got=str(before))
+    return leaves, head
 
 
 def fetch_rounds(site: Site, run: str = "") -> list[dict[str, Any]]:
@@ -463,24 +475,43 @@ def fetch_release(site: Site, alias: str, seen: Sequence[Checkpoint]) -> Release
         leaves, answer = _whole_log(stub)
         head = read_checkpoint(answer.note, card.verify_key, log_of_federation(card.verify_key), where).checkpoint
         _check_whole([record for record, _, _ in leaves], head, seen, where)
-        records = [parse_record(record, where) for record, _, _ in leaves]
+        records = [_own(record, index, head.origin, where) for index, (record, _, _) in enumerate(leaves)]
         move = newest_move(records, alias, where)
         if move is None:
             raise RefusedError("registry", "no such alias", where="the federation's log", got=alias)
         commit = _committed(records, move, where)
         of = stub.Run(registry_pb2.RunRequest(run=move.run), timeout=CALL_SECONDS)
-        for name in ("task", "tensors", "config"):
-            if digest(getattr(of, name)) != commit.get(name):
-                raise VerificationError(f"the run's {name} is not what its commit says", where=where)
+        parts = {
+            name: _part(getattr(of, name), commit.get(name), f"{where}: {name}")
+            for name in ("task", "tensors", "config")
+        }
         asked = registry_pb2.AdapterRequest(digest=move.adapter)
         data = b"".join(one.data for one in stub.Adapter(asked, timeout=LONG_SECONDS))
     if (got := digest(data)) != move.adapter:
         raise VerificationError("the adapter has another digest", where=where, expected=move.adapter[:16], got=got[:16])
-    tensors = json.loads(of.tensors)
-    from_safetensors(data, Schema.from_list(tensors, where), where)
-    record = {"alias": move.record, "commit": commit, "head": answer.note, "task": json.loads(of.task)}
-    record |= {"tensors": tensors, "config": json.loads(of.config)}
+    schema = Schema.from_list(parts["tensors"], where)
+    if not np.isfinite(from_safetensors(data, schema, where)).all():
+        raise VerificationError("the adapter has numbers that are none", where=where)
+    record = {"alias": move.record, "commit": commit, "head": answer.note} | parts
     return Release(move.run, move.number, data, move.guard, record)
+
+
+def _own(data: bytes, index: int, origin: str, where: str) -> dict[str, Any]:
+    """A leaf that says of itself that it stands there."""
+    record = parse_record(data, f"{where}, leaf {index}")
+    if (record.get("index"), record.get("log")) != (index, origin):
+        raise VerificationError("a leaf says that it is another", where=f"{where}, leaf {index}")
+    return record
+
+
+def _part(data: bytes, named: object, where: str) -> Any:
+    """What a run's adapters are made for, as its commit digests it; JSON and nothing odder."""
+    if digest(data) != named:
+        raise VerificationError("this is not what the round's commit says", where=where)
+    record = parse_record(b'{"part":' + data + b"}", where)
+    if set(record) != {"part"}:
+        raise VerificationError("this is more than one part", where=where)
+    return record["part"]
 
 
 def _check_whole(records: Sequence[bytes], head: Checkpoint, seen: Sequence[Checkpoint], where: str) -> None:
@@ -501,13 +532,19 @@ def _check_whole(records: Sequence[bytes], head: Checkpoint, seen: Sequence[Chec
 
 def _committed(records: Sequence[dict[str, Any]], move: Move, where: str) -> dict[str, Any]:
     """The one leaf, before the move, that made the round that it names."""
-    kind, before = "round_commit" if move.number else "policy", records[: int(move.record["index"])]
-    for record in before:
-        if (record.get("kind"), record.get("run"), record.get("round", 0)) == (kind, move.run, move.number):
-            if record.get("adapter") != move.adapter:
-                raise VerificationError("the alias points at another adapter than its round made", where=where)
-            return record
-    raise VerificationError("what the alias points at is no commit of that round", where=where)
+    kind = "round_commit" if move.number else "policy"
+    wanted = (kind, move.run, move.number)
+    found = [r for r in records if (r.get("kind"), r.get("run"), r.get("round", 0)) == wanted]
+    if len(found) != 1 or found[0]["index"] >= move.record["index"]:
+        what = (
+            "what the alias points at is no commit of that round"
+            if not found
+            else "its round has several commits, or a later one"
+        )
+        raise VerificationError(what, where=where)
+    if found[0].get("adapter") != move.adapter:
+        raise VerificationError("the alias points at another adapter than its round made", where=where)
+    return found[0]
 
 
 def _proven(one: Any, head: Checkpoint, card: CoordinatorCard, where: str) -> dict[str, Any]:

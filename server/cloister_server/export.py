@@ -119,6 +119,10 @@ def peft_files(run: Run, task: TaskSpec, schema: Schema, vector: F32) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         files = {p.name: p.read_bytes() for p in Path(folder).iterdir()}
+    # PEFT keeps the modules as a set, whose order is another in each process.
+    said = json.loads(files["adapter_config.json"])
+    said["target_modules"] = sorted(said["target_modules"])
+    files["adapter_config.json"] = json.dumps(said, indent=2, sort_keys=True).encode() + b"\n"
     for name, prefix in (("adapter_model.safetensors", ""), ("head.safetensors", "head.")):
         chosen = [(n, s) for n, s in tensors if n.startswith("head.") == bool(prefix)]
         if chosen:

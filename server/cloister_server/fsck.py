@@ -8,21 +8,21 @@ A whole log that was written anew by whoever has its key is for its witnesses to
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypeVar
 
 from cloister_shared.aliases import newest_move
 from cloister_shared.audit.reading import MALFORMED, record_of
-from cloister_shared.encoding import parse_record
+from cloister_shared.encoding import digest, parse_record
 from cloister_shared.errors import CloisterError
 from cloister_shared.witness import LEAF_PURPOSE
 
 from cloister_server import rules
 from cloister_server.log import ABORTED_CLIENT, commit_body
 from cloister_server.store import Store, commit_facts, run_facts
-from cloister_server.tables import ABORTED, COMMITTED, Round, Run
+from cloister_server.tables import ABORTED, COMMITTED, Privacy, Round, Run
 
 _RESTORE = "restore the registry from a copy"
 Key = TypeVar("Key", bound=Hashable)
@@ -60,12 +60,20 @@ def check(store: Store) -> Iterator[Wrong]:
             "it was changed by hand: compare it with a copy and with the log, then cloister registry migrate lays them anew",
         )
     log = _Log()
-    yield from _read(store, log)
-    yield from _witnesses(store)
-    yield from _runs(store, log)
-    yield from _releases(store, log)
-    yield from _charges(store, log)
-    yield from _blobs(store)
+    parts: list[tuple[str, Callable[[], Iterator[Wrong]]]] = [
+        ("log", lambda: _read(store, log)),
+        ("witnesses", lambda: _witnesses(store)),
+        ("rounds", lambda: _runs(store, log)),
+        ("releases", lambda: _releases(store, log)),
+        ("charges", lambda: _charges(store, log)),
+        ("blobs", lambda: _blobs(store)),
+    ]
+    for name, part in parts:
+        try:
+            yield from part()
+        except (CloisterError, *MALFORMED) as error:
+            # One that cannot be read does not end the others.
+            yield Wrong(name, f"something of it cannot be read: {error}"[:300], _RESTORE)
 
 
 def _read(store: Store, log: _Log) -> Iterator[Wrong]:
@@ -78,7 +86,8 @@ def _read(store: Store, log: _Log) -> Iterator[Wrong]:
         try:
             key.verify(LEAF_PURPOSE, leaf.record, bytes.fromhex(leaf.signature), where)
             record = record_of(leaf.record, where)
-            if (record.get("index"), record.get("log"), record.get("kind")) != (place, store.origin, leaf.kind):
+            said = record.get("index"), record.get("log"), record.get("kind")
+            if said != (place, store.origin, leaf.kind) or leaf.key != key.id.hex():
                 raise ValueError("it says that it is another leaf")
         except (CloisterError, *MALFORMED) as error:
             record = {}
@@ -121,25 +130,23 @@ def _place(key: tuple[Any, ...]) -> str:
 def _runs(store: Store, log: _Log) -> Iterator[Wrong]:
     began, rows, aborted = dict[str, dict[str, Any]](), dict[tuple[str, int], dict[str, Any]](), dict(_aborted(log))
     told = {(r.get("run"), r.get("round")): _without_heads(r) for r in log.kinds["round_commit"]}
-    unfinished = dict[tuple[str, int], dict[str, Any]]()
+    unfinished, models = dict[tuple[str, int], dict[str, Any]](), store.models()
     for run in store.runs():
         of = store.rounds(run.id)
+        if run.base not in models and run.tokenizer:
+            yield Wrong(f"run {run.id[:8]}", "the row of its base model is missing", _RESTORE)
         if [row.number for row in of] != list(range(len(of))):
             yield Wrong(f"run {run.id[:8]}", "its rounds have gaps", _RESTORE)
         began[run.id] = run_facts(run) | {"rounds": run.rounds, "adapter": of[0].adapter if of else None}
         privacy = store.privacy(run.id)
         for before, row in pairwise(of):
             key = run.id, row.number
+            for one in store.clients(*key):
+                if digest(one.core.encode()) != one.plan:
+                    yield Wrong(f"{_place(key)}, {one.name}", "its work is another than its digest says", _RESTORE)
             if row.state == COMMITTED:
-                rows[key] = _commit(store, run, before, row)
-                lifetime = {c.client: c.epsilon for c in store.clients(*key)}
                 costs = [p for p in privacy if p.number == row.number and p.scope == "record"]
-                # Before there were rows of privacy, a leaf named no fence.
-                off = {p.client for p in costs} != set(lifetime) and "fence" in told.get(key, {})
-                if off or any(
-                    p.lifetime != lifetime.get(p.client) or not 0 <= p.epsilon <= p.lifetime + 0.02 for p in costs
-                ):
-                    yield Wrong(_place(key), "what is stated of its privacy is not what its leaf says", _RESTORE)
+                rows[key] = _commit(store, run, before, row, costs)
             elif row.state == ABORTED:
                 asked = [{n: getattr(c, n) for n in ABORTED_CLIENT} for c in store.clients(*key)]
                 unfinished[key] = {"attempt": row.attempt, "clients": sorted(asked, key=lambda c: str(c["client"]))}
@@ -163,13 +170,13 @@ def _without_heads(record: Mapping[str, Any]) -> dict[str, Any]:
     return dict(record) | {"clients": clients}
 
 
-def _commit(store: Store, run: Run, before: Round, row: Round) -> dict[str, Any]:
+def _commit(store: Store, run: Run, before: Round, row: Round, costs: Sequence[Privacy]) -> dict[str, Any]:
     """What a committed round's leaf must say, by its rows."""
     judged = [one for one in store.judgements(run.id) if one.number == row.number]
     summed = [one for one in store.summed(run.id) if one.number == row.number]
-    facts = commit_facts(
-        run, row, store.transcript(run.id), store.metrics(run.id, row.number), judged[0] if judged else None, summed
-    )
+    judgement = judged[0] if judged else None
+    transcript, metrics = store.transcript(run.id), store.metrics(run.id, row.number)
+    facts = commit_facts(run, row, transcript, metrics, judgement, summed, costs)
     body = commit_body(row, before.adapter or "", store.clients(run.id, row.number), facts, {})
     return _without_heads(body) | {"index": row.leaf}
 

@@ -45,6 +45,10 @@ def import_round(store: Store, folder: Path, key: VerifyKey, federation: str, ba
         VerificationError: Something does not hold.
         StateError: It was imported before.
     """
+    if key.raw == store.signing.verify_key.raw:
+        raise InputError(
+            "this round is this federation's own", where=str(folder), mend="cloister rounds promote ALIAS ROUND"
+        )
     data = _read(folder, FILE)
     stated = check_statement(data, key, f"{folder}/{FILE}")
     where = str(folder)
@@ -93,6 +97,9 @@ def import_round(store: Store, folder: Path, key: VerifyKey, federation: str, ba
         raise VerificationError("its frozen A cannot be read", where=where, got=str(error)[:120]) from error
     if stated["vector"] != digest(vector.tobytes()):
         raise VerificationError("it states another vector than its adapter has", where=where)
+    if extra := sorted(set(files) - set(made) - {"README.md", "cloister.json"}):
+        # Whoever loads a folder runs or unpickles what it finds there.
+        raise VerificationError("files that no export makes", where=where, got=", ".join(extra)[:200])
     if odd := [name for name, data in made.items() if files.get(name) != data]:
         raise VerificationError("what PEFT would load is not the registered adapter", where=where, got=", ".join(odd))
     said = {name: stated[name] for name in ("federation", "log", "run", "round", "leaf")}

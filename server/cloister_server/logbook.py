@@ -130,6 +130,10 @@ class LogBook:
         """The newest head that each site cosigned, by client: size, root (hex) and signature line."""
         return {i: (row.size, row.root, row.line) for i, row in self.witnessed().items() if row.line}
 
+    def site_heads(self) -> dict[str, str]:
+        """The newest head of each site's own log that it signed, a note, by client."""
+        return {i: row.head for i, row in self.witnessed().items() if row.head}
+
     def policy_leaf(self, run: str) -> Leaf:
         """The leaf that a run began with."""
         with self.database.reading() as session:

@@ -216,11 +216,12 @@ class Registry(registry_pb2_grpc.RegistryServicer):  # type: ignore[misc]
     async def Head(self, request: Any, context: Any) -> Any:  # noqa: N802
         """The newest head and its cosignatures."""
         async with self._read(context):
-            note, lines = await _answer(context, self._head)
-            return registry_pb2.HeadReply(note=note, cosignatures=canonical(lines))
+            return await _answer(context, self._head)
 
-    def _head(self) -> tuple[str, dict[str, tuple[int, str, str]]]:
-        return self._store.signed_checkpoint(self._store.checkpoint()), self._store.cosignatures()
+    def _head(self) -> Any:
+        note = self._store.signed_checkpoint(self._store.checkpoint())
+        lines, heads = canonical(self._store.cosignatures()), canonical(self._store.site_heads())
+        return registry_pb2.HeadReply(note=note, cosignatures=lines, heads=heads)
 
     async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Runs' rounds as they stand, at most ``_MOST_ROUNDS``, newest last."""

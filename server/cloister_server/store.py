@@ -176,6 +176,11 @@ class Store(Releases):
             found = select(Privacy).where(Privacy.run == run)
             return list(session.exec(found.order_by(Privacy.number, Privacy.scope, Privacy.client)))  # type: ignore[arg-type]
 
+    def models(self) -> set[str]:
+        """Digests of the base models that runs trained on."""
+        with self.database.reading() as session:
+            return set(session.exec(select(Model.digest)))
+
     def commit_leaf(self, run: str, number: int) -> Leaf | None:
         """The leaf of a round's commit; None for round 0, which is none."""
         with self.database.reading() as session:
@@ -369,7 +374,9 @@ class Store(Releases):
             row.seconds, row.judging_seconds, row.residual = commit.seconds, commit.judging_seconds, commit.residual
             drawn = session.get(Draw, run)
             transcript = None if drawn is None else drawn.transcript
-            facts = commit_facts(of_run, row, transcript, commit.metrics, commit.judgement, commit.summed)
+            facts = commit_facts(
+                of_run, row, transcript, commit.metrics, commit.judgement, commit.summed, commit.privacy
+            )
             before = session.get(Round, (run, number - 1))
             start = "" if before is None else before.adapter or ""
             append(session, "round_commit", commit_body(row, start, clients, facts, commit.heads), self.signing)
@@ -528,6 +535,7 @@ def commit_facts(
     metrics: Mapping[str, float],
     judgement: Judgement | None,
     summed: Sequence[Summed],
+    privacy: Sequence[Privacy],
 ) -> dict[str, Any]:
     """What a commit's leaf says beside the round's clients: of the run, how it was made, scores, the defence and the groups' sums.
 
@@ -538,6 +546,7 @@ def commit_facts(
         metrics: Scores by name.
         judgement: What the defence did; None where there is none.
         summed: The groups' sums.
+        privacy: What it cost of each client's records.
     """
     without = {"run", "number"}
     return run_facts(run) | {
@@ -549,6 +558,7 @@ def commit_facts(
         "metrics": dict(metrics),
         "defence": None if judgement is None else judgement.model_dump(exclude=without),
         "sums": [one.model_dump(exclude=without) for one in sorted(summed, key=lambda one: one.group)],
+        "privacy": [one.model_dump(exclude=without | {"scope"}) for one in sorted(privacy, key=lambda one: one.client)],
     }
 
 

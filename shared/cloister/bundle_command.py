@@ -16,7 +16,8 @@ from typing import Annotated
 import typer
 from cloister_shared import console
 from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog, write_bundle
-from cloister_shared.audit.trust import read_trust, trust_of, write_trust
+from cloister_shared.audit.findings import many
+from cloister_shared.audit.trust import AT_COORDINATOR, read_trust, trust_of, write_trust
 from cloister_shared.cards import read_coordinator_card, read_site_card
 from cloister_shared.errors import InputError, VerificationError
 from cloister_shared.invitation import Invitation
@@ -64,6 +65,7 @@ def _federation(made: float, *, adapters: bool) -> Bundle:
             {},
             {name: store.adapter(name) for name in sorted(names)},
             store.draws(),
+            store.site_heads(),
         )
     finally:
         store.close()
@@ -77,8 +79,8 @@ def _fetched(made: float, sites: list[Path]) -> Bundle:
     joined = [home for home in sites if (home / IDENTITY).is_file()]
     if not joined:
         return Bundle(made, (), "")
-    leaves, note, cosignatures = fetch_log(read_site(joined[0]))
-    return Bundle(made, tuple(SignedLeaf(*one) for one in leaves), note, cosignatures)
+    leaves, note, cosignatures, heads = fetch_log(read_site(joined[0]))
+    return Bundle(made, tuple(SignedLeaf(*one) for one in leaves), note, cosignatures, heads=heads)
 
 
 def export(
@@ -147,11 +149,11 @@ def fetch(
             got=f"key {card.fingerprint}",
         )
     seen = [] if known is None or origin not in known.remembered else [known.remembered[origin]]
-    leaves, note, cosignatures = fetch_as_auditor(invitation, card, seen)
+    leaves, note, cosignatures, heads = fetch_as_auditor(invitation, card, seen)
     head = checkpoint_of(note.partition("\n\n")[0] + "\n", "head of the log")
-    bundle = Bundle(round(time.time()), tuple(SignedLeaf(*one) for one in leaves), note, cosignatures)
+    bundle = Bundle(round(time.time()), tuple(SignedLeaf(*one) for one in leaves), note, cosignatures, heads=heads)
     write_bundle(out, bundle)
-    mine = trust_of(card.federation, card.verify_key, {}, []) if known is None else known
+    mine = trust_of(card.federation, card.verify_key, {}, [], "auditor") if known is None else known
     write_trust(trust, replace(mine, remembered=dict(mine.remembered) | {origin: head}))
     console.emit(
         {"bundle": str(out), "trust": str(trust), "leaves": head.size, "federation": card.federation},
@@ -186,7 +188,7 @@ def trust(
     if site is None and (coordinator / "card.json").is_file():
         from cloister_server.store import Store
 
-        card = read_coordinator_card(coordinator / "card.json")
+        card, written_at = read_coordinator_card(coordinator / "card.json"), AT_COORDINATOR
         folders = [*sorted((coordinator / "sites").glob("*.json")), *sorted((coordinator / "revoked").glob("*.json"))]
         cards = [read_site_card(path) for path in folders]
         known = {c.verify_key.id.hex(): (c.name, c.verify_key) for c in cards}
@@ -201,6 +203,7 @@ def trust(
 
         own = read_site(console.site_home(site))
         card, mine = own.coordinator(), read_site_card(own.home / "card.json")
+        written_at = f"site {mine.name}"
         peers = [VerifyKey.from_hex(text, "policy.toml peers") for text in read_policy(own.home / "policy.toml").peers]
         known = {key.id.hex(): (key.id.hex()[:16], key) for key in peers}
         known[mine.verify_key.id.hex()] = (mine.name, mine.verify_key)
@@ -209,8 +212,12 @@ def trust(
         heads.append(ledger.head(log_of_site(read_secret(own.agent_home / "unit.key", 32))))
         seen = ledger.seen_head(log_of_federation(card.verify_key))
         heads += [] if seen is None else [seen]
-    write_trust(out, trust_of(card.federation, card.verify_key, known, heads))
+    write_trust(out, trust_of(card.federation, card.verify_key, known, heads, written_at))
+    sites, memory = many(len(known), "site"), many(len(heads), "remembered head")
+    lines = [f"{out}: the key of {card.federation} ({card.fingerprint}), {sites} by key, {memory}"]
+    if written_at == AT_COORDINATOR:
+        lines.append("written at the coordinator: what it remembers nobody else saw; a site's file says more (--site)")
     console.emit(
-        {"trust": str(out), "federation": card.federation, "sites": len(known), "heads": len(heads)},
-        f"{out}: the key of {card.federation} ({card.fingerprint}), {len(known)} sites' keys, {len(heads)} remembered heads",
+        {"trust": str(out), "federation": card.federation, "sites": len(known), "heads": len(heads), "at": written_at},
+        lines,
     )

@@ -18,6 +18,7 @@ from cloister_shared.encoding import canonical, parse_record
 from cloister_shared.errors import VerificationError
 from cloister_shared.merkle import check_inclusion, leaf_hash
 from cloister_shared.notes import read_checkpoint
+from cloister_shared.privacy import ACCOUNTANT, NEIGHBOURS
 from cloister_shared.signing import SigningKey, VerifyKey
 from cloister_shared.witness import LEAF_PURPOSE, log_of_federation
 
@@ -140,6 +141,7 @@ def _said_alike(stated: dict[str, Any], leaf: dict[str, Any], index: int, key: V
     check_name(stated["federation"], f"{where} federation")
     again = {"log": log_of_federation(key), "leaf": index} | {name: leaf.get(name) for name in _ALIKE}
     again |= {name: leaf.get(name, "") for name in ("settings", "lock")}
+    again |= {"accountant": ACCOUNTANT, "neighbours": NEIGHBOURS}
     if leaf.get("kind") == "round_commit":
         again |= {name: leaf.get(name) for name in ("metrics", "parent", "residual")}
     else:
@@ -153,11 +155,23 @@ def _said_alike(stated: dict[str, Any], leaf: dict[str, Any], index: int, key: V
         for one in leaf.get("clients", []):
             cost = told[one["client"]]
             pairs = [(cost[name], one[name]) for name in _COSTS] + [(cost["lifetime"], one["epsilon"])]
+            # What it cost of the run, and of which unit: in the leaf since there is a leaf's row of it.
+            known = next((p for p in leaf.get("privacy", []) if p["client"] == one["client"]), None)
+            if known is not None:
+                pairs += [(cost["epsilon"], known["epsilon"]), (cost["unit"], known["unit"])]
             if any(a != b for a, b in pairs) or cost["round"] != stated["round"]:
                 raise VerificationError("the leaf says something else of what it cost", where=where, got=one["name"])
+        for cost in told.values():
+            if any(type(cost[n]) not in (int, float) for n in ("epsilon", "lifetime", "delta")):
+                raise TypeError("a cost that is no number")
+            if not isinstance(cost["unit"], str):
+                raise TypeError("a unit that is no text")
+            asked = {one["client"] for one in leaf.get("clients", [])}
+            if cost["key"] not in asked and cost["round"] >= stated["round"]:
+                raise VerificationError("a statement has a site that its leaf has not", where=where)
         if not all(
             0 <= c["epsilon"] <= c["lifetime"] + 0.02 and 1 <= c["round"] <= stated["round"] for c in told.values()
         ):
             raise VerificationError("a statement's costs do not hold together", where=where)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise VerificationError("a statement's costs are malformed", where=where, got=str(error)[:80]) from error

@@ -588,10 +588,11 @@ def test_bundles_of_several_make_one(case: Case, tmp_path: Path) -> None:
     parts = [replace(case.bundle, sites={}), *(Bundle(1.0, sites={i: log}) for i, log in case.bundle.sites.items())]
     assert [audit(part, case.trust).findings.exit_code for part in parts] == [2, 2, 2, 2]
     assert audit(merged(parts), case.trust).findings.exit_code == 0
-    assert merged([*parts[::-1], case.bundle]) == case.bundle
+    assert replace(merged([*parts[::-1], case.bundle]), others=()) == case.bundle
     short = case.bundle.sites[site_of(case)]
     older = replace(parts[1], sites={site_of(case): SiteLog(short.events[:2], short.note)})
-    assert merged([older, *parts]) == case.bundle
+    assert replace(merged([older, *parts]), others=()) == case.bundle
+    assert found(audit(merged([older, *parts]), case.trust)) == {"other-bundle"}
 
 
 def test_an_edited_file_accuses_nobody_of_a_fork(case: Case) -> None:
@@ -703,3 +704,45 @@ def test_what_no_sites_log_tells_is_not_said_to_be_well(case: Case) -> None:
         assert "cannot be said: their own logs are not here" in said[question]
         assert "none found" not in said[question]
         assert "Poisson" not in said[question]
+
+
+def test_two_histories_that_one_key_signed_are_a_fork_in_whatever_bundle(case: Case) -> None:
+    records = records_of(case)
+    records[-1]["metrics"] = {"accuracy": 1.0}
+    other = replace(rewritten(case, records), sites={}, cosignatures={})
+    assert audit(other, replace(case.trust, remembered={})).findings.exit_code != 0
+    for order in ([case.bundle, other], [other, case.bundle]):
+        assert "two-histories" in found(audit(merged(order), case.trust), "fork")
+    # A shorter one that the longer begins with is none; nor does a bundle accuse whose own head does not hold.
+    store, size = case.world.store, len(case.bundle.leaves) - 1
+    short = Checkpoint(store.origin, size, store.tree().root(size)).signed(case.log)
+    earlier = Bundle(1.0, case.bundle.leaves[:-1], short)
+    assert found(audit(merged([case.bundle, earlier]), case.trust)) == set()
+    broken = replace(other, note=short)
+    assert found(audit(merged([case.bundle, broken]), case.trust)) == {"other-bundle"}
+
+
+def test_a_site_with_two_histories_is_a_fork_and_an_older_export_is_told(case: Case) -> None:
+    site = site_of(case)
+    events = changed_reserve(case, {"noise_multiplier": 30.0}).sites[site].events
+    doctored = with_events(case, (*events, case.bundle.sites[site].events[-1]))
+    only = Bundle(1.0, sites={site: doctored.sites[site]})
+    for order in ([case.bundle, only], [only, case.bundle]):
+        assert "two-histories" in found(audit(merged(order), case.trust), "fork")
+    # Its end cut off: the coordinator's newest head of it says so.
+    heads = {site: case.bundle.sites[site].note}
+    cut = replace(with_events(case, case.bundle.sites[site].events[:-1]), heads=heads)
+    assert "newest-head" in found(audit(cut, case.trust), "incomplete")
+    assert found(audit(replace(case.bundle, heads=heads), case.trust)) == set()
+
+
+def test_a_coordinators_own_memory_is_nobody_elses(case: Case) -> None:
+    """Its trust file remembers all of its log, and shows nothing by that."""
+    bare, at = replace(case.bundle, cosignatures={}, sites={}), late(case)
+    by_site = replace(case.trust, remembered={at.origin: at}, written_at="site site-1")
+    by_itself = replace(by_site, written_at="coordinator")
+    assert "unwitnessed" not in found(audit(bare, by_site))
+    done = audit(bare, by_itself)
+    assert "unwitnessed" in found(done, "incomplete")
+    said = answers(bare, by_itself, done.history, done.ledgers, done.blocks, done.findings)
+    assert any("the party that is audited" in line for a in said for line in a.lines)

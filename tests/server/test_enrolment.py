@@ -409,11 +409,12 @@ def test_what_is_released_is_fetched_and_nothing_else_can_be_shown(served: Coord
 def test_an_auditor_reads_the_log_and_nothing_else(served: Coordinator) -> None:
     made = invite(served, "audit-1", auditor=True)
     card = client.look(made)
-    leaves, note, _ = client.fetch_as_auditor(made, card, [])
+    leaves, note, _, heads = client.fetch_as_auditor(made, card, [])
     store = Store(served.home)
     store.log("incident", {"what": "x"})
     at = store.checkpoint()
     assert (len(leaves), note.split("\n")[0]) == (at.size - 1, store.origin)
+    assert heads == store.site_heads()
     with pytest.raises(RefusedError, match="not good"):
         client.fetch_as_auditor(made, card, [])
     # A history that shrank or forked since the auditor saw it.

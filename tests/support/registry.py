@@ -8,6 +8,7 @@ from typing import Any
 
 from cloister_server.store import Store
 from cloister_server.tables import AGGREGATING, OPEN, Model, Privacy, Round, RoundClient
+from cloister_shared.encoding import digest
 
 
 def a_model(digest: str = "00" * 32) -> Model:
@@ -43,7 +44,7 @@ def a_row(number: int, client: str, run: str = "ab" * 16) -> RoundClient:
         number=number,
         client=client,
         name=client,
-        plan="11" * 32,
+        plan=digest(b"{}"),
         core="{}",
         weight=1.0,
         noise_multiplier=1.0,

@@ -36,6 +36,7 @@ _FIXED = (
     "federation/head.note",
     "federation/cosignatures.json",
     "federation/draws.json",
+    "federation/heads.json",
 )
 _WHEN = (2000, 1, 1, 0, 0, 0)
 
@@ -80,6 +81,8 @@ class Bundle:
         sites: Sites' own logs by client id.
         adapters: Adapter files by digest.
         draws: Draws of groups for secure sums, JSON by digest.
+        heads: The newest head of each site's own log that the coordinator has, a note that the site signed, by client id.
+        others: What other bundles have of the same logs: it must be of one history with this.
     """
 
     made: float
@@ -89,6 +92,8 @@ class Bundle:
     sites: Mapping[str, SiteLog] = field(default_factory=dict)
     adapters: Mapping[str, bytes] = field(default_factory=dict)
     draws: Mapping[str, Any] = field(default_factory=dict)
+    heads: Mapping[str, str] = field(default_factory=dict)
+    others: tuple[Bundle, ...] = ()
 
 
 def write_bundle(path: Path, bundle: Bundle) -> None:
@@ -104,6 +109,7 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
         "federation/head.note": bundle.note.encode(),
         "federation/cosignatures.json": canonical({i: list(one) for i, one in bundle.cosignatures.items()}),
         "federation/draws.json": canonical(dict(bundle.draws)),
+        "federation/heads.json": canonical(dict(bundle.heads)),
     }
     for client, log in bundle.sites.items():
         events = (canonical({"record": e.decode()}) + b"\n" for e in log.events)
@@ -170,6 +176,7 @@ def _bundle_of(parts: dict[str, bytes]) -> Bundle:
         sites,
         {m[1]: data for name, data in parts.items() if (m := _ADAPTER.fullmatch(name))},
         {str(name): draw for name, draw in _json(parts.get("federation/draws.json", b"{}")).items()},
+        {str(client): str(note) for client, note in _json(parts.get("federation/heads.json", b"{}")).items()},
     )
 
 

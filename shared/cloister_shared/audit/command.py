@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from cloister_shared import console
+from cloister_shared.audit.alike import check_alike
 from cloister_shared.audit.budget import Block, check_budgets
 from cloister_shared.audit.bundle import Bundle, SiteLog, read_bundle
 from cloister_shared.audit.draws import check_draws
@@ -59,6 +60,7 @@ def audit(bundle: Bundle, trust: Trust) -> Audit:
         found = check_site(client, log, bundle, trust, history, findings)
         if found is not None:
             ledgers[client] = found
+    check_alike(bundle, trust, history, findings)
     check_releases(history, findings)
     check_draws(bundle, history, findings)
     check_spends(ledgers, trust, history, findings)
@@ -75,7 +77,7 @@ def audit(bundle: Bundle, trust: Trust) -> Audit:
 
 
 def merged(bundles: list[Bundle]) -> Bundle:
-    """Several bundles as one: the longest of what two of them have, since each is checked as a whole against everything else."""
+    """Several bundles as one: the longest of what two of them have; all of them stay beside it, to be held against it."""
     whole = max(bundles, key=lambda one: len(one.leaves))
     sites, lines = dict[str, SiteLog](), dict[str, tuple[int, str, str]]()
     for one in bundles:
@@ -85,7 +87,8 @@ def merged(bundles: list[Bundle]) -> Bundle:
             lines[client] = max(lines.get(client, line), line)
     adapters = {name: data for one in bundles for name, data in one.adapters.items()}
     draws = {name: draw for one in bundles for name, draw in one.draws.items()}
-    return replace(whole, sites=sites, cosignatures=lines, adapters=adapters, draws=draws)
+    others = tuple(bundles) if len(bundles) > 1 else ()
+    return replace(whole, sites=sites, cosignatures=lines, adapters=adapters, draws=draws, others=others)
 
 
 def verify(
@@ -120,7 +123,7 @@ def verify(
     about = {
         "verified": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "federation": f"{keys.name}, key {keys.federation.id.hex()}",
-        "trust": f"{trust}, SHA-256 {digest(trust.read_bytes())}",
+        "trust": f"{trust}, of {keys.written_at or 'whoever wrote it by hand'}, SHA-256 {digest(trust.read_bytes())}",
         **{f"bundle {i}": f"{path}, SHA-256 {digest(path.read_bytes())}" for i, path in enumerate(bundle, 1)},
     }
     record = as_record(said, done.findings, done.blocks) | {"about": about}

@@ -6,6 +6,7 @@ Each kind of leaf has its form; a leaf of another kind or form is a violation. W
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +21,8 @@ from cloister_shared.signing import VerifyKey
 from cloister_shared.witness import LEAF_KINDS, LEAF_PURPOSE, log_of_federation
 
 _FAR = 1 << 53
-# A site comes or goes: its own card and ledger say so too.
-_HARMLESS = ("enrol", "revoke")
+# What becomes of rounds costs nobody privacy: where nobody else saw it yet, the report says so at each line.
+_HARMLESS = ("enrol", "revoke", "alias_set", "export", "hold", "tombstone")
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ class History:
         names: What the log's enrolments call sites, by client id.
         witnessed: How many leaves a trusted site cosigned, or has the signed head of in its own log.
         remembered: How many leaves the trust file remembers.
+        own_word: Whether that file was written at the coordinator itself.
     """
 
     tree: Tree = field(default_factory=Tree)
@@ -145,11 +147,12 @@ class History:
     runs: set[str] = field(default_factory=set)
     witnessed: int = 0
     remembered: int = 0
+    own_word: bool = False
 
     @property
     def covered(self) -> int:
-        """How many leaves somebody else saw, or remembers."""
-        return max(self.witnessed, self.remembered)
+        """How many leaves somebody else saw, or remembers; what a coordinator remembers of itself is nobody else's."""
+        return max(self.witnessed, 0 if self.own_word else self.remembered)
 
 
 def check_federation(bundle: Bundle, trust: Trust, findings: Findings) -> History:
@@ -160,7 +163,7 @@ def check_federation(bundle: Bundle, trust: Trust, findings: Findings) -> Histor
         trust: What is trusted.
         findings: Where what is found goes.
     """
-    history, origin = History(), log_of_federation(trust.federation)
+    history, origin = History(own_word=trust.at_coordinator), log_of_federation(trust.federation)
     if not bundle.note:
         findings.incomplete("no-federation-log", origin, "the bundle has no federation's log")
         return history
@@ -205,7 +208,8 @@ def _check_head(bundle: Bundle, trust: Trust, findings: Findings, history: Histo
     if (known := trust.remembered.get(origin)) is None:
         findings.incomplete("nothing-remembered", origin, "the trust file remembers no head of this log")
     elif known.size > len(tree):
-        findings.fork("remembered", origin, f"{known.size} leaves were seen before, {len(tree)} are here")
+        what = f"{known.size} leaves were seen before, {len(tree)} are here: it shrank, or this bundle is older than the trust file"
+        findings.fork("remembered", origin, what)
     elif tree.root(known.size) != known.root:
         findings.fork("remembered", origin, f"the first {known.size} leaves are other ones than were seen before")
     else:
@@ -214,21 +218,7 @@ def _check_head(bundle: Bundle, trust: Trust, findings: Findings, history: Histo
             f"the federation's log begins with the {many(known.size, 'leaf', 'leaves')} that the trust file remembers"
         )
         findings.held.append(what)
-    for client, (size, root, line) in sorted(bundle.cosignatures.items()):
-        key, where = trust.sites.get(client), f"witness {trust.names.get(client, client[:16])}"
-        if key is None or not line:
-            continue
-        try:
-            at = read_cosignature(line, Checkpoint(origin, size, bytes.fromhex(root)).text, client, key, where)
-        except (CloisterError, *MALFORMED):
-            # Anybody who holds the file can write such a line: it accuses nobody.
-            findings.incomplete("witness-line", where, "its cosignature cannot be read")
-            continue
-        if size > len(tree) or tree.root(size).hex() != root:
-            findings.fork("witness", where, f"cosigned another history of {size} leaves than is here")
-            continue
-        history.seen[client] = at
-        history.witnessed = max(history.witnessed, size)
+    check_lines(bundle.cosignatures, trust, history, findings, origin)
     if history.seen:
         what = (
             "this history"
@@ -239,6 +229,27 @@ def _check_head(bundle: Bundle, trust: Trust, findings: Findings, history: Histo
     else:
         findings.incomplete("no-witness", origin, "no site that the trust file names cosigned this log")
     return True
+
+
+def check_lines(
+    lines: Mapping[str, tuple[int, str, str]], trust: Trust, history: History, findings: Findings, origin: str
+) -> None:
+    """Cosignatures by trusted sites: each must be of this history, and says how far they saw it."""
+    for client, (size, root, line) in sorted(lines.items()):
+        key, where = trust.sites.get(client), f"witness {trust.names.get(client, client[:16])}"
+        if key is None or not line:
+            continue
+        try:
+            at = read_cosignature(line, Checkpoint(origin, size, bytes.fromhex(root)).text, client, key, where)
+        except (CloisterError, *MALFORMED):
+            # Anybody who holds the file can write such a line: it accuses nobody.
+            findings.incomplete("witness-line", where, "its cosignature cannot be read")
+            continue
+        if size > len(history.tree) or history.tree.root(size).hex() != root:
+            findings.fork("witness", where, f"cosigned another history of {size} leaves than is here")
+            continue
+        history.seen[client] = at
+        history.witnessed = max(history.witnessed, size)
 
 
 def _tell(findings: Findings, history: History, trust: Trust) -> None:
@@ -394,5 +405,6 @@ def check_covered(history: History, findings: Findings) -> None:
         findings.incomplete("unwitnessed", f"leaf {late[0]}", what)
     elif history.commits:
         leaves = many(len(history.tree), "leaf", "leaves")
-        seen = f"of its {leaves} {history.witnessed} were seen by sites, {history.remembered} are remembered"
+        kept = f", {history.remembered} are remembered{' by the coordinator itself' if history.own_word else ''}"
+        seen = f"of its {leaves} {history.witnessed} were seen by sites{kept if history.remembered else ''}"
         findings.held.append(f"{seen}: every round is among them")

@@ -21,6 +21,22 @@ from cloister_shared.audit.spends import unsure
 from cloister_shared.audit.trust import Trust
 
 VERDICTS = {0: "PASS", 1: "VIOLATION", 2: "INCOMPLETE", 3: "FORK OR ROLLBACK"}
+# Which findings answer which question.
+_RESETS = (
+    "cap", "counter", "order", "void", "unspent", "uncharged", "untold", "charged", "elsewhere", "newest-head", "anchored-head",
+)  # fmt: skip
+_SAMPLING = ("terms", "unspent", "update", "sums", "uncharged", "untold", "event")
+_LOG = (
+    "no-witness",
+    "nothing-remembered",
+    "head",
+    "head-signature",
+    "leaf",
+    "leaf-signature",
+    "leaf-order",
+    "unwitnessed",
+    "other-bundle",
+)
 UNITS = (
     "One privacy unit is a record, or all records of one person where a site registered its text so. Neighbours: with and without one"
     " unit (add/remove). Each site's ledger is the authority over its own text."
@@ -81,6 +97,17 @@ def _unit(card: object) -> str:
     """What a site declared at enrolment."""
     known = card if isinstance(card, dict) else {}
     return f"{known.get('name')}: one unit is one {known.get('unit')}; {known.get('records')} declared at enrolment"
+
+
+def _remembering(trust: Trust, history: History) -> str:
+    """How far the trust file remembers this log, and whose memory that is."""
+    if trust.at_coordinator:
+        return (
+            f"The trust file was written at the coordinator, the party that is audited: that it remembers {history.remembered} leaves"
+            " shows nothing. Take one from a site or an auditor."
+        )
+    whose = trust.written_at or "whoever wrote it by hand"
+    return f"the trust file, of {whose}, remembers the first {history.remembered}"
 
 
 def _trusted(trust: Trust, history: History, sums: Sequence[RoundCommit], findings: Findings) -> list[str]:
@@ -147,7 +174,8 @@ def answers(
         for ledger in own
         for at, cap, delta in ledger.caps
     )
-    overruns = [f"{f.where}: {f.what}" for f in findings.found if f.code in ("cap", "counter", "order", "void")]
+    overruns = [f"{f.kind}: {f.where}: {f.what}" for f in findings.found if f.code in _RESETS or f.kind == "fork"]
+    broken = [f"{f.kind}: {f.where}: {f.what}" for f in findings.found if f.code in _SAMPLING]
     sums = [c for c in history.commits if c.sums]
     releases = [f"{ledger.name}: {line}" for ledger in own for line in ledger.releases]
     states = [(ledger.name, Counter(e.state for e in ledger.entries.values())) for ledger in own]
@@ -213,6 +241,7 @@ def answers(
         for index, r in enumerate(records)
         if r.get("kind") in ("incident", "recovery")
     ]
+    incidents += [f"{f.kind}: {f.where}: {f.what}" for f in findings.found if f.kind == "fork"]
     incidents += [f"{ledger.name}: {line}" for ledger in own for line in ledger.incidents]
     members = [
         f"leaf {r.get('index')}: {r.get('kind')} {r.get('site')}, {when(r.get('at'))}"
@@ -222,13 +251,9 @@ def answers(
     by = ", ".join(sorted(called(i, trust, history) for i in history.seen)) or "nobody who is trusted"
     log = [
         f"{many(len(history.tree), 'leaf', 'leaves')}; the first {history.witnessed} were seen by sites; cosigned by {by}",
-        f"the trust file remembers the first {history.remembered}, as whoever wrote it saw them",
+        _remembering(trust, history),
     ]
-    log += [
-        f"{f.kind}: {f.where}: {f.what}"
-        for f in findings.found
-        if f.kind == "fork" or f.code in ("no-witness", "nothing-remembered")
-    ]
+    log += [f"{f.kind}: {f.where}: {f.what}" for f in findings.found if f.kind == "fork" or f.code in _LOG]
     return [
         Answer(
             "Whose text, which unit, which neighbours?",
@@ -252,9 +277,9 @@ def answers(
         Answer(
             "Did the sampling match the accountant?",
             (
-                *([_SAMPLED if history.commits else _ALONE] if own else []),
+                *([_SAMPLED if history.commits else _ALONE] if own and not broken else []),
+                *broken,
                 *unsaid,
-                *(f"{f.where}: {f.what}" for f in findings.found if f.code == "terms"),
             )
             or none,
         ),

@@ -129,7 +129,7 @@ def check_site(
     # A site that joined again has had several keys under its name.
     keys = tuple(known for i, known in trust.sites.items() if trust.names[i] == trust.names[client])
     ledger = Ledger(client, name, origin, keys, len(tree))
-    _check_heads(ledger, tree, trust, history, findings, where)
+    _check_heads(ledger, tree, bundle, trust, history, findings, where)
     for index, event in enumerate(log.events):
         at = f"{where} event {index + 1}"
         try:
@@ -141,11 +141,30 @@ def check_site(
     return ledger
 
 
-def _check_heads(ledger: Ledger, tree: Tree, trust: Trust, history: History, findings: Findings, where: str) -> None:
+def _check_heads(
+    ledger: Ledger, tree: Tree, bundle: Bundle, trust: Trust, history: History, findings: Findings, where: str
+) -> None:
     """The heads of this log that others hold: in the federation's commits, and in the auditor's memory."""
     known = trust.remembered.get(ledger.origin)
     if known is not None and (known.size > len(tree) or tree.root(known.size) != known.root):
-        findings.fork("remembered", where, f"{known.size} events were seen before, which are not the first ones here")
+        older = ": changed, cut, or a bundle that is older than the trust file" if known.size > len(tree) else ""
+        findings.fork(
+            "remembered", where, f"{known.size} events were seen before, which are not the first ones here{older}"
+        )
+    for one_bundle in (bundle, *bundle.others):
+        for client, note in one_bundle.heads.items():
+            key = trust.sites.get(client)
+            if key is None or key not in ledger.keys:
+                continue
+            try:
+                head = read_checkpoint(note, key, ledger.origin, where).checkpoint
+            except VerificationError:
+                continue  # of keys or a log before this one, or anybody's
+            has = f"the coordinator has a head of {head.size} events that this site signed"
+            if head.size > len(tree):
+                findings.incomplete("newest-head", where, f"{has}, {len(tree)} are here: an older export, or cut")
+            elif tree.root(head.size) != head.root:
+                findings.fork("newest-head", where, f"{has}, which are not the first ones here")
     for commit in history.commits:
         for one in commit.asked:
             key = trust.sites.get(one.client)

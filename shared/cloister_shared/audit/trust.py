@@ -3,7 +3,10 @@
     {"format": "cloister-trust/1",
      "federation": {"name": "...", "key": "64 hex digits"},
      "sites": {"site-1": {"key": "64 hex digits"}, ...},
-     "remembered": {"log name": [size, "root in hex"], ...}}
+     "remembered": {"log name": [size, "root in hex"], ...},
+     "written_at": "coordinator" | "site NAME" | "auditor" | ...}
+
+Who wrote it is for the reader to know: what a coordinator remembers of its own log is no other's memory.
 
 ``cloister audit trust`` writes what a site or an operator holds from enrolment; the same can be written by hand from fingerprints.
 """
@@ -20,6 +23,8 @@ from cloister_shared.notes import Checkpoint
 from cloister_shared.signing import VerifyKey
 
 FORMAT = "cloister-trust/1"
+AT_COORDINATOR = "coordinator"
+_FIELDS = ("format", "federation", "sites", "remembered")
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Trust:
         sites: Sites' keys, by client id; several of one name where a site joined again.
         names: Sites' names, by client id.
         remembered: Heads that somebody saw, by the log's name.
+        written_at: Where it was written; empty where it was by hand.
     """
 
     name: str
@@ -39,10 +45,20 @@ class Trust:
     sites: Mapping[str, VerifyKey]
     names: Mapping[str, str]
     remembered: Mapping[str, Checkpoint] = field(default_factory=dict)
+    written_at: str = ""
+
+    @property
+    def at_coordinator(self) -> bool:
+        """Whether whoever is audited wrote it."""
+        return self.written_at == AT_COORDINATOR
 
 
 def trust_of(
-    name: str, federation: VerifyKey, sites: Mapping[str, tuple[str, VerifyKey]], heads: list[Checkpoint]
+    name: str,
+    federation: VerifyKey,
+    sites: Mapping[str, tuple[str, VerifyKey]],
+    heads: list[Checkpoint],
+    written_at: str = "",
 ) -> Trust:
     """Trust in these keys and heads; ``sites`` are names and keys by client id."""
     return Trust(
@@ -51,6 +67,7 @@ def trust_of(
         {i: key for i, (_, key) in sites.items()},
         {i: named for i, (named, _) in sites.items()},
         {head.origin: head for head in heads},
+        written_at,
     )
 
 
@@ -61,7 +78,7 @@ def write_trust(path: Path, trust: Trust) -> None:
         "federation": {"name": trust.name, "key": trust.federation.raw.hex()},
         "sites": {i: {"name": trust.names[i], "key": key.raw.hex()} for i, key in trust.sites.items()},
         "remembered": {origin: [one.size, one.root.hex()] for origin, one in trust.remembered.items()},
-    }
+    } | ({"written_at": trust.written_at} if trust.written_at else {})
     write_durably(path, canonical(record) + b"\n", mode=0o644)
 
 
@@ -73,13 +90,15 @@ def read_trust(path: Path) -> Trust:
     """
     record, where = read_json(path, "trust"), str(path)
     try:
-        if set(record) != {"format", "federation", "sites", "remembered"} or record["format"] != FORMAT:
-            raise ValueError("other fields")
+        if record.get("format") != FORMAT:
+            raise ValueError(f"format {str(record.get('format'))[:40]!r}")
+        if odd := sorted(set(_FIELDS) - set(record)) + sorted(set(record) - {*_FIELDS, "written_at"}):
+            raise ValueError(f"missing or not known: {', '.join(odd)}")
         keys = [(str(s["name"]), VerifyKey.from_hex(str(s["key"]), where)) for s in record["sites"].values()]
         heads = [Checkpoint(str(o), int(size), bytes.fromhex(root)) for o, (size, root) in record["remembered"].items()]
         own = VerifyKey.from_hex(str(record["federation"]["key"]), where)
-        return trust_of(
-            str(record["federation"]["name"]), own, {key.id.hex(): (named, key) for named, key in keys}, heads
-        )
+        sites = {key.id.hex(): (named, key) for named, key in keys}
+        name, by = str(record["federation"]["name"]), str(record.get("written_at", ""))
+        return trust_of(name, own, sites, heads, by)
     except (KeyError, TypeError, ValueError, AttributeError, VerificationError) as error:
         raise InputError("not a trust file", where=where, expected=FORMAT, got=str(error)[:200]) from error

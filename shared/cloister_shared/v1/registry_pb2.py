@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!cloister_shared/v1/registry.proto\x12\x0b\x63loister.v1\"\x1d\n\x0bLookRequest\x12\x0e\n\x06secret\x18\x01 \x01(\x0c\"\x19\n\tLookReply\x12\x0c\n\x04\x63\x61rd\x18\x01 \x01(\x0c\"9\n\x0c\x45nrolRequest\x12\x0e\n\x06secret\x18\x01 \x01(\x0c\x12\x0c\n\x04\x63\x61rd\x18\x02 \x01(\x0c\x12\x0b\n\x03\x63sr\x18\x03 \x01(\x0c\"!\n\nEnrolReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"\x1b\n\x0cRenewRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c\"!\n\nRenewReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"-\n\x0e\x43\x65rtifyRequest\x12\x0e\n\x06secret\x18\x01 \x01(\x0c\x12\x0b\n\x03\x63sr\x18\x02 \x01(\x0c\"#\n\x0c\x43\x65rtifyReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"\x1c\n\rRoundsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"x\n\tSiteRound\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\r\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0f\n\x07verdict\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0f\n\x07\x65psilon\x18\x06 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x07 \x01(\x01\"5\n\x0bRoundsReply\x12&\n\x06rounds\x18\x01 \x03(\x0b\x32\x16.cloister.v1.SiteRound\"\x1b\n\nLogRequest\x12\r\n\x05start\x18\x01 \x01(\x04\"9\n\x07LogLeaf\x12\x0e\n\x06record\x18\x01 \x01(\x0c\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x11\n\tsignature\x18\x03 \x01(\t\"\r\n\x0bHeadRequest\"/\n\tHeadReply\x12\x0c\n\x04note\x18\x01 \x01(\t\x12\x14\n\x0c\x63osignatures\x18\x02 \x01(\x0c\"\x1a\n\x0bListRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x8e\x01\n\x0fRegisteredRound\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\r\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x05 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x06 \x01(\t\x12\x0c\n\x04rule\x18\x07 \x01(\t\x12\x11\n\tcommitted\x18\x08 \x01(\x01\"9\n\tListReply\x12,\n\x06rounds\x18\x01 \x03(\x0b\x32\x1c.cloister.v1.RegisteredRound\")\n\nGetRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\r\"=\n\x08GetReply\x12\x0c\n\x04note\x18\x01 \x01(\t\x12#\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x13.cloister.v1.Proven\"/\n\x12\x43onsistencyRequest\x12\x0b\n\x03old\x18\x01 \x01(\x04\x12\x0c\n\x04size\x18\x02 \x01(\x04\".\n\x10\x43onsistencyReply\x12\x0c\n\x04note\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x03(\x0c\"I\n\x06Proven\x12\"\n\x04leaf\x18\x01 \x01(\x0b\x32\x14.cloister.v1.LogLeaf\x12\r\n\x05index\x18\x02 \x01(\x04\x12\x0c\n\x04path\x18\x03 \x03(\x0c\"\x19\n\nRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"9\n\x08RunReply\x12\x0c\n\x04task\x18\x01 \x01(\x0c\x12\x0f\n\x07tensors\x18\x02 \x01(\x0c\x12\x0e\n\x06\x63onfig\x18\x03 \x01(\x0c\" \n\x0e\x41\x64\x61pterRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\x1c\n\x0c\x41\x64\x61pterPiece\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xc5\x01\n\tEnrolment\x12\x38\n\x04Look\x12\x18.cloister.v1.LookRequest\x1a\x16.cloister.v1.LookReply\x12;\n\x05\x45nrol\x12\x19.cloister.v1.EnrolRequest\x1a\x17.cloister.v1.EnrolReply\x12\x41\n\x07\x43\x65rtify\x12\x1b.cloister.v1.CertifyRequest\x1a\x19.cloister.v1.CertifyReply2\xb5\x04\n\x08Registry\x12;\n\x05Renew\x12\x19.cloister.v1.RenewRequest\x1a\x17.cloister.v1.RenewReply\x12>\n\x06Rounds\x12\x1a.cloister.v1.RoundsRequest\x1a\x18.cloister.v1.RoundsReply\x12\x36\n\x03Log\x12\x17.cloister.v1.LogRequest\x1a\x14.cloister.v1.LogLeaf0\x01\x12\x38\n\x04Head\x12\x18.cloister.v1.HeadRequest\x1a\x16.cloister.v1.HeadReply\x12\x38\n\x04List\x12\x18.cloister.v1.ListRequest\x1a\x16.cloister.v1.ListReply\x12\x35\n\x03Get\x12\x17.cloister.v1.GetRequest\x1a\x15.cloister.v1.GetReply\x12M\n\x0b\x43onsistency\x12\x1f.cloister.v1.ConsistencyRequest\x1a\x1d.cloister.v1.ConsistencyReply\x12\x35\n\x03Run\x12\x17.cloister.v1.RunRequest\x1a\x15.cloister.v1.RunReply\x12\x43\n\x07\x41\x64\x61pter\x12\x1b.cloister.v1.AdapterRequest\x1a\x19.cloister.v1.AdapterPiece0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!cloister_shared/v1/registry.proto\x12\x0b\x63loister.v1\"\x1d\n\x0bLookRequest\x12\x0e\n\x06secret\x18\x01 \x01(\x0c\"\x19\n\tLookReply\x12\x0c\n\x04\x63\x61rd\x18\x01 \x01(\x0c\"9\n\x0c\x45nrolRequest\x12\x0e\n\x06secret\x18\x01 \x01(\x0c\x12\x0c\n\x04\x63\x61rd\x18\x02 \x01(\x0c\x12\x0b\n\x03\x63sr\x18\x03 \x01(\x0c\"!\n\nEnrolReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"\x1b\n\x0cRenewRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c\"!\n\nRenewReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"-\n\x0e\x43\x65rtifyRequest\x12\x0e\n\x06secret\x18\x01 \x01(\x0c\x12\x0b\n\x03\x63sr\x18\x02 \x01(\x0c\"#\n\x0c\x43\x65rtifyReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"\x1c\n\rRoundsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"x\n\tSiteRound\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\r\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0f\n\x07verdict\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0f\n\x07\x65psilon\x18\x06 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x07 \x01(\x01\"5\n\x0bRoundsReply\x12&\n\x06rounds\x18\x01 \x03(\x0b\x32\x16.cloister.v1.SiteRound\"\x1b\n\nLogRequest\x12\r\n\x05start\x18\x01 \x01(\x04\"9\n\x07LogLeaf\x12\x0e\n\x06record\x18\x01 \x01(\x0c\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x11\n\tsignature\x18\x03 \x01(\t\"\r\n\x0bHeadRequest\">\n\tHeadReply\x12\x0c\n\x04note\x18\x01 \x01(\t\x12\x14\n\x0c\x63osignatures\x18\x02 \x01(\x0c\x12\r\n\x05heads\x18\x03 \x01(\x0c\"\x1a\n\x0bListRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x8e\x01\n\x0fRegisteredRound\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\r\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x05 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x06 \x01(\t\x12\x0c\n\x04rule\x18\x07 \x01(\t\x12\x11\n\tcommitted\x18\x08 \x01(\x01\"9\n\tListReply\x12,\n\x06rounds\x18\x01 \x03(\x0b\x32\x1c.cloister.v1.RegisteredRound\")\n\nGetRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\r\"=\n\x08GetReply\x12\x0c\n\x04note\x18\x01 \x01(\t\x12#\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x13.cloister.v1.Proven\"/\n\x12\x43onsistencyRequest\x12\x0b\n\x03old\x18\x01 \x01(\x04\x12\x0c\n\x04size\x18\x02 \x01(\x04\".\n\x10\x43onsistencyReply\x12\x0c\n\x04note\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x03(\x0c\"I\n\x06Proven\x12\"\n\x04leaf\x18\x01 \x01(\x0b\x32\x14.cloister.v1.LogLeaf\x12\r\n\x05index\x18\x02 \x01(\x04\x12\x0c\n\x04path\x18\x03 \x03(\x0c\"\x19\n\nRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"9\n\x08RunReply\x12\x0c\n\x04task\x18\x01 \x01(\x0c\x12\x0f\n\x07tensors\x18\x02 \x01(\x0c\x12\x0e\n\x06\x63onfig\x18\x03 \x01(\x0c\" \n\x0e\x41\x64\x61pterRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\x1c\n\x0c\x41\x64\x61pterPiece\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xc5\x01\n\tEnrolment\x12\x38\n\x04Look\x12\x18.cloister.v1.LookRequest\x1a\x16.cloister.v1.LookReply\x12;\n\x05\x45nrol\x12\x19.cloister.v1.EnrolRequest\x1a\x17.cloister.v1.EnrolReply\x12\x41\n\x07\x43\x65rtify\x12\x1b.cloister.v1.CertifyRequest\x1a\x19.cloister.v1.CertifyReply2\xb5\x04\n\x08Registry\x12;\n\x05Renew\x12\x19.cloister.v1.RenewRequest\x1a\x17.cloister.v1.RenewReply\x12>\n\x06Rounds\x12\x1a.cloister.v1.RoundsRequest\x1a\x18.cloister.v1.RoundsReply\x12\x36\n\x03Log\x12\x17.cloister.v1.LogRequest\x1a\x14.cloister.v1.LogLeaf0\x01\x12\x38\n\x04Head\x12\x18.cloister.v1.HeadRequest\x1a\x16.cloister.v1.HeadReply\x12\x38\n\x04List\x12\x18.cloister.v1.ListRequest\x1a\x16.cloister.v1.ListReply\x12\x35\n\x03Get\x12\x17.cloister.v1.GetRequest\x1a\x15.cloister.v1.GetReply\x12M\n\x0b\x43onsistency\x12\x1f.cloister.v1.ConsistencyRequest\x1a\x1d.cloister.v1.ConsistencyReply\x12\x35\n\x03Run\x12\x17.cloister.v1.RunRequest\x1a\x15.cloister.v1.RunReply\x12\x43\n\x07\x41\x64\x61pter\x12\x1b.cloister.v1.AdapterRequest\x1a\x19.cloister.v1.AdapterPiece0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -60,33 +60,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEADREQUEST']._serialized_start=645
   _globals['_HEADREQUEST']._serialized_end=658
   _globals['_HEADREPLY']._serialized_start=660
-  _globals['_HEADREPLY']._serialized_end=707
-  _globals['_LISTREQUEST']._serialized_start=709
-  _globals['_LISTREQUEST']._serialized_end=735
-  _globals['_REGISTEREDROUND']._serialized_start=738
-  _globals['_REGISTEREDROUND']._serialized_end=880
-  _globals['_LISTREPLY']._serialized_start=882
-  _globals['_LISTREPLY']._serialized_end=939
-  _globals['_GETREQUEST']._serialized_start=941
-  _globals['_GETREQUEST']._serialized_end=982
-  _globals['_GETREPLY']._serialized_start=984
-  _globals['_GETREPLY']._serialized_end=1045
-  _globals['_CONSISTENCYREQUEST']._serialized_start=1047
-  _globals['_CONSISTENCYREQUEST']._serialized_end=1094
-  _globals['_CONSISTENCYREPLY']._serialized_start=1096
-  _globals['_CONSISTENCYREPLY']._serialized_end=1142
-  _globals['_PROVEN']._serialized_start=1144
-  _globals['_PROVEN']._serialized_end=1217
-  _globals['_RUNREQUEST']._serialized_start=1219
-  _globals['_RUNREQUEST']._serialized_end=1244
-  _globals['_RUNREPLY']._serialized_start=1246
-  _globals['_RUNREPLY']._serialized_end=1303
-  _globals['_ADAPTERREQUEST']._serialized_start=1305
-  _globals['_ADAPTERREQUEST']._serialized_end=1337
-  _globals['_ADAPTERPIECE']._serialized_start=1339
-  _globals['_ADAPTERPIECE']._serialized_end=1367
-  _globals['_ENROLMENT']._serialized_start=1370
-  _globals['_ENROLMENT']._serialized_end=1567
-  _globals['_REGISTRY']._serialized_start=1570
-  _globals['_REGISTRY']._serialized_end=2135
+  _globals['_HEADREPLY']._serialized_end=722
+  _globals['_LISTREQUEST']._serialized_start=724
+  _globals['_LISTREQUEST']._serialized_end=750
+  _globals['_REGISTEREDROUND']._serialized_start=753
+  _globals['_REGISTEREDROUND']._serialized_end=895
+  _globals['_LISTREPLY']._serialized_start=897
+  _globals['_LISTREPLY']._serialized_end=954
+  _globals['_GETREQUEST']._serialized_start=956
+  _globals['_GETREQUEST']._serialized_end=997
+  _globals['_GETREPLY']._serialized_start=999
+  _globals['_GETREPLY']._serialized_end=1060
+  _globals['_CONSISTENCYREQUEST']._serialized_start=1062
+  _globals['_CONSISTENCYREQUEST']._serialized_end=1109
+  _globals['_CONSISTENCYREPLY']._serialized_start=1111
+  _globals['_CONSISTENCYREPLY']._serialized_end=1157
+  _globals['_PROVEN']._serialized_start=1159
+  _globals['_PROVEN']._serialized_end=1232
+  _globals['_RUNREQUEST']._serialized_start=1234
+  _globals['_RUNREQUEST']._serialized_end=1259
+  _globals['_RUNREPLY']._serialized_start=1261
+  _globals['_RUNREPLY']._serialized_end=1318
+  _globals['_ADAPTERREQUEST']._serialized_start=1320
+  _globals['_ADAPTERREQUEST']._serialized_end=1352
+  _globals['_ADAPTERPIECE']._serialized_start=1354
+  _globals['_ADAPTERPIECE']._serialized_end=1382
+  _globals['_ENROLMENT']._serialized_start=1385
+  _globals['_ENROLMENT']._serialized_end=1582
+  _globals['_REGISTRY']._serialized_start=1585
+  _globals['_REGISTRY']._serialized_end=2150
 # @@protoc_insertion_point(module_scope)

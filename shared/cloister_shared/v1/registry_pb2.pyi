@@ -339,19 +339,23 @@ class HeadReply(_message.Message):
 
     NOTE_FIELD_NUMBER: _builtins.int
     COSIGNATURES_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
     note: _builtins.str
     """Signed checkpoint."""
     cosignatures: _builtins.bytes
     """By client id, JSON: [size, signature line]."""
+    heads: _builtins.bytes
+    """By client id, JSON: the newest head of the client's own log that it signed, a note."""
     def __init__(
         self,
         *,
         note: _builtins.str = ...,
         cosignatures: _builtins.bytes = ...,
+        heads: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cosignatures", b"cosignatures", "note", b"note"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cosignatures", b"cosignatures", "heads", b"heads", "note", b"note"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
