@@ -342,6 +342,13 @@ class Ledger:
             row = db.execute("SELECT size, root FROM seen WHERE log = ? ORDER BY seq DESC LIMIT 1", (log,)).fetchone()
         return None if row is None else Checkpoint(log, row[0], bytes.fromhex(row[1]))
 
+    def saw(self, head: Checkpoint) -> bool:
+        """Whether this site saw this very head of another's log at some time."""
+        values = (head.origin, head.size, head.root.hex())
+        with self._chain.reading() as db:
+            row = db.execute("SELECT 1 FROM seen WHERE log = ? AND size = ? AND root = ? LIMIT 1", values).fetchone()
+        return row is not None
+
     def unacknowledged(self, run: str, number: int) -> list[int]:
         """Rounds of a run before ``number`` that this site spent on and has no receipt for."""
         with self._chain.reading() as db:

@@ -66,8 +66,11 @@ class Witness:
         try:
             now = follow(view, self.coordinator, self.origin, before, "the coordinator's log")
         except RollbackError as error:
-            seen = "" if before is None else before.text
             shown = own_note(view.note, self.coordinator, self.origin)
+            if self.ledger.saw(read_checkpoint(shown, self.coordinator, self.origin, "shown").checkpoint):
+                # An old message that somebody sent again, for all that anybody knows: it accuses nobody.
+                raise RefusedError("witness.stale", "this is of before what was seen", got=error.got) from error
+            seen = "" if before is None else before.text
             self.ledger.incident({"what": error.what, "log": self.origin, "seen": seen, "shown": shown})
             raise RefusedError("witness.history", error.what, expected=error.expected, got=error.got) from error
         except VerificationError as error:

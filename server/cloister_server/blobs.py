@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -100,8 +100,8 @@ class Blobs:
         """
         address = f"{self._root}/{_OWNER}"
         with self._reached(address):
-            if not self._files.exists(address):
-                self._files.pipe_file(address, owner.encode())
+            with suppress(FileExistsError):
+                self._files.pipe_file(address, owner.encode(), mode="create")  # of two at once one makes it
             found = self._files.cat_file(address)
         if found != owner.encode():
             raise StateError(

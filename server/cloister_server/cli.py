@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from cloister_shared import console
 from cloister_shared.cards import SiteCard, split_address
-from cloister_shared.errors import InputError, StateError
+from cloister_shared.errors import CloisterError, InputError, StateError
 from cloister_shared.processes import Group, check_port
 from cloister_shared.signing import SigningKey, VerifyKey
 
@@ -490,8 +490,12 @@ def show(
         )
     clients = [c.model_dump(exclude={"core"}) for c in store.clients(found.id, number)]
     gone = store.tombstones().get(row["adapter"] or "")
+    state = "digest checked" if gone is None else f"given up: {gone.why}"
     if row["adapter"] and gone is None:
-        store.adapter(row["adapter"])
+        try:
+            store.adapter(row["adapter"])
+        except CloisterError as error:
+            state = f"NOT THERE AS IT SHOULD BE: {error.what}; {error.mend}"
     columns = ["site", "verdict", "weight", "noise", "rate", "steps", "epsilon", "kB in", "update", "reason"]
     cells = [
         [
@@ -512,7 +516,6 @@ def show(
     lost = "" if row["residual"] is None else f"residual {row['residual']:.2%}"
     facts = ", ".join(filter(None, (row["state"], scores, f"rule {found.rule}", lost)))
     title = f"run {found.id[:8]} round {number}: {facts}"
-    state = "digest checked" if gone is None else f"given up: {gone.why}"
     title += f"\nadapter {row['adapter']}, {state}" if row["adapter"] else "\nno adapter"
     title += "".join(f"\n{_noised(s)}" for s in row["client_level"]) + _came(came := store.imported(found))
     judgement = next((j.model_dump() for j in store.judgements(found.id) if j.number == number), None)

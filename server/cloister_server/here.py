@@ -36,5 +36,7 @@ def registry() -> Store:
     """
     home = console.coordinator_home()
     if not has_registry(home):
-        raise StateError("no registry here", where=str(home), mend="cloister demo, cloister run, or --home")
+        raise StateError(
+            "no registry here", where=str(home), mend="cloister coordinator init FEDERATION.toml, or --home"
+        )
     return Store(home)

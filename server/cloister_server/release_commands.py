@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import time
+from collections.abc import Container
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
@@ -24,7 +25,7 @@ from cloister_shared.vectors import Schema, from_safetensors
 
 from cloister_server.compare import fields, modules
 from cloister_server.here import Home, Json, RunName, registry
-from cloister_server.operators import with_key, with_signature
+from cloister_server.operators import signed, with_key, with_signature
 from cloister_server.store import Store
 from cloister_server.tables import Alias, Round, Run
 
@@ -44,13 +45,14 @@ def register(app: typer.Typer) -> None:
     app.command()(diff)
 
 
-def _committed(store: Store, run: Run, number: int) -> Round:
+def _committed(store: Store, run: Run, number: int, gone: Container[str] = ()) -> Round:
     row = next((r for r in store.rounds(run.id) if r.number == number), None)
     if row is None or row.state != "committed" or not row.adapter:
         got = "no such round" if row is None else row.state
         last = f"0 to {store.last_committed(run.id).number}"
         raise StateError("not a committed round", where=f"run {run.id[:8]} round {number}", expected=last, got=got)
-    store.adapter(row.adapter)  # digest checked before anything points at it
+    if row.adapter not in gone:
+        store.adapter(row.adapter)  # digest checked before anything points at it
     return row
 
 
@@ -78,7 +80,9 @@ def promote(
         got = "nothing" if now is None else f"round {now.number} of run {now.run[:8]}"
         raise StateError("the alias points elsewhere", where=alias, expected=f"round {expect}", got=got)
     if now is not None and (now.run, now.number) == (run.id, number):
-        # No move: a rollback would go from here to here.
+        # No move: a rollback would go from here to here. A key that was brought is looked at all the same.
+        if key is not None and now.guard:
+            signed(with_key(SigningKey.load(key)), now.guard, b"nothing moves", alias)
         line = f"{alias}: points at round {number} of run {run.id[:8]} already; nothing was written"
         console.emit(
             {"alias": alias, "run": run.id, "round": number, "adapter": row.adapter, "version": now.version}, line
@@ -130,7 +134,7 @@ def rollback(
         {"alias": alias, "run": run, "round": number, "adapter": adapter, "version": made.version, "refunded": 0.0},
         [
             f"{alias}: back to round {number} of run {run[:8]}, adapter {adapter[:16]}, digest checked",
-            "no privacy is refunded: what its sites spent on the later rounds stays spent",
+            "no privacy is refunded: what sites spent on any round stays spent",
         ],
     )
 
@@ -279,11 +283,15 @@ def diff(
     console.choose(json, home)
     store = registry()
     runs = store.find_run(run_name), store.find_run(other_run or run_name)
-    rows = [_committed(store, run, number) for run, number in zip(runs, (first, second), strict=True)]
+    gone = store.tombstones()
+    rows = [_committed(store, run, number, gone) for run, number in zip(runs, (first, second), strict=True)]
     schemas = [Schema.from_list(jsonlib.loads(run.tensors), "registry") for run in runs]
     changed = fields(_facts(store, runs[0], first), _facts(store, runs[1], second))
     moved = []
-    if schemas[0].digest == schemas[1].digest:
+    lost = [f"round {row.number}" for row in rows if row.adapter in gone]
+    if lost:
+        changed.append(("adapter of " + " and ".join(lost), "given up", "not compared"))
+    elif schemas[0].digest == schemas[1].digest:
         vectors = [from_safetensors(store.adapter(row.adapter or ""), schemas[0], "adapter") for row in rows]
         moved = list(modules(vectors[0], vectors[1], schemas[0]))
     elif runs[0].id == runs[1].id:

@@ -19,9 +19,9 @@ from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog, write_bund
 from cloister_shared.audit.findings import many
 from cloister_shared.audit.trust import AT_COORDINATOR, read_trust, trust_of, write_trust
 from cloister_shared.cards import read_coordinator_card, read_site_card
-from cloister_shared.errors import InputError, VerificationError
+from cloister_shared.errors import CloisterError, InputError, VerificationError
 from cloister_shared.invitation import Invitation
-from cloister_shared.notes import Checkpoint, checkpoint_of
+from cloister_shared.notes import Checkpoint, checkpoint_of, read_checkpoint
 from cloister_shared.signing import SigningKey, VerifyKey, read_secret
 from cloister_shared.witness import log_of_federation, log_of_site
 
@@ -101,7 +101,16 @@ def export(
         raise InputError("there is a file already", where=str(out), mend="choose another --out")
     made = round(time.time())
     bundle = _federation(made, adapters=adapters) if here else _fetched(made, sites)
-    bundle = replace(bundle, sites=dict(map(_site_log, sites)))
+    logs, left_out = dict[str, SiteLog](), list[str]()
+    for folder in sites:
+        try:
+            client, log = _site_log(folder)
+            logs[client] = log
+        except CloisterError as error:
+            if not here:
+                raise
+            left_out.append(f"left out: the log of {folder.name}: {error}")
+    bundle = replace(bundle, sites=logs)
     write_bundle(out, bundle)
     console.emit(
         {
@@ -110,8 +119,10 @@ def export(
             "sites": len(bundle.sites),
             "adapters": len(bundle.adapters),
             "bytes": out.stat().st_size,
+            "left_out": left_out,
         },
         [
+            *left_out,
             f"{out}: {len(bundle.leaves)} leaves of the federation's log, {len(bundle.sites)} sites' own logs,"
             f" {len(bundle.adapters)} adapters, {out.stat().st_size:,} bytes",
             "give it to the auditor; the trust file goes another way: cloister audit trust --out TRUST.json",
@@ -197,6 +208,7 @@ def trust(
             heads.append(store.checkpoint())
             store.close()
     else:
+        from cloister_client.cli import PULLED
         from cloister_client.data import open_ledger
         from cloister_client.policy import read_policy
         from cloister_client.site import act_as_agent, read_site
@@ -211,6 +223,12 @@ def trust(
         ledger = open_ledger(own)
         heads.append(ledger.head(log_of_site(read_secret(own.agent_home / "unit.key", 32))))
         seen = ledger.seen_head(log_of_federation(card.verify_key))
+        pulled = own.home / PULLED
+        if pulled.is_file():
+            newest = read_checkpoint(
+                pulled.read_text(), card.verify_key, log_of_federation(card.verify_key), str(pulled)
+            )
+            seen = max(seen, newest.checkpoint, key=lambda head: head.size) if seen is not None else newest.checkpoint
         heads += [] if seen is None else [seen]
     write_trust(out, trust_of(card.federation, card.verify_key, known, heads, written_at))
     sites, memory = many(len(known), "site"), many(len(heads), "remembered head")

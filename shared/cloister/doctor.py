@@ -70,8 +70,15 @@ def looks(home: Path, coordinator: Path, sites: list[Path]) -> Iterator[Look]:
         ("device", device),
         ("disk", lambda: disk(home)),
     ]
-    if not coordinator.is_dir() and not sites:
+    if home.exists() and not home.is_dir():
+        yield Look("state", WRONG, f"{home} is no folder", "--home, where the folder of state is")
+    elif not coordinator.is_dir() and not sites:
         yield Look("state", NOTE, f"nothing of a federation is here: {home}", "--home, where it is elsewhere")
+    for folder in sorted((home / "sites").glob("*/")):
+        if not (folder / "site.toml").is_file():
+            yield Look(
+                f"site {folder.name}", WRONG, f"{folder / 'site.toml'} is missing", "restore it from a copy of the site"
+            )
     if coordinator.is_dir():
         parts.append(("coordinator", lambda: of_coordinator(coordinator)))
     for folder in sites:
@@ -182,6 +189,7 @@ def of_coordinator(home: Path) -> Iterator[Look]:
     database.close()
     yield Look("registry", OK, f"version {version or 'none yet'} at {database.where}")
     if not version:
+        yield Look("registry", WRONG, f"there are no tables at {database.where}", "restore it from a copy")
         return
     store = Store(home)
     try:
@@ -225,6 +233,10 @@ def of_site(home: Path, root: Path) -> Iterator[Look]:
             what, home / IDENTITY, "cloister site up renews it; once it is over: cloister site rejoin TOKEN"
         )
     yield from _base(site.base, str(home / "site.toml"), site.coordinator().base)
+    if not (site.agent_home / "ledger.db").exists():
+        mend = "put the newest ledger back; if it is lost, its text counts as spent: register none of it again"
+        yield Look(what, WRONG, f"its ledger is missing: {site.agent_home / 'ledger.db'}", mend)
+        return
     # A process of its own: it becomes the agent's user for good.
     command = [sys.executable, "-m", "cloister.cli", "--json", "--home", str(root), "privacy", "status", site.name]
     done = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -688,8 +688,10 @@ def test_a_report_is_not_written_over_another(case: Case, tmp_path: Path) -> Non
     write_trust(tmp_path / "trust.json", case.trust)
     (tmp_path / "report.html").write_text("an older one")
     with pytest.raises(InputError, match="already"):
-        verify([tmp_path / "b.zip"], tmp_path / "trust.json", tmp_path / "report.html")
+        verify([tmp_path / "b.zip"], [tmp_path / "trust.json"], tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text() == "an older one"
+    with pytest.raises(InputError, match="one trust file"):
+        verify([tmp_path / "b.zip"], [tmp_path / "trust.json"] * 2)
 
 
 def test_what_no_sites_log_tells_is_not_said_to_be_well(case: Case) -> None:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from cloister_server.tables import RoundClient, Run
 from cloister_shared.audit.bundle import read_bundle
 from cloister_shared.audit.trust import read_trust, write_trust
 from cloister_shared.cards import CoordinatorCard, SiteCard, read_site_card
-from cloister_shared.encoding import digest
+from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import CloisterError, InputError, RefusedError, RollbackError, StateError, VerificationError
 from cloister_shared.invitation import PREFIX, Invitation
 from cloister_shared.merkle import Tree, leaf_hash
@@ -404,6 +404,110 @@ def test_what_is_released_is_fetched_and_nothing_else_can_be_shown(served: Coord
     with pytest.raises(VerificationError, match="signature of the operator"):
         client.fetch_release(site, "best", [now])
     store.close()
+
+
+class Feigned:
+    """A coordinator's registry that says whatever is put into it, with its log's own key."""
+
+    def __init__(self, signing: SigningKey, records: list[dict[str, Any]], **parts: bytes) -> None:
+        self.origin, tree = log_of_federation(signing.verify_key), Tree()
+        named = [{"log": self.origin, "index": i, "at": 1.0} | record for i, record in enumerate(records)]
+        self.leaves = [canonical(record) for record in named]
+        for leaf in self.leaves:
+            tree.append(leaf_hash(leaf))
+        self.note, self.parts = Checkpoint(self.origin, len(self.leaves), tree.root()).signed(signing), parts
+
+    def Head(self, *_: Any, **__: Any) -> Any:  # noqa: N802
+        return registry_pb2.HeadReply(note=self.note, cosignatures=b"{}", heads=b"{}")
+
+    def Log(self, asked: Any, **_: Any) -> Any:  # noqa: N802
+        return Page(registry_pb2.LogLeaf(record=one) for one in self.leaves[asked.start :])
+
+    def Run(self, *_: Any, **__: Any) -> Any:  # noqa: N802
+        return registry_pb2.RunReply(**{n: self.parts[n] for n in ("task", "tensors", "config")})
+
+    def Adapter(self, *_: Any, **__: Any) -> Any:  # noqa: N802
+        return [registry_pb2.AdapterPiece(data=self.parts["adapter"])]
+
+
+class Page(list[Any]):
+    """A stream of leaves."""
+
+    def cancel(self) -> None:
+        """Nothing more is wanted."""
+
+
+SCHEMA = Schema((("x.lora_A.weight", (2, 3)),))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "good",
+        "two commits",
+        "later commit",
+        "another log",
+        "no number",
+        "config",
+        "not JSON",
+        "deep",
+        "more",
+        "long",
+        "index",
+    ],
+)
+def test_whatever_a_registry_feigns_is_a_plain_refusal(
+    served: Coordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    site, run = joined(served, tmp_path / "s", f"site-{name.replace(' ', '-').lower()}"), "ab" * 16
+    values = np.full(6, np.nan if name == "no number" else 1, np.float32)
+    parts = {"task": b'{"labels":[]}', "tensors": json.dumps(SCHEMA.as_list()).encode(), "config": b"{}"}
+    parts |= {"adapter": to_safetensors(values, SCHEMA, {})}
+    odd = {
+        "config": b'{"x": NaN}',
+        "not JSON": b"x",
+        "deep": b"[" * 100_000,
+        "more": b'1,"other":2',
+        "long": b"1" * 5000,
+    }
+    parts["config"] = odd.get(name, parts["config"])
+    told: dict[str, Any] = {n: digest(parts[n]) for n in ("task", "tensors", "config", "adapter")}
+    commit = {"kind": "round_commit", "run": run, "round": 1} | told
+    move: dict[str, Any] = {"kind": "alias_set", "alias": "best", "run": run, "round": 1, "adapter": told["adapter"]}
+    move |= {"version": 1, "guard": "", "rollback": False}
+    records = {
+        "two commits": [commit | {"config": "00" * 32}, commit, move],
+        "later commit": [move, commit],
+        "another log": [commit, move | {"log": "cloister/federation/other"}],
+        "index": [commit, move | {"index": "x"}],
+    }.get(name, [commit, move])
+    feigned = Feigned(served.signing, records, **parts)
+
+    @contextmanager
+    def registry(_: Site) -> Iterator[Any]:
+        yield feigned
+
+    monkeypatch.setattr(client, "_registry", registry)
+    if name == "good":
+        assert client.fetch_release(site, "best", []).number == 1
+        return
+    with pytest.raises(VerificationError):
+        client.fetch_release(site, "best", [])
+
+
+def test_no_more_of_a_log_is_taken_than_its_head_says(served: Coordinator) -> None:
+    """A page that never ends is left after the last leaf that there may be."""
+    feigned, taken = Feigned(served.signing, [{"kind": "x"}] * 3), list[int]()
+
+    class Endless(Page):
+        def __iter__(self) -> Iterator[Any]:
+            while True:
+                taken.append(1)
+                yield registry_pb2.LogLeaf(record=b"{}")
+
+    monkeyed = type("Monkeyed", (), {"Head": feigned.Head, "Log": lambda *_, **__: Endless()})
+    leaves, _ = client._whole_log(monkeyed())
+    assert (len(leaves), len(taken)) == (3, 3)
 
 
 def test_an_auditor_reads_the_log_and_nothing_else(served: Coordinator) -> None:

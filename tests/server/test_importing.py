@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +181,24 @@ def cheaper(two: Two) -> None:
     restated(privacy=[c | {"epsilon": 0.0, "lifetime": 0.0} for c in costs])(two)
 
 
+def costs(**changes: Any) -> Callable[[Two], None]:
+    """The signer itself states other costs: of every site, or of one that never was."""
+
+    def change(two: Two) -> None:
+        stated = json.loads((two.folder / FILE).read_text())["statement"]["privacy"]
+        one = "key" in changes
+        restated(privacy=[*stated, stated[0] | changes] if one else [c | changes for c in stated])(two)
+
+    return change
+
+
+def one_more_file(two: Two) -> None:
+    """What whoever loads the folder would run or unpickle, named by the signer."""
+    (two.folder / "modeling_evil.py").write_bytes(b"x")
+    files = json.loads((two.folder / FILE).read_text())["statement"]["files"]
+    restated(files=files | {"modeling_evil.py": digest(b"x")})(two)
+
+
 def linked(two: Two) -> None:
     """A link to the very same bytes."""
     path = two.folder / "README.md"
@@ -212,6 +233,15 @@ CHANGES: dict[str, Callable[[Two], object]] = {
     "frozen of another type, signed": restated(frozen=17),
     "federation's name, signed": restated(federation="x\n## Privacy\nepsilon 0"),
     "less epsilon, signed": cheaper,
+    "run epsilon of nothing, signed": costs(epsilon=0.0),
+    "run epsilon of another type, signed": costs(epsilon=False),
+    "run epsilon beyond numbers, signed": costs(epsilon=10**400, lifetime=10**400),
+    "another unit, signed": costs(unit="nothing of anybody"),
+    "a unit of another type, signed": costs(unit={}),
+    "a site that never was, signed": costs(key="ab" * 16, name="ghost"),
+    "another accountant, signed": restated(accountant="none"),
+    "other neighbours, signed": restated(neighbours="none"),
+    "a file that no export makes, signed": one_more_file,
     "a file that nobody named": lambda two: (two.folder / "adapter_model.bin").write_bytes(b"x"),
     "a link": linked,
     "less epsilon": edited("statement", "privacy", value=[]),
@@ -241,3 +271,27 @@ def test_another_federations_key_and_another_base_model_take_nothing_in(two: Two
     with pytest.raises(VerificationError, match="another base model"):
         import_round(two.other, two.folder, two.key, "other", "00" * 32)
     assert two.other.runs() == []
+
+
+def test_a_federations_own_export_is_not_imported(two: Two) -> None:
+    store = two.world.store
+    with pytest.raises(InputError, match="own"):
+        import_round(store, two.folder, store.signing.verify_key, "fed", two.base)
+    assert list(check(store)) == []
+
+
+@pytest.mark.parametrize("seed", ["0", "1", "2", "3"])
+def test_an_export_is_the_same_in_every_process(two: Two, seed: str) -> None:
+    """PEFT keeps target modules as a set, whose order goes by the process's hash seed."""
+    program = (
+        "import sys; from pathlib import Path; from cloister_server.store import Store; from cloister_server.export import *\n"
+        "store = Store(Path(sys.argv[1])); run = store.find_run(None)\n"
+        "task, schema = TaskSpec.from_dict(json.loads(run.task)), Schema.from_list(json.loads(run.tensors), 'x')\n"
+        "vector = from_safetensors(store.adapter(store.rounds(run.id)[2].adapter), schema, 'x')\n"
+        "print(digest(peft_files(run, task, schema, vector)['adapter_config.json']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(two.world.store.home)],
+        env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.split()[-1] == digest((two.folder / "adapter_config.json").read_bytes())

@@ -37,6 +37,23 @@ def became(history: History) -> list[str]:
     ]
 
 
+def standing(history: History) -> list[str]:
+    """Where each alias points at the log's end."""
+    last = dict[str, Move]()
+    for record in history.records:
+        if record.get("kind") == "alias_set":
+            try:
+                move = Move.read(record)
+            except (CloisterError, *MALFORMED):
+                continue
+            last[move.alias] = move
+    return [
+        f"now {name} points at round {m.number} of run {m.run[:8]}, adapter {m.adapter[:16]}; "
+        + (f"guarded by key {key_id(m.guard)}" if m.guard else "guarded by nobody's key")
+        for name, m in sorted(last.items())
+    ]
+
+
 def _told(history: History) -> Iterator[tuple[int, str]]:
     aliases = dict[str, Move]()
     for index, record in enumerate(history.records):

@@ -30,7 +30,7 @@ from cloister_shared.audit.report import VERDICTS, answers, as_record
 from cloister_shared.audit.sites import Ledger, check_site
 from cloister_shared.audit.spends import check_spends
 from cloister_shared.audit.trust import Trust, read_trust
-from cloister_shared.encoding import digest, write_durably
+from cloister_shared.encoding import digest
 from cloister_shared.errors import CloisterError, InputError
 
 
@@ -97,7 +97,7 @@ def verify(
         typer.Argument(help="Bundles, from the coordinator and from sites: cloister audit export --out BUNDLE."),
     ],
     trust: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(help="Keys and heads that you trust, from somewhere else than the bundle: cloister audit trust."),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Write the report: .html, .json or .csv.")] = None,
@@ -111,19 +111,23 @@ def verify(
         )
     if report is not None and report.exists():
         raise InputError("there is a file already", where=str(report), mend="choose another --report")
+    if trust and len(trust) > 1:
+        raise InputError(
+            "one trust file", where="--trust", got=f"{len(trust)} of them", mend="put what you trust into one"
+        )
     own = merged([read_bundle(path) for path in bundle])
-    if trust is None:
+    if not trust:
         lines = ["INCOMPLETE: nobody's keys are trusted, so nothing can be checked",
                  "mend: --trust TRUST.json, from a site (cloister audit trust) or by hand from fingerprints"]  # fmt: skip
         console.emit({"verdict": VERDICTS[2], "exit_code": 2, "findings": [], "held": []}, lines)
         raise typer.Exit(2)
-    keys = read_trust(trust)
+    keys = read_trust(trust[0])
     done = audit(own, keys)
     said = answers(own, keys, done.history, done.ledgers, done.blocks, done.findings)
     about = {
         "verified": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "federation": f"{keys.name}, key {keys.federation.id.hex()}",
-        "trust": f"{trust}, of {keys.written_at or 'whoever wrote it by hand'}, SHA-256 {digest(trust.read_bytes())}",
+        "trust": f"{trust[0]}, of {keys.written_at or 'whoever wrote it by hand'}, SHA-256 {digest(trust[0].read_bytes())}",
         **{f"bundle {i}": f"{path}, SHA-256 {digest(path.read_bytes())}" for i, path in enumerate(bundle, 1)},
     }
     record = as_record(said, done.findings, done.blocks) | {"about": about}
@@ -134,12 +138,23 @@ def verify(
             ".csv": lambda: as_csv(done.findings, done.blocks),
             ".json": lambda: console.dumps(record),
         }[report.suffix]()
-        write_durably(report, text.encode(), mode=0o644)
+        _write_new(report, text.encode())
     lines = [f"{f.kind}: {f.where}: {f.what} ({f.code})" for f in done.findings.found]
     lines += [f"held: {printable(line)}" for line in done.findings.held]
     lines += [VERDICTS[done.findings.exit_code] + (f"; report in {report}" if report else "")]
     console.emit(record, lines)
     raise typer.Exit(done.findings.exit_code)
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    """Writes a file that was not there; of two at once one does."""
+    try:
+        with path.open("xb") as file:
+            file.write(data)
+    except FileExistsError as error:
+        raise InputError("there is a file already", where=str(path), mend="choose another --report") from error
+    except OSError as error:
+        raise InputError("cannot write the report", where=str(path), got=error.strerror or "") from error
 
 
 def main() -> None:

@@ -17,6 +17,10 @@ from cloister_shared.audit.reading import printable
 from cloister_shared.audit.report import VERDICTS, Answer, merged
 
 _COLOURS = ("#2f6690", "#b5651d", "#2b7a4b", "#7a2b6d", "#8a6d00", "#444")
+_WORDS = (
+    "A leaf is one signed entry of a log; a head is a log's length and fingerprint, signed; a commit is the leaf of a finished round;"
+    " a block is text that was registered together and has one budget; a site that cosigned a head saw all leaves up to it."
+)
 _COLUMNS = (
     "verdict", "site", "block", "entry", "reserved_at", "epsilon_pld", "epsilon_rdp", "delta", "cap", "epsilon_pld_final",
 )  # fmt: skip
@@ -55,7 +59,7 @@ def as_html(
     table = (
         f"<table><tr><th>kind</th><th>code</th><th>where</th><th>what</th></tr>{rows}</table>"
         if rows
-        else "<p>Nothing was found.</p>"
+        else "<p>No finding: nothing that was checked fails, and nothing that is needed is missing.</p>"
     )
     parts = "".join(
         f"<section><h2>{i}. {escape(one.question)}</h2>{''.join(f'<p>{escape(line)}</p>' for line in one.lines)}</section>"
@@ -66,10 +70,11 @@ def as_html(
         f"<title>{escape(title)}</title><style>body{{font:15px/1.45 sans-serif;max-width:52em;margin:2em auto;padding:0 1em;color:#222}}"
         "h1{font-size:1.5em}h2{font-size:1.05em;margin:1.4em 0 .3em}p{margin:.25em 0;overflow-wrap:anywhere}"
         "table{border-collapse:collapse;width:100%;font-size:13px}td,th{border:1px solid #ccc;padding:.3em .5em;text-align:left;"
-        "overflow-wrap:anywhere;vertical-align:top}.verdict{font-size:1.3em;font-weight:bold}svg{max-width:100%;height:auto}"
+        "overflow-wrap:anywhere;vertical-align:top}td:nth-child(-n+2){white-space:nowrap}td:nth-child(3){min-width:11em}.verdict{font-size:1.3em;font-weight:bold}svg{max-width:100%;height:auto}"
         "@media print{body{margin:0;max-width:none;font-size:11pt}section{break-inside:avoid}}</style>"
         f"<h1>{escape(title)}</h1><p class=verdict style='color:{colour}'>{verdict}</p>"
-        f"{''.join(f'<p>{escape(name)}: {escape(printable(text))}</p>' for name, text in about.items())}{table}"
+        f"{''.join(f'<p>{escape(name)}: {escape(printable(text))}</p>' for name, text in about.items())}"
+        f"<p>{escape(_WORDS)}</p><h2>Findings</h2>{table}"
         f"<h2>What was checked and held</h2>{''.join(f'<p>{escape(line)}</p>' for line in findings.held) or '<p>Nothing.</p>'}"
         f"{_plot(blocks)}{_accuracy(history)}{parts}</html>\n"
     )

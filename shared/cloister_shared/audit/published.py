@@ -59,7 +59,7 @@ def check_published(history: History, findings: Findings, ledgers: Mapping[str, 
             if one.client in own and one.verdict == "accepted":
                 own[one.client].check(one.plan, +of, one.epsilon, one.delta, findings, where)
     if good:
-        against = " and of their own ledgers" if own else ""
+        against = " and of their own ledgers" if own else ", by the coordinator's own commits alone"
         findings.held.append(
             f"the epsilon published for {many(len(good), 'site')} is not below what dp-accounting makes of their rounds{against}"
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cloister_shared.audit.became import became, imported, round_of
+from cloister_shared.audit.became import became, imported, round_of, standing
 from cloister_shared.audit.budget import Block
 from cloister_shared.audit.bundle import Bundle
 from cloister_shared.audit.federation import History, RoundCommit, called
@@ -80,6 +80,16 @@ def _figures(record: Mapping[str, Any], *names: str) -> bool:
     return all(isinstance(record.get(name), int | float) and 0 <= record[name] < 1e9 for name in names)
 
 
+def _made_with(r: Mapping[str, Any]) -> str:
+    what = "rounds were made" if r.get("kind") == "round_commit" else "runs began"
+    lock, settings = str(r.get("lock") or "not said")[:16], str(r.get("settings") or r.get("config"))[:16]
+    return f"{what} with {r.get('code')}, lock file {lock}, base {str(r.get('base'))[:16]}, settings {settings}"
+
+
+def _each(epsilon: float, count: int) -> str:
+    return f"{epsilon:.4f} ({many(count, 'round')})"
+
+
 def merged(names: Sequence[str]) -> str:
     """Several names on a line; of many the first and how many more."""
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
@@ -134,16 +144,16 @@ def _models(history: History, ledgers: Mapping[str, Ledger], trust: Trust) -> li
             if came := imported(record):
                 holds[adapter] = holds.get(adapter, frozenset()) | {f"sites of another federation ({came})"}
             if adapter in holds:
-                lines.append(f"{here} holds {', '.join(sorted(holds[adapter]))}")
+                lines.append(f"{here} was trained on text of {', '.join(sorted(holds[adapter]))}")
             else:
                 lines.append(f"{here} was made by no round here: what its coordinator began with")
         elif (commit := made.get(index)) is not None:
             new = {one.name for one in commit.asked if one.verdict == "accepted"}
             old = holds.get(commit.start, frozenset()) - new
             holds[commit.adapter] = holds.get(commit.adapter, frozenset()) | new | old
-            line = f"round {commit.number} of run {commit.run[:8]}: adapter {commit.adapter[:16]} holds"
-            line += f" {', '.join(sorted(new)) or 'no text of this round'}"
-            line += f"; from earlier rounds {', '.join(sorted(old))}" if old else ""
+            line = f"round {commit.number} of run {commit.run[:8]}: adapter {commit.adapter[:16]}"
+            line += f" was trained on text of {', '.join(sorted(new)) or 'nobody in this round'}"
+            line += f"; in earlier rounds of {', '.join(sorted(old))}" if old else ""
             left_out = unsure(ledgers, trust, commit)
             lines.append(line + (f"; by the coordinator's word not in it: {', '.join(left_out)}" if left_out else ""))
     return lines
@@ -190,13 +200,13 @@ def answers(
     final = _alike(
         (
             name,
-            f"lifetime epsilon {b.epsilon:.4f} (PLD), {b.rdp:.4f} (RDP) of {b.cap:g} at delta {b.delta:g};"
-            f" {b.rounds} rounds, {b.steps} Gaussian steps",
+            f"lifetime epsilon {b.epsilon:.4f} of a cap of {b.cap:g}, at delta {b.delta:g}: {many(b.rounds, 'round')},"
+            f" {b.steps} Gaussian steps (by PLD; RDP's looser bound is {b.rdp:.4f})",
         )
         for name, b in held
     )
     rounds = _alike(
-        (name, f"a round alone: epsilon {', '.join(f'{e:.4f} ({n} of its rounds)' for e, n in sorted(b.alone))}")
+        (name, f"each round by itself: epsilon {', '.join(_each(e, n) for e, n in sorted(b.alone))}")
         for name, b in held
         if b.alone
     )
@@ -228,13 +238,7 @@ def answers(
     kinds = {e.terms for ledger in own for e in ledger.entries.values()}
     noise = [f"noise multiplier {a:g}, sample rate {b:.4g}, {c} steps, delta {d:g}" for a, b, c, d in sorted(kinds)]
     models = _models(history, ledgers, trust)
-    code = sorted(
-        {
-            f"{r.get('code')}, lock file {str(r.get('lock') or 'not said')[:16]}, base {str(r.get('base'))[:16]},"
-            f" settings {str(r.get('settings') or r.get('config'))[:16]}"
-            for r in (*of["policy"], *of["round_commit"])
-        }
-    )
+    code = sorted({_made_with(r) for r in (*of["policy"], *of["round_commit"])})
     incidents = [
         f"leaf {index}: {r.get('kind')}: {r.get('what')}"
         + ("; nobody else saw this leaf yet" if index >= history.covered else "")
@@ -296,7 +300,10 @@ def answers(
             or none,
         ),
         Answer("Which model holds which text?", tuple(models) or none),
-        Answer("Who promoted it, exported it, kept it or gave it up?", tuple(became(history)) or (absent or "nobody",)),
+        Answer(
+            "Who promoted it, exported it, kept it or gave it up?",
+            (*standing(history), *became(history)) or (absent or "nobody",),
+        ),
         Answer("Which code?", tuple(code) or none),
         Answer("Who was enrolled then?", tuple(members) or none),
         Answer("Is the log whole, append-only, seen by others?", tuple(log)),
