@@ -387,9 +387,15 @@ class Ledger:
                 events.append({"event": "receipt", "at": time.time()} | record)
 
     def incident(self, record: dict[str, object]) -> None:
-        """Chains what was odd, with its evidence."""
-        with self._chain.transaction() as (_, events):
-            events.append({"event": "incident", "at": time.time()} | record)
+        """Chains what was odd, with its evidence; the same as the last one is not chained again."""
+        event = "CAST(record AS TEXT)"
+        with self._chain.transaction() as (db, events):
+            last = db.execute(
+                f"SELECT record FROM event WHERE json_extract({event}, '$.event') = 'incident' ORDER BY seq DESC LIMIT 1"  # noqa: S608
+            ).fetchone()
+            known = {} if last is None else json.loads(last[0])
+            if {n: v for n, v in known.items() if n not in ("event", "at")} != record:
+                events.append({"event": "incident", "at": time.time()} | record)
 
     def head(self, log: str) -> Checkpoint:
         """The head of this ledger as a Merkle log of that name."""

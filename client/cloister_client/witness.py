@@ -67,11 +67,12 @@ class Witness:
             now = follow(view, self.coordinator, self.origin, before, "the coordinator's log")
         except RollbackError as error:
             shown = own_note(view.note, self.coordinator, self.origin)
-            if self.ledger.saw(read_checkpoint(shown, self.coordinator, self.origin, "shown").checkpoint):
-                # An old message that somebody sent again, for all that anybody knows: it accuses nobody.
-                raise RefusedError("witness.stale", "this is of before what was seen", got=error.got) from error
             seen = "" if before is None else before.text
-            self.ledger.incident({"what": error.what, "log": self.origin, "seen": seen, "shown": shown})
+            head = read_checkpoint(shown, self.coordinator, self.origin, "shown").checkpoint
+            # A message of before that somebody sends again shows the same: whoever reads the ledger must not take it for more.
+            again = "an older head of the log came again: it shrank, or an old message was repeated"
+            what = again if self.ledger.saw(head) else error.what
+            self.ledger.incident({"what": what, "log": self.origin, "seen": seen, "shown": shown})
             raise RefusedError("witness.history", error.what, expected=error.expected, got=error.got) from error
         except VerificationError as error:
             raise RefusedError("witness.view", error.what, expected=error.expected, got=error.got) from error

@@ -490,11 +490,12 @@ def show(
         )
     clients = [c.model_dump(exclude={"core"}) for c in store.clients(found.id, number)]
     gone = store.tombstones().get(row["adapter"] or "")
-    state = "digest checked" if gone is None else f"given up: {gone.why}"
+    state, damaged = "digest checked" if gone is None else f"given up: {gone.why}", None
     if row["adapter"] and gone is None:
         try:
             store.adapter(row["adapter"])
         except CloisterError as error:
+            damaged = error
             state = f"NOT THERE AS IT SHOULD BE: {error.what}; {error.mend}"
     columns = ["site", "verdict", "weight", "noise", "rate", "steps", "epsilon", "kB in", "update", "reason"]
     cells = [
@@ -537,6 +538,8 @@ def show(
     record |= {"defence": judgement, "evidence": evidence, "secure_sums": sums, "imported": came}
     console.table(record, title, columns, cells)
     _second_statement(said)
+    if damaged is not None:
+        raise damaged
 
 
 def _told(report: str) -> str:

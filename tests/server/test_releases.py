@@ -609,3 +609,59 @@ def test_a_difference_to_nothing_has_no_angle(world: World, capsys: pytest.Captu
     console.OUTPUT.json = False
     diff(1, 1)
     assert "nothing but the adapters" in capsys.readouterr().out
+
+
+def test_what_was_given_up_is_compared_without_its_adapter(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    os.utime(blob_path(world.store, world.store.rounds(world.run.id)[1].adapter), (1.0, 1.0))
+    give_up(1, "no longer needed")
+    gc()
+    capsys.readouterr()
+    diff(1, 2)
+    record = said(capsys)
+    assert {"name": "adapter of round 1", "first": "given up", "second": "not compared"} in record["changed"]
+    assert record["modules"] == []
+
+
+def test_a_key_that_guards_nothing_is_told_though_nothing_moves(world: World, tmp_path: Path) -> None:
+    for name in ("one.key", "two.key"):
+        SigningKey.generate().save(tmp_path / name)
+    promote("production", 1)
+    protect("production", tmp_path / "one.key")
+    promote("production", 1, key=tmp_path / "one.key")
+    with pytest.raises(RefusedError, match="operator"):
+        promote("production", 1, key=tmp_path / "two.key")
+    with pytest.raises(CloisterError):
+        promote("production", 1, key=tmp_path)
+
+
+def test_an_alias_that_looks_like_another_is_no_alias(world: World) -> None:
+    promote("production", 1)
+    row = world.store.rounds(world.run.id)[2]
+    body = {"run": world.run.id, "round": 2, "adapter": row.adapter, "version": 1, "guard": "", "rollback": False}
+    world.store.log("alias_set", body | {"alias": "production\u200b"})
+    assert audited(world) == {"leaf"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("hold", {"released": True, "hold": 2}),
+        ("export", {"statement": "ab" * 32}),
+        ("hold", {"released": False}),
+    ],
+)
+def test_what_cannot_follow_is_a_violation(world: World, kind: str, changes: dict[str, Any]) -> None:
+    """The end of a hold that was none; an export or a hold of an adapter that was given up."""
+    row = world.store.rounds(world.run.id)[1]
+    body = {"run": world.run.id, "round": 1, "adapter": row.adapter, "why": "x"}
+    world.store.log("tombstone", body)
+    assert audited(world) == set()
+    world.store.log(kind, body | changes)
+    assert audited(world) == {"release"}
+
+
+def test_what_is_held_is_not_given_up_unseen(world: World) -> None:
+    row = world.store.rounds(world.run.id)[1]
+    hold(1, "asked by the court")
+    world.store.log("tombstone", {"run": world.run.id, "round": 1, "adapter": row.adapter, "why": "x"})
+    assert audited(world) == {"release"}

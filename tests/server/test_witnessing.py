@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cloister_client.budget import Ledger
+from cloister_client.round import execute
 from cloister_flower.frames import reply
 from cloister_server import rounds, sending
 from cloister_server.intake import WENT_BACK
@@ -109,6 +110,17 @@ def test_a_history_that_shrank_or_forked_is_refused_for_good(world: World, tmp_p
     with pytest.raises(RefusedError, match="shrank"):
         one_round(shorter, world.link, 2)
     assert [world.charged(node) for node in world.desks] == charged
+
+
+def test_a_message_that_somebody_repeats_fills_no_ledger_and_accuses_nobody(world: World) -> None:
+    context = world.context()
+    one_round(context, world.link, 1)
+    node, frame = next(iter(world.link.sent["1.1"].items()))
+    one_round(context, world.link, 2)
+    for _ in range(3):
+        execute(world.desks[node], frame)
+    (incident,) = [e for e in said(world, node) if e["event"] == "incident"]
+    assert "an old message was repeated" in incident["what"]
 
 
 def test_two_views_cannot_bring_a_quorum_together(world: World, tmp_path: Path) -> None:

@@ -121,6 +121,8 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "path": (lambda home: (home / "coordinator" / "federation.path").write_bytes(b"\xff\xfe"), "cannot be read"),
     "driver": (driver, "driver"),
     "leaf": (leaf, "leaf"),
+    "no ledger": (lambda home: next((home / "sites").rglob("ledger.db")).unlink(), "its ledger is missing"),
+    "no tables": (lambda home: (home / "coordinator" / "registry.db").write_bytes(b""), "no tables"),
 }
 
 
@@ -164,6 +166,14 @@ def test_an_empty_place_is_told_as_such(tmp_path: Path) -> None:
     said = {one.what: one for one in looks(tmp_path, tmp_path / "coordinator", [])}
     assert (said["state"].state, str(tmp_path) in said["state"].found) == (NOTE, True)
     assert not [one for one in said.values() if one.state == WRONG]
+
+
+def test_a_place_that_is_none_and_a_site_without_settings_are_wrong(home: Path) -> None:
+    file = home / "FEDERATION.toml"
+    assert [one.what for one in looks(file, file / "coordinator", []) if one.state == WRONG] == ["state"]
+    (home / "sites" / "site-1" / "site.toml").unlink()
+    bad = [one for one in looks(home, home / "coordinator", []) if one.state == WRONG]
+    assert [(one.what, "site.toml is missing" in one.found) for one in bad] == [("site site-1", True)]
 
 
 def test_a_site_whose_agent_is_nobody_elses_user_is_noted(home: Path) -> None:
