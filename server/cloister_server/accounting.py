@@ -23,7 +23,7 @@ from cloister_shared.privacy import ACCOUNTANT, DpSgd, epsilon
 
 from cloister_server.federation import ClientLevel
 from cloister_server.store import Store
-from cloister_server.tables import NoisedSum, Privacy, Round, RoundClient
+from cloister_server.tables import AGGREGATING, OPEN, PLANNED, NoisedSum, Privacy, Round, RoundClient
 
 REFUSED = "refused-by-site"
 
@@ -74,6 +74,35 @@ def charged_events(asked: Sequence[RoundClient], now: tuple[str, int] | None = N
             numbers = [NoisedNumber(**number) for number in json.loads(c.core).get("noised", [])]
             history += [replace(number.event, steps=times) for number in numbers]
     return history
+
+
+def close_abandoned(store: Store, run: str) -> list[tuple[str, int]]:
+    """Aborts what other runs left open when their coordinator ended for good: who may have been charged is told in the log.
+
+    Args:
+        store: The registry.
+        run: The run that goes on.
+
+    Returns:
+        Runs and rounds.
+    """
+    closed = []
+    for other in store.runs():
+        for row in store.rounds(other.id) if other.id != run and other.finished is None else ():
+            if row.state not in (PLANNED, OPEN, AGGREGATING):
+                continue
+            sent, changes = row.state != PLANNED or row.attempt > 1, dict[str, dict[str, Any]]()
+            for c in store.clients(other.id, row.number):
+                if c.verdict == "open":
+                    changes[c.client] = {
+                        "verdict": "missing",
+                        "reason": "its coordinator ended before a reply",
+                        "charged": max(int(sent), c.charged),
+                        "epsilon": epsilon(charged_events(store.asked(c.client)), c.delta),
+                    }
+            store.abort_round(other.id, row.number, changes)
+            closed.append((other.id, row.number))
+    return closed
 
 
 def record_costs(

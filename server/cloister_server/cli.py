@@ -301,6 +301,8 @@ def event_line(kind: str, e: dict[str, Any]) -> str | None:
             f"client level (one client's whole update, against whoever sees rounds): {how}, epsilon now {e['epsilon']:.3f},"
             f" after {e['rounds']} more rounds {e['epsilon_end']:.3f} of {e['epsilon_cap']:g} at delta {e['delta']:g}"
         )
+    if kind == "abandoned":
+        return f"round {e['number']} of run {e['run'][:8]}: left open by a coordinator that ended; aborted, and told in the log"
     if kind == "unacknowledged":
         return f"site {e['site']}: the run's end was not acknowledged: {e['reason']}"
     if kind == "revoked":

@@ -34,7 +34,7 @@ from cloister_shared.vectors import (
     vector_to_bytes,
 )
 
-from cloister_server.accounting import Cost, charge, foresee, record_costs, spending
+from cloister_server.accounting import Cost, charge, close_abandoned, foresee, record_costs, spending
 from cloister_server.admission import reaches
 from cloister_server.aggregation import Aggregate, noised_mean
 from cloister_server.context import Context, Exchange, Member
@@ -69,6 +69,8 @@ def run_rounds(context: Context, link: Exchange) -> None:
         RefusedError: A round had too few clients, or ``MOST_HOLDS`` in a row kept their parent; the run can be resumed.
     """
     store, run = context.store, context.run
+    for name, number in close_abandoned(store, run.id):
+        context.tell("abandoned", run=name, number=number)
     holds = 0
     for number in range(store.last_committed(run.id).number + 1, run.rounds + 1):
         context = admitted(context)

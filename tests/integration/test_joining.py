@@ -47,7 +47,9 @@ def test_sites_join_by_token_and_one_is_put_out_while_a_run_goes_on(tiny_bert: P
         found = json.loads(audited.stdout.splitlines()[-1])
         # One site trusts no other's key and has no other's log; the run was broken off before its last receipt: incomplete, no more.
         assert (audited.returncode, {f["kind"] for f in found["findings"]}) == (2, {"incomplete"}), audited.stdout
-        assert {f["code"] for f in found["findings"]} <= {"stranger", "no-receipt", "unwitnessed", "untold"}, audited.stdout
+        assert {f["code"] for f in found["findings"]} <= {"stranger", "no-receipt", "unwitnessed", "untold"}, (
+            audited.stdout
+        )
         # It joins again under fresh keys and with its old ledger, once it is down; a token is good once.
         token = str(lab.done("coordinator", "invite", "site-3")["token"])
         own = lab.home / "sites" / "site-3"

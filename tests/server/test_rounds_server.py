@@ -17,7 +17,12 @@ from cloister_flower.frames import frame_of, refusal, reply
 from cloister_model.text import Record
 from cloister_server.accounting import Cost, spending
 from cloister_server.export import export_round
+from cloister_server.fsck import check
 from cloister_server.rounds import one_round, run_rounds
+from cloister_server.tables import Run
+from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog
+from cloister_shared.audit.command import audit
+from cloister_shared.audit.trust import trust_of
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import RefusedError
 from cloister_shared.notes import Checkpoint, read_cosignature
@@ -28,7 +33,7 @@ from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import F32, from_safetensors, vector_from_bytes
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from support.registry import blob_path
+from support.registry import a_model, blob_path
 from support.server_world import (
     RECORDS,
     TRAINING,
@@ -613,6 +618,42 @@ def test_the_loopback_carries_real_flower_messages(long: World) -> None:
 
     one_round(long.context(), Reading(long.desks), number)
     assert len(seen) == 3
+
+
+def test_what_a_run_left_open_is_told_when_the_next_one_goes_on(world: World) -> None:
+    """Its sites spent for it: an auditor finds a leaf of it, and whoever may have been charged in it."""
+
+    class Dying(Loopback):
+        def exchange(self, *args: Any, **kwargs: Any) -> Iterator[tuple[int, Any]]:
+            yield from itertools.islice(super().exchange(*args, **kwargs), 1)
+            raise KilledError
+
+    store, before = world.store, world.run
+    store.log_members(world.coordinator.sites())
+    with pytest.raises(KilledError):
+        one_round(world.context(), Dying(world.desks), 1)
+    first = store.adapter(store.rounds(before.id)[0].adapter or "")
+    kept = before.model_dump() | {"id": "0f" * 16, "created": before.created + 1, "rounds": 1, "flower_run": None}
+    store.start_run(run := Run(**kept), first, a_model(before.base))
+    context = replace(world.context(), run=run)
+    run_rounds(context, world.link)
+    assert [(r.number, r.state) for r in store.rounds(before.id)] == [(0, "committed"), (1, "aborted")]
+    rows = {c.name: (c.verdict, c.charged) for c in store.clients(before.id, 1)}
+    assert rows == dict.fromkeys(("site-1", "site-2", "site-3"), ("missing", 1))
+    leaves = tuple(SignedLeaf(one.record, one.key, one.signature) for one in store.leaves())
+    sites = {
+        world.id_of(n): SiteLog(tuple(d.ledger.records()), d.ledger.head(d.witness.name).signed(d.signing))
+        for n, d in world.desks.items()
+    }
+    trust = trust_of(
+        "fed", world.coordinator.signing.verify_key, {m.id: (m.card.name, m.card.verify_key) for m in world.members}, []
+    )
+    bundle = Bundle(
+        1.0, leaves, store.signed_checkpoint(store.checkpoint()), store.cosignatures(), sites, heads=store.site_heads()
+    )
+    done = audit(bundle, trust)
+    assert {f.code for f in done.findings.found} == {"nothing-remembered"}, done.findings.found
+    assert list(check(store)) == []
 
 
 def test_who_may_have_been_charged_by_a_coordinator_that_died_is_counted(world: World, tmp_path: Path) -> None:
