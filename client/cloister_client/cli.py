@@ -219,7 +219,7 @@ def list_rounds(
 ) -> None:
     """List the federation's rounds, or fetch one with the proof that the log has it."""
     console.choose(json, home)
-    from cloister_client.registry import fetch_round, fetch_rounds
+    from cloister_client.fetching import fetch_round, fetch_rounds
 
     own = read_site(console.site_home(site))
     found = fetch_rounds(own, run)
@@ -255,7 +255,7 @@ def pull(
 ) -> None:
     """Fetch the adapter that an alias points at; log, moves and operator's signatures are checked before anything is kept."""
     console.choose(json, home)
-    from cloister_client.registry import fetch_release
+    from cloister_client.fetching import fetch_release
 
     own = read_site(console.site_home(site))
     key = own.coordinator().verify_key

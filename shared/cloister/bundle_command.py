@@ -73,7 +73,8 @@ def _federation(made: float, *, adapters: bool) -> Bundle:
 
 def _fetched(made: float, sites: list[Path]) -> Bundle:
     """The federation's log from its coordinator, for a site that joined by token; nothing where none can be asked."""
-    from cloister_client.registry import IDENTITY, fetch_log
+    from cloister_client.fetching import fetch_log
+    from cloister_client.registry import IDENTITY
     from cloister_client.site import read_site
 
     joined = [home for home in sites if (home / IDENTITY).is_file()]
@@ -142,7 +143,8 @@ def fetch(
 ) -> None:
     """Fetch a federation's log as an auditor, with a token on standard input; held against its key and what the trust file remembers."""
     console.choose(json, None)
-    from cloister_client.registry import fetch_as_auditor, look
+    from cloister_client.fetching import fetch_as_auditor
+    from cloister_client.registry import look
 
     if out.exists():
         raise InputError("there is a file already", where=str(out), mend="choose another --out")

@@ -25,6 +25,7 @@ import grpc
 import numpy as np
 import pytest
 from cloister.bundle_command import fetch
+from cloister_client import fetching
 from cloister_client import registry as client
 from cloister_client.policy import Policy
 from cloister_client.site import Site, enrol, read_site
@@ -283,7 +284,7 @@ def test_a_renewer_renews_at_two_thirds_and_not_before(
 
 def test_a_live_channel_dies_with_its_site(served: Coordinator, tmp_path: Path) -> None:
     site = joined(served, tmp_path / "s", "beta")
-    with client._registry(site) as stub:
+    with client.registry_of(site) as stub:
         stub.Rounds(registry_pb2.RoundsRequest(), timeout=10)
         revoke(served.home, "beta")
         with pytest.raises(grpc.RpcError) as refused:
@@ -322,23 +323,23 @@ def test_rounds_are_listed_and_one_is_proven(served: Coordinator, tmp_path: Path
     planned(store, run, 1)
     store.commit_round(run, 1, Commit(store.blobs.put(b"made"), 1.0, 0.0, {}, {"accuracy": 0.5}))
     planned(store, run, 2, upto="open")
-    listed = [(r["number"], r["state"]) for r in client.fetch_rounds(site, run)]
+    listed = [(r["number"], r["state"]) for r in fetching.fetch_rounds(site, run)]
     assert listed == [(0, "committed"), (1, "committed"), (2, "open")]
-    assert client.fetch_rounds(site)[-1]["run"] == run
+    assert fetching.fetch_rounds(site)[-1]["run"] == run
     for seen in (None, early, store.checkpoint()):
-        said = client.fetch_round(site, run, 1, seen)
+        said = fetching.fetch_round(site, run, 1, seen)
         assert (said["kind"], said["round"], said["metrics"]) == ("round_commit", 1, {"accuracy": 0.5})
-    assert client.fetch_round(site, run, 0, early)["kind"] == "policy"
+    assert fetching.fetch_round(site, run, 0, early)["kind"] == "policy"
     for other, number in ((run, 2), (run, 9), ("ee" * 16, 0)):
         with pytest.raises(RefusedError, match="no such committed round"):
-            client.fetch_round(site, other, number, None)
+            fetching.fetch_round(site, other, number, None)
     with pytest.raises(RefusedError, match="no such run"):
-        client.fetch_rounds(site, "ee" * 16)
+        fetching.fetch_rounds(site, "ee" * 16)
     for odd in (replace(early, root=bytes(32)), replace(early, size=early.size + 1)):
         with pytest.raises(RollbackError):
-            client.fetch_round(site, run, 1, odd)
+            fetching.fetch_round(site, run, 1, odd)
     with pytest.raises(RefusedError, match="no such sizes"):
-        client.fetch_round(site, run, 1, replace(early, size=10_000))
+        fetching.fetch_round(site, run, 1, replace(early, size=10_000))
     # Another adapter in a leaf, by whoever has the database: the head was signed over the other.
     with sqlite3.connect(served.home / "registry.db") as db:
         db.execute("DROP TRIGGER kept_log_leaf_update")
@@ -347,7 +348,7 @@ def test_rounds_are_listed_and_one_is_proven(served: Coordinator, tmp_path: Path
         row = leaf.record.replace(b"0.5", b"0.9"), leaf.index
         db.execute('UPDATE log_leaf SET record = ? WHERE "index" = ?', row)
     with pytest.raises(VerificationError):
-        client.fetch_round(site, run, 1, early)
+        fetching.fetch_round(site, run, 1, early)
     with sqlite3.connect(served.home / "registry.db") as db:
         db.execute('UPDATE log_leaf SET record = ? WHERE "index" = ?', (leaf.record, leaf.index))
     store.close()
@@ -367,42 +368,42 @@ def test_what_is_released_is_fetched_and_nothing_else_can_be_shown(served: Coord
         store.commit_round(run, number, Commit(store.blobs.put(adapters[number]), 1.0, 0.0, {}, {}))
     guard, names, by = operator.verify_key.raw.hex(), [digest(one) for one in adapters], with_key(operator)
     store.set_alias("best", run, 0, names[0], 0, "first")
-    got = client.fetch_release(site, "best", [])
+    got = fetching.fetch_release(site, "best", [])
     assert (got.number, got.adapter, got.guard) == (0, adapters[0], "")
     early = store.checkpoint()
     store.set_alias("best", run, 1, names[1], 1, "guarded", operator=by, guard=guard)
     store.set_alias("best", run, 3, names[3], 2, "newer", operator=by)
     now = store.checkpoint()
     for seen in ([], [early], [now], [early, now]):
-        got = client.fetch_release(site, "best", seen)
+        got = fetching.fetch_release(site, "best", seen)
         assert (got.run, got.number, got.adapter, got.guard) == (run, 3, adapters[3], guard)
         assert got.record["alias"]["why"] == "newer"
     for odd in (replace(early, root=bytes(32)), replace(now, root=bytes(32)), replace(now, size=now.size + 1)):
         with pytest.raises(RollbackError):
-            client.fetch_release(site, "best", [early, odd])
+            fetching.fetch_release(site, "best", [early, odd])
     with pytest.raises(RefusedError, match="no such alias"):
-        client.fetch_release(site, "worst", [])
+        fetching.fetch_release(site, "worst", [])
     # Its own leaves, with the key that every leaf is signed with: not at a round that made this adapter, nor at none.
     unlike = (("odd", 1, names[2], "another adapter"), ("odder", 9, names[1], "no commit"))
     for alias, number, adapter, words in unlike:
         body = {"alias": alias, "run": run, "round": number, "adapter": adapter, "version": 1}
         store.log("alias_set", body | {"rollback": False, "guard": ""})
         with pytest.raises(VerificationError, match=words):
-            client.fetch_release(site, alias, [])
+            fetching.fetch_release(site, alias, [])
     # Another task than the commit was of, and another adapter under its digest's name.
     with sqlite3.connect(served.home / "registry.db") as db:
         db.execute("DROP TRIGGER kept_run_update")
         db.execute("UPDATE run SET task = '{}' WHERE id = ?", (run,))
     with pytest.raises(VerificationError, match="task"):
-        client.fetch_release(site, "best", [])
+        fetching.fetch_release(site, "best", [])
     with sqlite3.connect(served.home / "registry.db") as db:
         db.execute("UPDATE run SET task = ? WHERE id = ?", (told["task"], run))
-    assert client.fetch_release(site, "best", [now]).number == 3
+    assert fetching.fetch_release(site, "best", [now]).number == 3
     # A move that the coordinator alone wrote: this alias gives nothing any more.
     body = {"log": store.origin, "alias": "best", "run": run, "round": 2, "adapter": names[2], "version": 4}
     store.log("alias_set", body | {"rollback": True, "guard": "", "operator": "", "why": ""})
     with pytest.raises(VerificationError, match="signature of the operator"):
-        client.fetch_release(site, "best", [now])
+        fetching.fetch_release(site, "best", [now])
     store.close()
 
 
@@ -487,12 +488,12 @@ def test_whatever_a_registry_feigns_is_a_plain_refusal(
     def registry(_: Site) -> Iterator[Any]:
         yield feigned
 
-    monkeypatch.setattr(client, "_registry", registry)
+    monkeypatch.setattr(fetching, "registry_of", registry)
     if name == "good":
-        assert client.fetch_release(site, "best", []).number == 1
+        assert fetching.fetch_release(site, "best", []).number == 1
         return
     with pytest.raises(VerificationError):
-        client.fetch_release(site, "best", [])
+        fetching.fetch_release(site, "best", [])
 
 
 def test_no_more_of_a_log_is_taken_than_its_head_says(served: Coordinator) -> None:
@@ -506,29 +507,29 @@ def test_no_more_of_a_log_is_taken_than_its_head_says(served: Coordinator) -> No
                 yield registry_pb2.LogLeaf(record=b"{}")
 
     monkeyed = type("Monkeyed", (), {"Head": feigned.Head, "Log": lambda *_, **__: Endless()})
-    leaves, _ = client._whole_log(monkeyed())
+    leaves, _ = fetching._whole_log(monkeyed())
     assert (len(leaves), len(taken)) == (3, 3)
 
 
 def test_an_auditor_reads_the_log_and_nothing_else(served: Coordinator) -> None:
     made = invite(served, "audit-1", auditor=True)
     card = client.look(made)
-    leaves, note, _, heads = client.fetch_as_auditor(made, card, [])
+    leaves, note, _, heads = fetching.fetch_as_auditor(made, card, [])
     store = Store(served.home)
     store.log("incident", {"what": "x"})
     at = store.checkpoint()
     assert (len(leaves), note.split("\n")[0]) == (at.size - 1, store.origin)
     assert heads == store.site_heads()
     with pytest.raises(RefusedError, match="not good"):
-        client.fetch_as_auditor(made, card, [])
+        fetching.fetch_as_auditor(made, card, [])
     # A history that shrank or forked since the auditor saw it.
     for odd in (replace(at, root=bytes(32)), replace(at, size=at.size + 1)):
         with pytest.raises(RollbackError):
-            client.fetch_as_auditor(invite(served, "audit-2", auditor=True), card, [odd])
+            fetching.fetch_as_auditor(invite(served, "audit-2", auditor=True), card, [odd])
     key, request = make_request("whatever")
     again = invite(served, "audit-3", auditor=True)
     certificate = enrolment.certify_auditor(served, again.name, request, time.time()).public_bytes(Encoding.PEM)
-    with client._registry_as(card, client.Identity(key, certificate)) as stub:
+    with client.registry_as(card, client.Identity(key, certificate)) as stub:
         stub.Head(registry_pb2.HeadRequest(), timeout=10)
         stub.List(registry_pb2.ListRequest(), timeout=10)
         refused: list[Callable[[], Any]] = [
@@ -556,12 +557,12 @@ def test_tokens_of_auditors_and_of_sites_are_not_each_others(served: Coordinator
     for_site, for_auditor = invite(served, "chi"), invite(served, "chi", auditor=True)
     card = client.look(for_site)
     with pytest.raises(RefusedError, match="not good"):
-        client.fetch_as_auditor(for_site, card, [])
+        fetching.fetch_as_auditor(for_site, card, [])
     make_site(tmp_path / "chi", "chi", card)
     with pytest.raises(RefusedError, match="not good"):
         client.enrol(for_auditor, card, tmp_path / "chi", "chi")
     client.enrol(for_site, card, tmp_path / "chi", "chi")
-    client.fetch_as_auditor(for_auditor, card, [])
+    fetching.fetch_as_auditor(for_auditor, card, [])
     # Of one name, and apart: to revoke the one leaves the other.
     revoke(served.home, "chi")
     enrolment.revoke_auditor(served.home, "chi")
@@ -603,10 +604,10 @@ def test_leaves_that_the_head_is_not_of_are_seen(tmp_path: Path) -> None:
     for record in records:
         tree.append(leaf_hash(record))
     head = Checkpoint("x", 5, tree.root())
-    client._check_whole(records, head, [Checkpoint("x", 3, tree.root(3))], "log")
+    fetching._check_whole(records, head, [Checkpoint("x", 3, tree.root(3))], "log")
     for other in (records[:4], [*records[:4], b"x"], records[::-1]):
         with pytest.raises(VerificationError):
-            client._check_whole(other, head, [], "log")
+            fetching._check_whole(other, head, [], "log")
 
 
 def test_a_token_works_once_over_the_wire(served: Coordinator, tmp_path: Path) -> None:
@@ -683,7 +684,7 @@ def test_only_tls_1_3_and_only_our_sites_certificates(served: Coordinator, tmp_p
 
 def test_the_services_bounds(served: Coordinator, tmp_path: Path) -> None:
     site = joined(served, tmp_path / "s", "lambda")
-    with client._registry(site) as stub:
+    with client.registry_of(site) as stub:
         for timeout in (None, 3600):
             with pytest.raises(grpc.RpcError) as refused:
                 stub.Rounds(registry_pb2.RoundsRequest(), timeout=timeout)
@@ -694,7 +695,7 @@ def test_the_services_bounds(served: Coordinator, tmp_path: Path) -> None:
         # A storm from one caller leaves others served.
         other = joined(served, tmp_path / "t", "mu")
         with ThreadPoolExecutor(40) as pool, ExitStack() as stack:
-            stubs = [stack.enter_context(client._registry(site)) for _ in range(10)]
+            stubs = [stack.enter_context(client.registry_of(site)) for _ in range(10)]
             futures = [pool.submit(_coded, stubs[i % 10]) for i in range(200)]
             assert client.rounds(other) == []
             codes = {future.result() for future in futures}
@@ -786,7 +787,7 @@ def test_a_revoked_site_keeps_nothing_under_a_name_that_is_given_again(served: C
         got, end = list[bytes](), threading.Event()
 
         def hammer(old: Site = old, got: list[bytes] = got, end: threading.Event = end) -> None:
-            with client._registry(old) as stub:
+            with client.registry_of(old) as stub:
                 while not end.is_set():
                     try:
                         asked = registry_pb2.RenewRequest(csr=make_request("x")[1])
@@ -821,7 +822,7 @@ def test_renewals_at_once_are_all_remembered(served: Coordinator, tmp_path: Path
 
 
 def _renewed(site: Site) -> bytes:
-    with client._registry(site) as stub:
+    with client.registry_of(site) as stub:
         return bytes(stub.Renew(registry_pb2.RenewRequest(csr=make_request("x")[1]), timeout=20).certificate)
 
 

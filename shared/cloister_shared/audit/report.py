@@ -205,6 +205,8 @@ def answers(
         )
         for name, b in held
     )
+    bare = {ledger.name for client, ledger in ledgers.items() if not any(b.client == client for b in blocks)}
+    final += [f"{name}: its ledger, as it is here, has no charge at all" for name in sorted(bare)]
     rounds = _alike(
         (name, f"each round by itself: epsilon {', '.join(_each(e, n) for e, n in sorted(b.alone))}")
         for name, b in held

@@ -1,0 +1,271 @@
+"""What a site or an auditor fetches from a coordinator's registry, and the proofs that are checked before anything of it is kept.
+
+Whoever fetches believes the coordinator's pinned key and heads of its log that were seen before, and nothing else: a log that shrank or
+forked is an error with exit code 3. Nothing here writes a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from cloister_shared.aliases import Move, newest_move
+from cloister_shared.cards import CoordinatorCard
+from cloister_shared.encoding import digest, parse_record
+from cloister_shared.errors import RefusedError, RollbackError, VerificationError
+from cloister_shared.invitation import Invitation
+from cloister_shared.merkle import Tree, check_consistency, check_inclusion, leaf_hash
+from cloister_shared.notes import Checkpoint, checkpoint_of, read_checkpoint
+from cloister_shared.v1 import registry_pb2
+from cloister_shared.vectors import Schema, from_safetensors
+from cloister_shared.witness import LEAF_PURPOSE, log_of_federation
+
+from cloister_client.registry import CALL_SECONDS, LONG_SECONDS, certified, registry_as, registry_of
+from cloister_client.site import Site
+
+_LOG_BYTES = 1 << 30
+SignedRecord = tuple[bytes, str, str]
+# Leaves, signed head, cosignatures and heads of sites' own logs by client.
+FetchedLog = tuple[list[SignedRecord], str, dict[str, tuple[int, str, str]], dict[str, str]]
+
+
+def fetch_log(site: Site) -> FetchedLog:
+    """The federation's whole log as the coordinator has it: leaves (record, key, signature), signed head, cosignatures.
+
+    Nothing of it is believed here: whoever reads it checks it against keys of its own (``cloister_shared.audit``).
+
+    Raises:
+        CloisterError: Nobody answers, or the coordinator refuses.
+    """
+    with registry_of(site) as stub:
+        return _told(stub)
+
+
+def _told(stub: Any) -> FetchedLog:
+    leaves, head = _whole_log(stub)
+    try:
+        said = parse_record(head.cosignatures, "cosignatures")
+        lines = {str(i): (int(a), str(b), str(c)) for i, (a, b, c) in said.items()}
+        return leaves, head.note, lines, {str(i): str(note) for i, note in parse_record(head.heads, "heads").items()}
+    except (TypeError, ValueError, OverflowError) as error:
+        raise VerificationError("cosignatures are malformed", where="head of the log", got=str(error)[:100]) from error
+
+
+def fetch_as_auditor(invitation: Invitation, card: CoordinatorCard, seen: Sequence[Checkpoint]) -> FetchedLog:
+    """The federation's log, for an auditor with a token, which is spent; the key and its certificate are forgotten afterwards.
+
+    Args:
+        invitation: The token.
+        card: From ``look``.
+        seen: Heads of the log that the auditor remembers.
+
+    Raises:
+        VerificationError: The head is not signed by the coordinator that the token names, or of other leaves.
+        RollbackError: The log shrank or forked.
+        CloisterError: Nobody answers, or the coordinator refuses.
+    """
+    with registry_as(card, certified(invitation, card)) as stub:
+        leaves, note, lines, heads = _told(stub)
+    head = read_checkpoint(note, card.verify_key, log_of_federation(card.verify_key), "the federation's log").checkpoint
+    _check_whole([record for record, _, _ in leaves], head, seen, "the federation's log")
+    return leaves, note, lines, heads
+
+
+def _whole_log(stub: Any) -> tuple[list[SignedRecord], Any]:
+    """The leaves that a head is said to be of, and that head; nothing of it is checked."""
+    leaves, held = list[SignedRecord](), 0
+    head = stub.Head(registry_pb2.HeadRequest(), timeout=CALL_SECONDS)
+    size = checkpoint_of(head.note.partition("\n\n")[0] + "\n", "head of the log").size
+    while len(leaves) < size:
+        before, page = len(leaves), stub.Log(registry_pb2.LogRequest(start=len(leaves)), timeout=LONG_SECONDS)
+        for one in page:
+            leaves.append((one.record, one.key, one.signature))
+            held += len(one.record)
+            if len(leaves) == size or held > _LOG_BYTES:
+                page.cancel()
+                break
+        if held > _LOG_BYTES:
+            raise VerificationError(
+                "the log is too large", where="the coordinator's", expected=f"<= {_LOG_BYTES} bytes"
+            )
+        if len(leaves) == before:
+            raise VerificationError("the log is shorter than its head says", expected=str(size), got=str(before))
+    return leaves, head
+
+
+def fetch_rounds(site: Site, run: str = "") -> list[dict[str, Any]]:
+    """The federation's rounds as its coordinator lists them: its word alone, ``fetch_round`` proves one.
+
+    Raises:
+        CloisterError: Nobody answers, or the coordinator refuses.
+    """
+    names = ("run", "number", "state", "attempt", "adapter", "base", "rule", "committed")
+    with registry_of(site) as stub:
+        answer = stub.List(registry_pb2.ListRequest(run=run), timeout=CALL_SECONDS)
+    return [{name: getattr(one, name) for name in names} for one in answer.rounds]
+
+
+def fetch_round(site: Site, run: str, number: int, seen: Checkpoint | None) -> dict[str, Any]:
+    """What the log says of a committed round, after its proof was checked, and that the log only grew since this site saw it.
+
+    Args:
+        site: The site.
+        run: The run's id.
+        number: The round.
+        seen: The newest head of the log that this site saw.
+
+    Raises:
+        VerificationError: A proof does not hold, or it proves something else.
+        RollbackError: The log shrank or forked.
+        CloisterError: Nobody answers, or the coordinator refuses.
+    """
+    card, where = site.coordinator(), f"round {number} of run {run[:8]}"
+    origin = log_of_federation(card.verify_key)
+    with registry_of(site) as stub:
+        got = stub.Get(registry_pb2.GetRequest(run=run, number=number), timeout=CALL_SECONDS)
+        head = read_checkpoint(got.note, card.verify_key, origin, where).checkpoint
+        if seen is not None:
+            _grown(stub, seen, head, card, where)
+    said = _proven(got.commit, head, card, where)
+    wanted = (run, number, "round_commit" if number else "policy")
+    if (said.get("run"), said.get("round", 0), said.get("kind")) != wanted:
+        raise VerificationError("the proof is of something else", where=where, got=str(said.get("kind")))
+    return said
+
+
+def _grown(stub: Any, seen: Checkpoint, head: Checkpoint, card: CoordinatorCard, where: str) -> None:
+    old, new = sorted((seen, head), key=lambda one: one.size)
+    asked = registry_pb2.ConsistencyRequest(old=old.size, size=new.size)
+    got = stub.Consistency(asked, timeout=CALL_SECONDS)
+    note = read_checkpoint(got.note, card.verify_key, log_of_federation(card.verify_key), where).checkpoint
+    if note != new:
+        raise RollbackError("the log's head is another one than this site saw", where=where, got=f"{note.size} leaves")
+    check_consistency(old.size, old.root, new.size, new.root, list(got.path), where)
+
+
+@dataclass(frozen=True)
+class Release:
+    """What an alias points at, proven.
+
+    Attributes:
+        run: The run.
+        number: The round.
+        adapter: The adapter's safetensors file, digest checked.
+        guard: The operator's public key that guards the alias, hex; empty where nobody's does.
+        record: What was proven, for a file beside it.
+    """
+
+    run: str
+    number: int
+    adapter: bytes
+    guard: str
+    record: dict[str, Any]
+
+
+def fetch_release(site: Site, alias: str, seen: Sequence[Checkpoint]) -> Release:
+    """Fetches what an alias points at, after all of it was checked and before anything of it is loaded.
+
+    Head signed by the pinned key -> the whole log is what it signs, and begins with what this site saw -> the alias's moves, each in its
+    order and a guarded one by its operator -> its newest one and the commit that it names say one adapter -> the adapter's bytes have
+    that digest, and its tensors are those that the commit's run has. What was promoted after the newest head that this site ever saw
+    can be kept from it; nothing older can be shown to it as the newest.
+
+    Args:
+        site: The site.
+        alias: The alias.
+        seen: Heads of the log that this site saw.
+
+    Raises:
+        VerificationError: A proof does not hold, or a move of a guarded alias is not its operator's.
+        RollbackError: The log shrank or forked.
+        CloisterError: Nobody answers, or the coordinator refuses.
+    """
+    card, where = site.coordinator(), f"alias {alias}"
+    with registry_of(site) as stub:
+        leaves, answer = _whole_log(stub)
+        head = read_checkpoint(answer.note, card.verify_key, log_of_federation(card.verify_key), where).checkpoint
+        _check_whole([record for record, _, _ in leaves], head, seen, where)
+        records = [_own(record, index, head.origin, where) for index, (record, _, _) in enumerate(leaves)]
+        move = newest_move(records, alias, where)
+        if move is None:
+            raise RefusedError("registry", "no such alias", where="the federation's log", got=alias)
+        commit = _committed(records, move, where)
+        of = stub.Run(registry_pb2.RunRequest(run=move.run), timeout=CALL_SECONDS)
+        parts = {
+            name: _part(getattr(of, name), commit.get(name), f"{where}: {name}")
+            for name in ("task", "tensors", "config")
+        }
+        asked = registry_pb2.AdapterRequest(digest=move.adapter)
+        data = b"".join(one.data for one in stub.Adapter(asked, timeout=LONG_SECONDS))
+    if (got := digest(data)) != move.adapter:
+        raise VerificationError("the adapter has another digest", where=where, expected=move.adapter[:16], got=got[:16])
+    schema = Schema.from_list(parts["tensors"], where)
+    if not np.isfinite(from_safetensors(data, schema, where)).all():
+        raise VerificationError("the adapter has numbers that are none", where=where)
+    record = {"alias": move.record, "commit": commit, "head": answer.note} | parts
+    return Release(move.run, move.number, data, move.guard, record)
+
+
+def _own(data: bytes, index: int, origin: str, where: str) -> dict[str, Any]:
+    """A leaf that says of itself that it stands there."""
+    record = parse_record(data, f"{where}, leaf {index}")
+    if (record.get("index"), record.get("log")) != (index, origin):
+        raise VerificationError("a leaf says that it is another", where=f"{where}, leaf {index}")
+    return record
+
+
+def _part(data: bytes, named: object, where: str) -> Any:
+    """What a run's adapters are made for, as its commit digests it; JSON and nothing odder."""
+    if digest(data) != named:
+        raise VerificationError("this is not what the round's commit says", where=where)
+    record = parse_record(b'{"part":' + data + b"}", where)
+    if set(record) != {"part"}:
+        raise VerificationError("this is more than one part", where=where)
+    return record["part"]
+
+
+def _check_whole(records: Sequence[bytes], head: Checkpoint, seen: Sequence[Checkpoint], where: str) -> None:
+    """Sees that leaves are what a head is of, and begin with what was seen."""
+    tree = Tree()
+    for record in records:
+        tree.append(leaf_hash(record))
+    if tree.root() != head.root:
+        raise VerificationError("the log's leaves are other ones than its signed head is of", where=where)
+    for one in seen:
+        if one.size > head.size:
+            raise RollbackError(
+                "the log shrank", where=where, expected=f">= {one.size} leaves, as was seen", got=str(head.size)
+            )
+        if tree.root(one.size) != one.root:
+            raise RollbackError("the log's history was changed", where=where, expected=f"the {one.size} leaves seen")
+
+
+def _committed(records: Sequence[dict[str, Any]], move: Move, where: str) -> dict[str, Any]:
+    """The one leaf, before the move, that made the round that it names."""
+    kind = "round_commit" if move.number else "policy"
+    wanted = (kind, move.run, move.number)
+    found = [r for r in records if (r.get("kind"), r.get("run"), r.get("round", 0)) == wanted]
+    if len(found) != 1 or found[0]["index"] >= move.record["index"]:
+        what = (
+            "what the alias points at is no commit of that round"
+            if not found
+            else "its round has several commits, or a later one"
+        )
+        raise VerificationError(what, where=where)
+    if found[0].get("adapter") != move.adapter:
+        raise VerificationError("the alias points at another adapter than its round made", where=where)
+    return found[0]
+
+
+def _proven(one: Any, head: Checkpoint, card: CoordinatorCard, where: str) -> dict[str, Any]:
+    """A leaf that is in the log at this head and signed by its keeper, read."""
+    leaf = one.leaf
+    check_inclusion(leaf_hash(leaf.record), one.index, head.size, list(one.path), head.root, where)
+    try:
+        signature = bytes.fromhex(leaf.signature)
+    except ValueError as error:
+        raise VerificationError("a leaf's signature is no hex", where=where) from error
+    card.verify_key.verify(LEAF_PURPOSE, leaf.record, signature, where)
+    return parse_record(leaf.record, where)
