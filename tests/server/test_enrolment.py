@@ -477,7 +477,7 @@ def test_whatever_a_registry_feigns_is_a_plain_refusal(
     move: dict[str, Any] = {"kind": "alias_set", "alias": "best", "run": run, "round": 1, "adapter": told["adapter"]}
     move |= {"version": 1, "guard": "", "rollback": False}
     records = {
-        "two commits": [commit | {"config": "00" * 32}, commit, move],
+        "two commits": [commit, commit | {"config": "00" * 32}, move],
         "later commit": [move, commit],
         "another log": [commit, move | {"log": "cloister/federation/other"}],
         "index": [commit, move | {"index": "x"}],
