@@ -17,7 +17,7 @@ from cloister_shared.audit.federation import History, RoundCommit, called
 from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.reading import printable, when
 from cloister_shared.audit.sites import Ledger
-from cloister_shared.audit.spends import unsure
+from cloister_shared.audit.spends import ledgers_by_client, unsure
 from cloister_shared.audit.trust import Trust
 
 VERDICTS = {0: "PASS", 1: "VIOLATION", 2: "INCOMPLETE", 3: "FORK OR ROLLBACK"}
@@ -175,9 +175,10 @@ def answers(
     }
     names = sorted({one.name for commit in history.commits for one in commit.asked})
     own = sorted(ledgers.values(), key=lambda ledger: ledger.name)
-    silent = sorted(
-        {one.name for c in history.commits for one in c.asked if one.took_part and one.client not in ledgers}
-    )
+    here = ledgers_by_client(ledgers, trust)
+    asked = [(one.client, one.name) for c in history.commits for one in c.asked if one.took_part]
+    asked += [(lost.client, lost.name) for lost in history.aborted if lost.charged or lost.verdict == "accepted"]
+    silent = sorted({name for client, name in asked if client not in here})
     unsaid = (f"Of {merged(silent)} this cannot be said: their own logs are not here.",) if silent else ()
     caps = _alike(
         (ledger.name, f"epsilon {cap:g} at delta {delta:g} from {when(at)}")
