@@ -17,7 +17,7 @@ from cloister_shared.cards import read_coordinator_card, read_site_card
 from cloister_shared.encoding import canonical, write_durably
 from cloister_shared.errors import CloisterError, InputError, RefusedError, StateError
 from cloister_shared.invitation import Invitation
-from cloister_shared.notes import own_note, read_checkpoint
+from cloister_shared.notes import own_note
 from cloister_shared.processes import Group, free_port
 from cloister_shared.signing import VerifyKey
 from cloister_shared.witness import log_of_federation
@@ -39,8 +39,6 @@ site_app.add_typer(data_app, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Home = Annotated[Path | None, typer.Option("--home", help="Folder of state.")]
-# The newest head of the federation's log that a pull saw.
-PULLED = "pulled.head"
 
 
 def register(app: typer.Typer) -> None:
@@ -255,14 +253,12 @@ def pull(
 ) -> None:
     """Fetch the adapter that an alias points at; log, moves and operator's signatures are checked before anything is kept."""
     console.choose(json, home)
-    from cloister_client.fetching import fetch_release
+    from cloister_client.fetching import PULLED, fetch_release, pulled_head
 
     own = read_site(console.site_home(site))
     key = own.coordinator().verify_key
-    log, pulled = log_of_federation(key), own.home / PULLED
-    seen = [open_ledger(own).seen_head(log)]
-    if pulled.is_file():
-        seen.append(read_checkpoint(pulled.read_text(), key, log, str(pulled)).checkpoint)
+    log = log_of_federation(key)
+    seen = [open_ledger(own).seen_head(log), pulled_head(own)]
     wanted = VerifyKey.from_hex(guard, "--guard").raw.hex() if guard else ""
     got = fetch_release(own, alias, [head for head in seen if head is not None])
     if wanted and got.guard != wanted:
@@ -279,7 +275,7 @@ def pull(
         raise InputError("there is a folder already", where=str(folder), mend="choose another --out")
     folder.mkdir(parents=True)
     # Not the ledger's: a head that no round brought has no cosignatures yet, and the next round asks for them.
-    write_durably(pulled, own_note(got.record["head"], key, log).encode(), mode=0o644)
+    write_durably(own.home / PULLED, own_note(got.record["head"], key, log).encode(), mode=0o644)
     write_durably(folder / "adapter.safetensors", got.adapter, mode=0o644)
     write_durably(folder / "release.json", canonical(got.record) + b"\n", mode=0o644)
     name = got.record["commit"]["adapter"]

@@ -17,7 +17,7 @@ from cloister_shared.encoding import digest, parse_record
 from cloister_shared.errors import RefusedError, RollbackError, VerificationError
 from cloister_shared.invitation import Invitation
 from cloister_shared.merkle import Tree, check_consistency, check_inclusion, leaf_hash
-from cloister_shared.notes import Checkpoint, checkpoint_of, read_checkpoint
+from cloister_shared.notes import Checkpoint, claimed, read_checkpoint
 from cloister_shared.v1 import registry_pb2
 from cloister_shared.vectors import Schema, from_safetensors
 from cloister_shared.witness import LEAF_PURPOSE, log_of_federation
@@ -25,6 +25,8 @@ from cloister_shared.witness import LEAF_PURPOSE, log_of_federation
 from cloister_client.registry import CALL_SECONDS, LONG_SECONDS, certified, registry_as, registry_of
 from cloister_client.site import Site
 
+# Where a pull leaves the head that it saw.
+PULLED = "pulled.head"
 _LOG_BYTES = 1 << 30
 SignedRecord = tuple[bytes, str, str]
 # Leaves, signed head, cosignatures and heads of sites' own logs by client.
@@ -77,7 +79,7 @@ def _whole_log(stub: Any) -> tuple[list[SignedRecord], Any]:
     """The leaves that a head is said to be of, and that head; nothing of it is checked."""
     leaves, held = list[SignedRecord](), 0
     head = stub.Head(registry_pb2.HeadRequest(), timeout=CALL_SECONDS)
-    size = checkpoint_of(head.note.partition("\n\n")[0] + "\n", "head of the log").size
+    size = claimed(head.note, "head of the log").size
     while len(leaves) < size:
         before, page = len(leaves), stub.Log(registry_pb2.LogRequest(start=len(leaves)), timeout=LONG_SECONDS)
         for one in page:
@@ -164,6 +166,18 @@ class Release:
     record: dict[str, Any]
 
 
+def pulled_head(site: Site) -> Checkpoint | None:
+    """The newest head of the federation's log that a pull saw; None before the first.
+
+    Raises:
+        VerificationError: The file is not what a pull wrote.
+    """
+    key, path = site.coordinator().verify_key, site.home / PULLED
+    if not path.is_file():
+        return None
+    return read_checkpoint(path.read_text(), key, log_of_federation(key), str(path)).checkpoint
+
+
 def fetch_release(site: Site, alias: str, seen: Sequence[Checkpoint]) -> Release:
     """Fetches what an alias points at, after all of it was checked and before anything of it is loaded.
 
@@ -228,9 +242,7 @@ def _part(data: bytes, named: object, where: str) -> Any:
 
 def _check_whole(records: Sequence[bytes], head: Checkpoint, seen: Sequence[Checkpoint], where: str) -> None:
     """Sees that leaves are what a head is of, and begin with what was seen."""
-    tree = Tree()
-    for record in records:
-        tree.append(leaf_hash(record))
+    tree = Tree(map(leaf_hash, records))
     if tree.root() != head.root:
         raise VerificationError("the log's leaves are other ones than its signed head is of", where=where)
     for one in seen:

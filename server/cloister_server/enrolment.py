@@ -341,10 +341,7 @@ def revoke_auditor(home: Path, name: str) -> None:
         if not path.is_file():
             raise InputError("no such auditor", where=str(path.parent), got=name)
         path.unlink()
-        for invitation in (home / "invitations").glob("*.json"):
-            record = read_json(invitation, "invitation")
-            if record["site"] == name and record.get("auditor"):
-                invitation.unlink()
+        _withdraw(home, name, auditor=True)
 
 
 def revoke(home: Path, site: str) -> SiteCard:
@@ -362,8 +359,13 @@ def revoke(home: Path, site: str) -> SiteCard:
         # The card first: from here on every call finds nobody.
         os.rename(path, home / "revoked" / f"{site}-{card.verify_key.id.hex()}.json")
         (home / "certificates" / f"{site}.json").unlink(missing_ok=True)
-        for invitation in (home / "invitations").glob("*.json"):
-            record = read_json(invitation, "invitation")
-            if record["site"] == site and not record.get("auditor"):
-                invitation.unlink()
+        _withdraw(home, site, auditor=False)
     return card
+
+
+def _withdraw(home: Path, name: str, *, auditor: bool) -> None:
+    """Takes back open invitations; an auditor and a site of one name have their own."""
+    for invitation in (home / "invitations").glob("*.json"):
+        record = read_json(invitation, "invitation")
+        if (record["site"], record.get("auditor", False)) == (name, auditor):
+            invitation.unlink()

@@ -22,7 +22,7 @@ from cloister_shared.witness import LEAF_PURPOSE
 from cloister_server import rules
 from cloister_server.log import ABORTED_CLIENT, commit_body
 from cloister_server.store import Store, commit_facts, run_facts
-from cloister_server.tables import ABORTED, COMMITTED, Privacy, Round, Run
+from cloister_server.tables import ABORTED, COMMITTED, Round, RoundClient, Run
 
 _RESTORE = "restore the registry from a copy"
 Key = TypeVar("Key", bound=Hashable)
@@ -138,17 +138,17 @@ def _runs(store: Store, log: _Log) -> Iterator[Wrong]:
         if [row.number for row in of] != list(range(len(of))):
             yield Wrong(f"run {run.id[:8]}", "its rounds have gaps", _RESTORE)
         began[run.id] = run_facts(run) | {"rounds": run.rounds, "adapter": of[0].adapter if of else None}
-        privacy = store.privacy(run.id)
+        made = _Made(store, run)
         for before, row in pairwise(of):
             key = run.id, row.number
-            for one in store.clients(*key):
+            clients = store.clients(*key)
+            for one in clients:
                 if digest(one.core.encode()) != one.plan:
                     yield Wrong(f"{_place(key)}, {one.name}", "its work is another than its digest says", _RESTORE)
             if row.state == COMMITTED:
-                costs = [p for p in privacy if p.number == row.number and p.scope == "record"]
-                rows[key] = _commit(store, run, before, row, costs)
+                rows[key] = made.commit(before, row, clients)
             elif row.state == ABORTED:
-                asked = [{n: getattr(c, n) for n in ABORTED_CLIENT} for c in store.clients(*key)]
+                asked = [{n: getattr(c, n) for n in ABORTED_CLIENT} for c in clients]
                 unfinished[key] = {"attempt": row.attempt, "clients": sorted(asked, key=lambda c: str(c["client"]))}
     yield from _pairs(began, {str(r.get("run")): r for r in log.kinds["policy"]}, lambda key: f"run {key[:8]}")
     yield from _pairs(rows, told, _place)
@@ -170,15 +170,22 @@ def _without_heads(record: Mapping[str, Any]) -> dict[str, Any]:
     return dict(record) | {"clients": clients}
 
 
-def _commit(store: Store, run: Run, before: Round, row: Round, costs: Sequence[Privacy]) -> dict[str, Any]:
-    """What a committed round's leaf must say, by its rows."""
-    judged = [one for one in store.judgements(run.id) if one.number == row.number]
-    summed = [one for one in store.summed(run.id) if one.number == row.number]
-    judgement = judged[0] if judged else None
-    transcript, metrics = store.transcript(run.id), store.metrics(run.id, row.number)
-    facts = commit_facts(run, row, transcript, metrics, judgement, summed, costs)
-    body = commit_body(row, before.adapter or "", store.clients(run.id, row.number), facts, {})
-    return _without_heads(body) | {"index": row.leaf}
+class _Made:
+    """What a committed round's leaf must say, by its rows; those of the run are read once."""
+
+    def __init__(self, store: Store, run: Run) -> None:
+        self._store, self._run, self._transcript = store, run, store.transcript(run.id)
+        self._judged, self._summed = store.judgements(run.id), store.summed(run.id)
+        self._costs = [p for p in store.privacy(run.id) if p.scope == "record"]
+
+    def commit(self, before: Round, row: Round, clients: Sequence[RoundClient]) -> dict[str, Any]:
+        """Of one round."""
+        judgement = next((one for one in self._judged if one.number == row.number), None)
+        summed = [one for one in self._summed if one.number == row.number]
+        costs = [one for one in self._costs if one.number == row.number]
+        metrics = self._store.metrics(row.run, row.number)
+        facts = commit_facts(self._run, row, self._transcript, metrics, judgement, summed, costs)
+        return _without_heads(commit_body(row, before.adapter or "", clients, facts, {})) | {"index": row.leaf}
 
 
 def _releases(store: Store, log: _Log) -> Iterator[Wrong]:

@@ -17,7 +17,7 @@ from cloister_shared.cards import SiteCard
 from cloister_shared.encoding import digest, parse_record
 from cloister_shared.errors import CloisterError, RollbackError, VerificationError
 from cloister_shared.merkle import EMPTY
-from cloister_shared.notes import Checkpoint, checkpoint_of, read_checkpoint, read_cosignature
+from cloister_shared.notes import Checkpoint, claimed, read_checkpoint, read_cosignature
 from cloister_shared.plan import PlanCore
 from cloister_shared.sealing import Codec, Direction, OpeningKey, open_envelope
 from cloister_shared.vectors import F32, Schema, vector_from_bytes, vector_to_bytes
@@ -118,7 +118,7 @@ def read_preface(preface: Preface, card: SiteCard, at: Checkpoint, before: str, 
             raise VerificationError("the head of no site's log", where=where, got=origin[:80])
         head = read_checkpoint(preface.head, card.verify_key, origin, where).checkpoint
     if before:
-        old = checkpoint_of(before.split("\n\n", 1)[0] + "\n", where)
+        old = claimed(before, where)
         if head.size < old.size or (head.size == old.size and head.root != old.root) or head.origin != old.origin:
             raise RollbackError(
                 "the site's own log went back",

@@ -1,8 +1,8 @@
 """``cloister audit export | fetch | trust``: what this machine holds, or may fetch, of a federation, as one file for an auditor.
 
 A site exports its own log, in which what says something of its text is a salted hash; a coordinator exports the federation's; where both
-are here (a demo, a laptop), both; neither needs a server. An auditor with a token fetches
-the federation's log by itself, and remembers its head.
+are here (a demo, a laptop), both; neither needs a server. An auditor with a token fetches the
+federation's log alone, and remembers its head.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cloister_shared.audit.trust import AT_COORDINATOR, read_trust, trust_of, wr
 from cloister_shared.cards import read_coordinator_card, read_site_card
 from cloister_shared.errors import CloisterError, InputError, VerificationError
 from cloister_shared.invitation import Invitation
-from cloister_shared.notes import Checkpoint, checkpoint_of, read_checkpoint
+from cloister_shared.notes import Checkpoint, claimed
 from cloister_shared.signing import SigningKey, VerifyKey, read_secret
 from cloister_shared.witness import log_of_federation, log_of_site
 
@@ -163,7 +163,7 @@ def fetch(
         )
     seen = [] if known is None or origin not in known.remembered else [known.remembered[origin]]
     leaves, note, cosignatures, heads = fetch_as_auditor(invitation, card, seen)
-    head = checkpoint_of(note.partition("\n\n")[0] + "\n", "head of the log")
+    head = claimed(note, "head of the log")
     bundle = Bundle(round(time.time()), tuple(SignedLeaf(*one) for one in leaves), note, cosignatures, heads=heads)
     write_bundle(out, bundle)
     mine = trust_of(card.federation, card.verify_key, {}, [], "auditor") if known is None else known
@@ -210,8 +210,8 @@ def trust(
             heads.append(store.checkpoint())
             store.close()
     else:
-        from cloister_client.cli import PULLED
         from cloister_client.data import open_ledger
+        from cloister_client.fetching import pulled_head
         from cloister_client.policy import read_policy
         from cloister_client.site import act_as_agent, read_site
 
@@ -225,13 +225,8 @@ def trust(
         ledger = open_ledger(own)
         heads.append(ledger.head(log_of_site(read_secret(own.agent_home / "unit.key", 32))))
         seen = ledger.seen_head(log_of_federation(card.verify_key))
-        pulled = own.home / PULLED
-        if pulled.is_file():
-            newest = read_checkpoint(
-                pulled.read_text(), card.verify_key, log_of_federation(card.verify_key), str(pulled)
-            )
-            seen = max(seen, newest.checkpoint, key=lambda head: head.size) if seen is not None else newest.checkpoint
-        heads += [] if seen is None else [seen]
+        known_heads = [head for head in (seen, pulled_head(own)) if head is not None]
+        heads += [max(known_heads, key=lambda head: head.size)] if known_heads else []
     write_trust(out, trust_of(card.federation, card.verify_key, known, heads, written_at))
     sites, memory = many(len(known), "site"), many(len(heads), "remembered head")
     lines = [f"{out}: the key of {card.federation} ({card.fingerprint}), {sites} by key, {memory}"]

@@ -147,6 +147,15 @@ def checkpoint_of(text: str, where: str) -> Checkpoint:
         raise VerificationError("not a checkpoint", where=where, got=text[:80]) from error
 
 
+def claimed(note: str, where: str) -> Checkpoint:
+    """The checkpoint that a note is of, whoever signed it or nobody.
+
+    Raises:
+        VerificationError: The form does not hold.
+    """
+    return checkpoint_of(note.partition("\n\n")[0] + "\n", where)
+
+
 def read_cosignature(line: str, text: str, name: str, key: VerifyKey, where: str) -> int:
     """Checks one witness's line for a checkpoint's text; returns when it was made, seconds since 1970.
 

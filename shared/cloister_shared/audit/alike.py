@@ -27,7 +27,7 @@ def check_alike(bundle: Bundle, trust: Trust, history: History, findings: Findin
         findings: Where what is found goes.
     """
     origin = log_of_federation(trust.federation)
-    trees = {client: Tree(map(leaf_hash, log.events)) for client, log in bundle.sites.items()}
+    trees = dict[str, Tree]()
     for other in bundle.others:
         if other.note and other.note != bundle.note and history.records:
             leaves = [leaf.record for leaf in other.leaves]
@@ -45,6 +45,8 @@ def check_alike(bundle: Bundle, trust: Trust, history: History, findings: Findin
                 continue
             where = f"site {called(client, trust, history)}"
             head = _site_head(log, key)
+            if client not in trees:
+                trees[client] = Tree(map(leaf_hash, bundle.sites[client].events))
             if head is None:
                 findings.incomplete("other-bundle", where, "one of the bundles has a log of it that its head is not of")
             elif head.origin == bundle.sites[client].note.split("\n", 1)[0] and not _begins(trees[client], head):

@@ -120,6 +120,11 @@ class Aborted:
     delta: float = 1e-5
     epsilon: float = 0.0
 
+    @property
+    def took_part(self) -> bool:
+        """Whether its text may have been used."""
+        return self.verdict == "accepted" or self.charged > 0
+
 
 @dataclass
 class History:

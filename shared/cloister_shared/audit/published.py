@@ -34,7 +34,7 @@ def check_published(history: History, findings: Findings, ledgers: Mapping[str, 
         for one in [leaf] if isinstance(leaf, Aborted) else leaf.asked:
             key, where = (one.client, *place), f"site {one.name}, {at}"
             if one.charged < most.get(key, 0):
-                was = f"{many(most[key], 'attempt')} was" if most[key] == 1 else f"{most[key]} attempts were"
+                was = f"{many(most[key], 'attempt')} {'was' if most[key] == 1 else 'were'}"
                 findings.violation("charged", where, f"{was} charged by an earlier leaf, {one.charged} by this one")
             most[key] = max(one.charged, most.get(key, 0))
             of = whole.setdefault(one.client, Counter())

@@ -134,7 +134,7 @@ def _trusted(trust: Trust, history: History, sums: Sequence[RoundCommit], findin
     return lines
 
 
-def _models(history: History, ledgers: Mapping[str, Ledger], trust: Trust) -> list[str]:
+def _models(history: History, of: Mapping[str, Ledger]) -> list[str]:
     """Whose text each adapter holds: of its own round, and of all that it descends from."""
     holds, made, lines = dict[str, frozenset[str]](), {c.index: c for c in history.commits}, list[str]()
     for index, record in enumerate(history.records):
@@ -154,7 +154,7 @@ def _models(history: History, ledgers: Mapping[str, Ledger], trust: Trust) -> li
             line = f"round {commit.number} of run {commit.run[:8]}: adapter {commit.adapter[:16]}"
             line += f" was trained on text of {', '.join(sorted(new)) or 'nobody in this round'}"
             line += f"; in earlier rounds of {', '.join(sorted(old))}" if old else ""
-            left_out = unsure(ledgers, trust, commit)
+            left_out = unsure(of, commit)
             lines.append(line + (f"; by the coordinator's word not in it: {', '.join(left_out)}" if left_out else ""))
     return lines
 
@@ -177,7 +177,7 @@ def answers(
     own = sorted(ledgers.values(), key=lambda ledger: ledger.name)
     here = ledgers_by_client(ledgers, trust)
     asked = [(one.client, one.name) for c in history.commits for one in c.asked if one.took_part]
-    asked += [(lost.client, lost.name) for lost in history.aborted if lost.charged or lost.verdict == "accepted"]
+    asked += [(lost.client, lost.name) for lost in history.aborted if lost.took_part]
     silent = sorted({name for client, name in asked if client not in here})
     unsaid = (f"Of {merged(silent)} this cannot be said: their own logs are not here.",) if silent else ()
     caps = _alike(
@@ -240,7 +240,7 @@ def answers(
     none = (absent or "nothing in the logs",)
     kinds = {e.terms for ledger in own for e in ledger.entries.values()}
     noise = [f"noise multiplier {a:g}, sample rate {b:.4g}, {c} steps, delta {d:g}" for a, b, c, d in sorted(kinds)]
-    models = _models(history, ledgers, trust)
+    models = _models(history, here)
     code = sorted({_made_with(r) for r in (*of["policy"], *of["round_commit"])})
     incidents = [
         f"leaf {index}: {r.get('kind')}: {r.get('what')}"

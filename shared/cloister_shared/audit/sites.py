@@ -80,6 +80,7 @@ class Ledger:
         caps: Every cap and delta that reservations were made under, in order, each with its time.
         receipts: By plan.
         anchors: Sizes of this log in commits, by leaf.
+        plans: The entries again, by their work.
     """
 
     client: str
@@ -93,6 +94,7 @@ class Ledger:
     caps: list[tuple[float, float, float]] = field(default_factory=list)
     receipts: dict[str, Receipt] = field(default_factory=dict)
     anchors: dict[int, int] = field(default_factory=dict)
+    plans: dict[str, list[Entry]] = field(default_factory=dict)
 
 
 def check_site(
@@ -264,6 +266,7 @@ def _reserve(ledger: Ledger, record: dict[str, Any], findings: Findings, at: str
         bool(hexes(record, "secure", 32, empty=True)),
     )
     ledger.entries[found] = entry
+    ledger.plans.setdefault(entry.plan, []).append(entry)
     if not ledger.caps or ledger.caps[-1][1:] != (cap, delta):
         ledger.caps.append((when, cap, delta))
 

@@ -55,7 +55,7 @@ def _from_log(of: Mapping[str, Ledger], trust: Trust, history: History, findings
                 _came(one.plan, one.update, ledger, findings, where)
     for lost in history.aborted:
         # A round that came to nothing has used the text of those whose updates came.
-        ledger = known(lost.client, lost.name) if lost.verdict == "accepted" or lost.charged else None
+        ledger = known(lost.client, lost.name) if lost.took_part else None
         if ledger is not None and lost.verdict == "accepted":
             _came(lost.plan, "", ledger, findings, f"leaf {lost.index}, {lost.name}")
     if matched:
@@ -74,7 +74,7 @@ def _from_log(of: Mapping[str, Ledger], trust: Trust, history: History, findings
 
 def _came(plan: str, update: str, ledger: Ledger, findings: Findings, where: str) -> None:
     """An update came, whatever became of it: its site spent for it."""
-    found = [e for e in ledger.entries.values() if e.plan == plan and e.state != "void"]
+    found = [e for e in ledger.plans.get(plan, ()) if e.state != "void"]
     if not found:
         findings.violation("unspent", where, "an update came that this site's ledger never spent for, or gave back")
     elif update and not any(e.vector in ("", update) or e.secure for e in found):
@@ -91,8 +91,8 @@ def _from_ledgers(ledgers: Mapping[str, Ledger], history: History, findings: Fin
         for one in commit.asked:
             told[one.plan, commit.run, commit.number].append((one.client, one.took_part))
     for lost in history.aborted:
-        charged = lost.charged > 0 or lost.verdict == "accepted" or lost.terms is None
-        told[lost.plan, lost.run, lost.number].append((lost.client, charged))
+        # Leaves from before they said what was charged accuse nobody.
+        told[lost.plan, lost.run, lost.number].append((lost.client, lost.took_part or lost.terms is None))
     elsewhere = defaultdict[str, set[str]](set)
     for ledger in ledgers.values():
         for entry in ledger.entries.values():
@@ -120,9 +120,13 @@ def _from_ledgers(ledgers: Mapping[str, Ledger], history: History, findings: Fin
         )
 
 
-def unsure(ledgers: Mapping[str, Ledger], trust: Trust, commit: RoundCommit) -> list[str]:
-    """Sites of a round that spent for it, or may have, and of which the coordinator says that their update did not enter."""
-    of = ledgers_by_client(ledgers, trust)
+def unsure(of: Mapping[str, Ledger], commit: RoundCommit) -> list[str]:
+    """Sites of a round that spent for it, or may have, and of which the coordinator says that their update did not enter.
+
+    Args:
+        of: From ``ledgers_by_client``.
+        commit: The round.
+    """
     return sorted(
         one.name
         for one in commit.asked
@@ -131,11 +135,11 @@ def unsure(ledgers: Mapping[str, Ledger], trust: Trust, commit: RoundCommit) -> 
 
 
 def _spent(ledger: Ledger | None, plan: str) -> bool:
-    return ledger is not None and any(e.plan == plan and e.state != "void" for e in ledger.entries.values())
+    return ledger is not None and any(e.state != "void" for e in ledger.plans.get(plan, ()))
 
 
 def _accepted(one: Asked, commit: RoundCommit, ledger: Ledger, findings: Findings, where: str) -> int:
-    found = [e for e in ledger.entries.values() if e.plan == one.plan and e.state == "spent"]
+    found = [e for e in ledger.plans.get(one.plan, ()) if e.state == "spent"]
     if not found:
         findings.violation("unspent", where, "an update was accepted that this site's ledger never spent for")
         return 0
