@@ -348,7 +348,7 @@ def test_what_a_bundle_says_cannot_write_into_the_page(case: Case) -> None:
     page = as_html(said, done.findings, done.blocks, done.history, "x", {"about": "<script>"})
     assert "<script" not in page
     assert as_record(said, done.findings, done.blocks)["exit_code"] == 3
-    assert as_csv(done.findings, done.blocks).startswith("verdict,site,block")
+    assert as_csv(done.findings, done.blocks, "f").startswith("verdict,federation,violations")
 
 
 @pytest.mark.parametrize(

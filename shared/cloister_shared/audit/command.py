@@ -135,7 +135,7 @@ def verify(
         title = f"Audit of {keys.name}"
         text = {
             ".html": lambda: as_html(said, done.findings, done.blocks, done.history, title, about),
-            ".csv": lambda: as_csv(done.findings, done.blocks),
+            ".csv": lambda: as_csv(done.findings, done.blocks, f"{keys.name} {keys.federation.id.hex()}"),
             ".json": lambda: console.dumps(record),
         }[report.suffix]()
         _write_new(report, text.encode())

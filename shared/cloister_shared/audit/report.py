@@ -18,6 +18,7 @@ from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.reading import printable, when
 from cloister_shared.audit.sites import Ledger
 from cloister_shared.audit.spends import ledgers_by_client, unsure
+from cloister_shared.audit.tables import Table, caps_table, code_table, enrolled_table, merged, rounds_table
 from cloister_shared.audit.trust import Trust
 
 VERDICTS = {0: "PASS", 1: "VIOLATION", 2: "INCOMPLETE", 3: "FORK OR ROLLBACK"}
@@ -66,10 +67,12 @@ class Answer:
     Attributes:
         question: The question.
         lines: The answer, a line each.
+        table: What is told best in rows, under them.
     """
 
     question: str
     lines: tuple[str, ...]
+    table: Table | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lines", tuple(map(printable, self.lines)))
@@ -80,19 +83,8 @@ def _figures(record: Mapping[str, Any], *names: str) -> bool:
     return all(isinstance(record.get(name), int | float) and 0 <= record[name] < 1e9 for name in names)
 
 
-def _made_with(r: Mapping[str, Any]) -> str:
-    what = "rounds were made" if r.get("kind") == "round_commit" else "runs began"
-    lock, settings = str(r.get("lock") or "not said")[:16], str(r.get("settings") or r.get("config"))[:16]
-    return f"{what} with {r.get('code')}, lock file {lock}, base {str(r.get('base'))[:16]}, settings {settings}"
-
-
 def _each(epsilon: float, count: int) -> str:
     return f"{epsilon:.4f} ({many(count, 'round')})"
-
-
-def merged(names: Sequence[str]) -> str:
-    """Several names on a line; of many the first and how many more."""
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 def _alike(said: Iterable[tuple[str, str]]) -> list[str]:
@@ -169,10 +161,7 @@ def answers(
 ) -> list[Answer]:
     """Every question, in order."""
     records = history.records
-    of = {
-        kind: [r for r in records if r.get("kind") == kind]
-        for kind in ("policy", "spend", "incident", "enrol", "round_commit")
-    }
+    of = {kind: [r for r in records if r.get("kind") == kind] for kind in ("spend", "enrol")}
     names = sorted({one.name for commit in history.commits for one in commit.asked})
     own = sorted(ledgers.values(), key=lambda ledger: ledger.name)
     here = ledgers_by_client(ledgers, trust)
@@ -180,10 +169,11 @@ def answers(
     asked += [(lost.client, lost.name) for lost in history.aborted if lost.took_part]
     silent = sorted({name for client, name in asked if client not in here})
     unsaid = (f"Of {merged(silent)} this cannot be said: their own logs are not here.",) if silent else ()
-    caps = _alike(
-        (ledger.name, f"epsilon {cap:g} at delta {delta:g} from {when(at)}")
-        for ledger in own
-        for at, cap, delta in ledger.caps
+    caps, rounded, code, enrolled = (
+        caps_table(own),
+        rounds_table(history, here),
+        code_table(history),
+        enrolled_table(history),
     )
     overruns = [f"{f.kind}: {f.where}: {f.what}" for f in findings.found if f.code in _RESETS or f.kind == "fork"]
     broken = [f"{f.kind}: {f.where}: {f.what}" for f in findings.found if f.code in _SAMPLING]
@@ -241,7 +231,6 @@ def answers(
     kinds = {e.terms for ledger in own for e in ledger.entries.values()}
     noise = [f"noise multiplier {a:g}, sample rate {b:.4g}, {c} steps, delta {d:g}" for a, b, c, d in sorted(kinds)]
     models = _models(history, here)
-    code = sorted({_made_with(r) for r in (*of["policy"], *of["round_commit"])})
     incidents = [
         f"leaf {index}: {r.get('kind')}: {r.get('what')}"
         + ("; nobody else saw this leaf yet" if index >= history.covered else "")
@@ -279,7 +268,7 @@ def answers(
             if history.commits or history.aborted
             else none,
         ),
-        Answer("Caps, and who changed them when?", (*caps, *unsaid) or none),
+        Answer("Caps, and who changed them when?", unsaid or (() if caps.rows else none), caps),
         Answer("Any overrun or reset?", (*(overruns or (["none found"] if own else [])), *unsaid) or none),
         Answer(
             "Did the sampling match the accountant?",
@@ -290,7 +279,7 @@ def answers(
             )
             or none,
         ),
-        Answer("Realised participants and noise?", (*lost, *noise, *unsaid) or none),
+        Answer("Realised participants and noise?", (*lost, *noise, *unsaid) or none, rounded),
         Answer(
             "What left without noise, and to whom?",
             (*(releases or (["nothing that a site's ledger here says"] if own else [])), *unsaid) or none,
@@ -307,8 +296,8 @@ def answers(
             "Who promoted it, exported it, kept it or gave it up?",
             (*standing(history), *became(history)) or (absent or "nobody",),
         ),
-        Answer("Which code?", tuple(code) or none),
-        Answer("Who was enrolled then?", tuple(members) or none),
+        Answer("Which code?", () if code.rows else none, code),
+        Answer("Who was enrolled then?", tuple(members) or none, enrolled),
         Answer("Is the log whole, append-only, seen by others?", tuple(log)),
         Answer("Incidents?", tuple(incidents) or (absent or "none in the logs",)),
         Answer("What does this not prove?", NOT_PROVEN),
