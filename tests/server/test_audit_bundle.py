@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cloister_server.rounds import run_rounds
-from cloister_shared.audit.budget import by_pld, by_rdp
+from cloister_shared.audit.accountant import by_pld
 from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog, read_bundle, write_bundle
 from cloister_shared.audit.command import Audit, audit, merged, verify
 from cloister_shared.audit.federation import Aborted, Asked, History, RoundCommit
@@ -380,11 +380,6 @@ def test_what_is_no_bundle_is_told(
     for path in (tmp_path / "text", tmp_path / "missing"):
         with pytest.raises(InputError):
             read_bundle(path)
-
-
-def test_rdp_bounds_pld() -> None:
-    for steps in ((((1.1, 0.01), 1000),), (((4.0, 0.25), 30), ((10.0, 1.0), 3))):
-        assert by_rdp(steps, 1e-5) >= by_pld(steps, 1e-5) - 1e-3
 
 
 def changed_reserve(case: Case, changes: dict[str, Any], nth: int = 1) -> Bundle:

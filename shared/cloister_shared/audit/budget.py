@@ -1,8 +1,8 @@
 """Epsilon, recomputed from what the logs say was done, by dp-accounting alone: RDP at every prefix, PLD where a number was published.
 
-The site's own accountant (PRV, and PLD beside it) is not used here. A block's history is every Gaussian release of every entry that was
-charged to it and not given back. RDP (Mironov 2017; Mironov, Talwar and Zhang 2019) bounds from above: where it is within the cap, so is
-the truth; where it is not, PLD (Doroshenko et al. 2022) decides. The same history is worked out once.
+A block's history is every Gaussian release of every entry that was
+charged to it and not given back. RDP bounds from above: where it is within the cap, so is the truth; where it is not, PLD decides. The
+same history is worked out once (``accountant``).
 """
 
 from __future__ import annotations
@@ -11,20 +11,15 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
+from cloister_shared.audit.accountant import Step, Steps, by_both, by_rdp
 from cloister_shared.audit.findings import Findings, many
-from cloister_shared.audit.sites import Entry, Ledger, Step
+from cloister_shared.audit.sites import Entry, Ledger
 
-Steps = tuple[tuple[Step, int], ...]
 # A published figure may be above this accountant's, never below it by more than the two's numerical error.
 TOLERANCE = 0.02
-_FAR_ABOVE = 100.0
 # How often PLD is worked out for the way there, over all blocks: each takes about 0.1 s.
 _SURE_POINTS = 60
-# Integers: at fractional orders the series does not converge for small noise, and the bound holds at any set of orders.
-_ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512)
 
 
 @dataclass(frozen=True)
@@ -96,34 +91,6 @@ class Block:
     alone: tuple[tuple[float, int], ...]
 
 
-def _event(steps: Steps) -> Any:
-    import dp_accounting
-
-    each = [
-        dp_accounting.SelfComposedDpEvent(
-            dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(sigma)), count
-        )
-        for (sigma, rate), count in steps
-    ]
-    return dp_accounting.ComposedDpEvent(each)
-
-
-@cache
-def by_rdp(steps: Steps, delta: float) -> float:
-    """Epsilon by dp-accounting's RDP."""
-    from dp_accounting.rdp import RdpAccountant
-
-    return float(RdpAccountant(orders=_ORDERS).compose(_event(steps)).get_epsilon(delta))
-
-
-@cache
-def by_pld(steps: Steps, delta: float) -> float:
-    """Epsilon by dp-accounting's PLD."""
-    from dp_accounting.pld import PLDAccountant
-
-    return float(PLDAccountant(value_discretization_interval=1e-3).compose(_event(steps)).get_epsilon(delta))
-
-
 def check_budgets(ledgers: Mapping[str, Ledger], findings: Findings) -> list[Block]:
     """Recomputes every block of every site and holds it against its caps."""
     out, count = [], sum(len({b for e in one.entries.values() for b in e.blocks}) for one in ledgers.values())
@@ -138,33 +105,22 @@ def check_budgets(ledgers: Mapping[str, Ledger], findings: Findings) -> list[Blo
     return sorted(out, key=lambda b: (b.site, b.block))
 
 
-def _epsilon(steps: Steps, delta: float) -> tuple[float, float]:
-    """By PLD and by RDP; where RDP is far above anything that is allowed, RDP for both: PLD would only take its time."""
-    bound = by_rdp(steps, delta)
-    return (by_pld(steps, delta) if bound < _FAR_ABOVE else bound), bound
-
-
-def epsilon_of(steps: Counter[Step], delta: float) -> float:
-    """Epsilon of these releases, by PLD (by RDP where that is far above anything that is allowed)."""
-    return _epsilon(tuple(sorted(steps.items())), delta)[0]
-
-
 def _block(ledger: Ledger, block: int, sure: int, findings: Findings) -> Block:
     charged = [e for e in ledger.entries.values() if block in e.blocks and e.state != "void"]
     # Of all that were stated, the least: an epsilon at a larger delta says less.
     delta = min((e.terms[3] for e in charged), default=1e-5)
     whole, points, where = Counter[Step](), list[Point](), f"site {ledger.name} block {block}"
-    by_both = {round(i * (len(charged) - 1) / (sure - 1)) for i in range(sure)}
+    sure_at = {round(i * (len(charged) - 1) / (sure - 1)) for i in range(sure)}
     for place, entry in enumerate(charged):
         whole += entry.steps
         bound = by_rdp(tuple(sorted(whole.items())), delta)
-        known = _epsilon(tuple(sorted(whole.items())), delta)[0] if place in by_both or bound > entry.cap else None
+        known = by_both(tuple(sorted(whole.items())), delta)[0] if place in sure_at or bound > entry.cap else None
         points.append(Point(entry.at, entry.number, bound, known))
         if known is not None and known > entry.cap + TOLERANCE:
             findings.violation(
                 "cap", f"{where} entry {entry.number}", f"epsilon {known:.4f} is above the cap {entry.cap:g}"
             )
-    final, bound = _epsilon(tuple(sorted(whole.items())), delta) if whole else (0.0, 0.0)
+    final, bound = by_both(tuple(sorted(whole.items())), delta) if whole else (0.0, 0.0)
     cap = charged[-1].cap if charged else 0.0
     months, kinds = dict[str, list[Entry]](), Counter[Steps]()
     for entry in charged:
@@ -172,9 +128,9 @@ def _block(ledger: Ledger, block: int, sure: int, findings: Findings) -> Block:
         kinds[tuple(sorted(entry.steps.items()))] += 1
     ends = {_month(point.at): (point.rdp, False) if point.pld is None else (point.pld, True) for point in points}
     periods = tuple(
-        Period(month, len(found), _epsilon(_together(found), delta)[0], *ends[month]) for month, found in months.items()
+        Period(month, len(found), by_both(_together(found), delta)[0], *ends[month]) for month, found in months.items()
     )
-    alone = tuple((_epsilon(steps, delta)[0], count) for steps, count in kinds.items())
+    alone = tuple((by_both(steps, delta)[0], count) for steps, count in kinds.items())
     return Block(
         *(ledger.client, ledger.name, block, final, bound, delta, cap, len(charged), sum(whole.values())),
         *(tuple(points), periods, alone),

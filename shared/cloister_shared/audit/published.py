@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from cloister_shared.audit.budget import TOLERANCE, epsilon_of
+from cloister_shared.audit.accountant import Step, epsilon_of
+from cloister_shared.audit.budget import TOLERANCE
 from cloister_shared.audit.federation import Aborted, History, RoundCommit
 from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.reading import MALFORMED, number
-from cloister_shared.audit.sites import Ledger, Step
+from cloister_shared.audit.sites import Ledger
 
 
 def check_published(history: History, findings: Findings, ledgers: Mapping[str, Ledger]) -> None:

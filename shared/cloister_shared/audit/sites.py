@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from cloister_shared.audit.accountant import Step
 from cloister_shared.audit.bundle import Bundle, SiteLog
 from cloister_shared.audit.federation import History, called
 from cloister_shared.audit.findings import Findings
@@ -24,7 +25,6 @@ from cloister_shared.witness import log_of_federation
 
 _CLOSES = {"spend": "spent", "lose": "lost", "void": "void"}
 _FAR = 1 << 53
-Step = tuple[float, float]
 
 
 @dataclass

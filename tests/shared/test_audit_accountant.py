@@ -1,0 +1,73 @@
+"""The audit's accountant against dp-accounting's own accountants, history by history, in whatever order they are asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from cloister_shared.audit import accountant
+from cloister_shared.audit.accountant import Step, Steps, by_pld, by_rdp, epsilon_of
+from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+KINDS: tuple[Step, ...] = ((1.1, 0.01), (0.75, 0.1051), (4.0, 0.25), (10.0, 1.0))
+
+
+def event(steps: Steps) -> DpEvent:
+    return ComposedDpEvent(
+        [
+            SelfComposedDpEvent(PoissonSampledDpEvent(rate, GaussianDpEvent(sigma)), count)
+            for (sigma, rate), count in steps
+        ]
+    )
+
+
+def theirs(steps: Steps, delta: float) -> float:
+    return float(PLDAccountant(value_discretization_interval=1e-3).compose(event(steps)).get_epsilon(delta))
+
+
+def history(counts: dict[Step, int]) -> Steps:
+    return tuple(sorted(counts.items()))
+
+
+@given(
+    st.lists(st.dictionaries(st.sampled_from(KINDS), st.integers(1, 12), min_size=1), min_size=1, max_size=6),
+    # Transforms' rounding, about 1e-15 of mass, counts for more where delta is small.
+    st.sampled_from(((1e-5, 1e-6), (1e-9, 1e-3))),
+)
+@settings(max_examples=25, deadline=None)
+def test_each_prefix_of_a_history_is_as_their_accountant_says(
+    rounds: list[dict[Step, int]], at: tuple[float, float]
+) -> None:
+    delta, far = at
+    by_pld.cache_clear()
+    whole, prefixes = Counter[Step](), list[Steps]()
+    for one in rounds:
+        whole.update(one)
+        prefixes.append(history(whole))
+    # Grown from each other, and then with nothing to grow from.
+    for steps in prefixes:
+        assert by_pld(steps, delta) == pytest.approx(theirs(steps, delta), abs=far)
+    for steps in reversed(prefixes):
+        by_pld.cache_clear()
+        accountant._recent.clear()
+        assert by_pld(steps, delta) == pytest.approx(theirs(steps, delta), abs=far)
+
+
+def test_a_long_history_drifts_nowhere() -> None:
+    for n in range(1, 301):
+        found = by_pld(history({(1.1, 0.01): 10 * n}), 1e-5)
+    assert found == pytest.approx(theirs(history({(1.1, 0.01): 3000}), 1e-5), abs=1e-6)
+
+
+@given(st.dictionaries(st.sampled_from(KINDS), st.integers(1, 1000), min_size=1))
+@settings(max_examples=20, deadline=None)
+def test_rdp_is_theirs_and_bounds_pld(counts: dict[Step, int]) -> None:
+    steps = history(counts)
+    orders = (*range(2, 65), 80, 96, 128, 192, 256, 512)
+    bound = by_rdp(steps, 1e-5)
+    assert bound == pytest.approx(RdpAccountant(orders=orders).compose(event(steps)).get_epsilon(1e-5), rel=1e-9)
+    assert epsilon_of(Counter(counts), 1e-5) <= bound + 1e-3
