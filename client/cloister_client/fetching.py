@@ -268,6 +268,11 @@ def _committed(records: Sequence[dict[str, Any]], move: Move, where: str) -> dic
         raise VerificationError(what, where=where)
     if found[0].get("adapter") != move.adapter:
         raise VerificationError("the alias points at another adapter than its round made", where=where)
+    if any(r.get("kind") == "tombstone" and r.get("adapter") == move.adapter for r in records):
+        raise VerificationError(
+            "the alias points at an adapter that was given up", where=where, got=f"adapter {move.adapter[:16]}",
+            mend="ask whoever released it",
+        )  # fmt: skip
     return found[0]
 
 

@@ -48,14 +48,14 @@ class Cost:
 def spending(store: Store, cores: dict[str, PlanCore]) -> dict[str, Cost]:
     """What each client's history costs, without this round and with it.
 
-    Every attempt that may have been charged counts; a site's own ledger is the authority.
+    Every attempt that may have been charged counts, under whichever key the site was then; its own ledger is the authority.
     """
     out = {}
     for client, core in cores.items():
-        delta, asked = core.training.delta, store.asked(client)
+        delta, asked = core.training.delta, store.history_of(client)
         of_run = [c for c in asked if c.run == core.run]
         found = [
-            epsilon([*charged_events(rows, (core.run, core.round)), *more], delta)
+            epsilon([*charged_events(rows, (client, core.run, core.round)), *more], delta)
             for rows in (asked, of_run)
             for more in ((), core.events)
         ]
@@ -63,12 +63,12 @@ def spending(store: Store, cores: dict[str, PlanCore]) -> dict[str, Cost]:
     return out
 
 
-def charged_events(asked: Sequence[RoundClient], now: tuple[str, int] | None = None) -> list[DpSgd]:
-    """What a client may have been charged so far; ``now`` is the run and round in hand, whose open row is not an old one."""
+def charged_events(asked: Sequence[RoundClient], now: tuple[str, str, int] | None = None) -> list[DpSgd]:
+    """What a site may have been charged so far; ``now`` is client, run and round in hand, whose open row is not an old one."""
     history = []
     for c in asked:
         # Another row still open is of a coordinator that died: its attempt may have been charged.
-        times = c.charged if (c.run, c.number) == now or c.verdict != "open" else max(1, c.charged)
+        times = c.charged if (c.client, c.run, c.number) == now or c.verdict != "open" else max(1, c.charged)
         if times:
             history.append(DpSgd(c.noise_multiplier, c.sample_rate, c.steps * times))
             numbers = [NoisedNumber(**number) for number in json.loads(c.core).get("noised", [])]
@@ -98,7 +98,7 @@ def close_abandoned(store: Store, run: str) -> list[tuple[str, int]]:
                         "verdict": "missing",
                         "reason": "its coordinator ended before a reply",
                         "charged": max(int(sent), c.charged),
-                        "epsilon": epsilon(charged_events(store.asked(c.client)), c.delta),
+                        "epsilon": epsilon(charged_events(store.history_of(c.client)), c.delta),
                     }
             store.abort_round(other.id, row.number, changes)
             closed.append((other.id, row.number))

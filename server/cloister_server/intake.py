@@ -21,6 +21,7 @@ from cloister_shared.notes import Checkpoint, claimed, read_checkpoint, read_cos
 from cloister_shared.plan import PlanCore
 from cloister_shared.sealing import Codec, Direction, OpeningKey, open_envelope
 from cloister_shared.vectors import F32, Schema, vector_from_bytes, vector_to_bytes
+from cloister_shared.witness import SITE_LOGS
 
 from cloister_server.accounting import REFUSED, Cost
 from cloister_server.admission import admit_update
@@ -114,7 +115,7 @@ def read_preface(preface: Preface, card: SiteCard, at: Checkpoint, before: str, 
     head = Checkpoint("none", 0, EMPTY)
     if preface.head:
         origin = preface.head.split("\n", 1)[0]
-        if not origin.startswith("cloister/site/"):
+        if not origin.startswith(SITE_LOGS):
             raise VerificationError("the head of no site's log", where=where, got=origin[:80])
         head = read_checkpoint(preface.head, card.verify_key, origin, where).checkpoint
     if before:

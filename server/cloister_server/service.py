@@ -219,8 +219,9 @@ class Registry(registry_pb2_grpc.RegistryServicer):  # type: ignore[misc]
             return await _answer(context, self._head)
 
     def _head(self) -> Any:
-        note = self._store.signed_checkpoint(self._store.checkpoint())
+        # Cosignatures first: one of a head that is made after this one would be of more leaves than are told.
         lines, heads = canonical(self._store.cosignatures()), canonical(self._store.site_heads())
+        note = self._store.signed_checkpoint(self._store.checkpoint())
         return registry_pb2.HeadReply(note=note, cosignatures=lines, heads=heads)
 
     async def List(self, request: Any, context: Any) -> Any:  # noqa: N802

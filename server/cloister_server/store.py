@@ -489,9 +489,15 @@ class Store(Releases):
             return list(session.exec(found))
 
     def asked(self, client: str) -> list[RoundClient]:
-        """Everything a client was ever asked, over all runs."""
+        """Everything that was ever asked of this key, over all runs."""
         with self.database.reading() as session:
             return list(session.exec(select(RoundClient).where(RoundClient.client == client)))
+
+    def history_of(self, client: str) -> list[RoundClient]:
+        """Everything that the site of this key was ever asked, under each key of its name: one that joined again has the same text."""
+        with self.database.reading() as session:
+            names = select(RoundClient.name).where(RoundClient.client == client)
+            return list(session.exec(select(RoundClient).where(RoundClient.name.in_(names))))  # type: ignore[attr-defined]
 
     def metrics(self, run: str, number: int) -> dict[str, float]:
         """Scores of a round."""

@@ -54,6 +54,8 @@ def _federation(made: float, *, adapters: bool) -> Bundle:
 
     store = Store(console.coordinator_home())
     try:
+        # Cosignatures first: one of a head that is made meanwhile would be of more leaves than are here.
+        cosignatures, heads = store.cosignatures(), store.site_heads()
         at, gone = store.checkpoint(), store.tombstones()
         rounds = [row for run in store.runs() for row in store.rounds(run.id)] if adapters else []
         names = {r.adapter for r in rounds if r.adapter and r.state == COMMITTED and r.adapter not in gone}
@@ -61,11 +63,11 @@ def _federation(made: float, *, adapters: bool) -> Bundle:
             made,
             tuple(SignedLeaf(one.record, one.key, one.signature) for one in store.leaves(0, at.size)),
             store.signed_checkpoint(at),
-            store.cosignatures(),
+            cosignatures,
             {},
             {name: store.adapter(name) for name in sorted(names)},
             store.draws(),
-            store.site_heads(),
+            heads,
         )
     finally:
         store.close()

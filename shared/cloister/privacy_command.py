@@ -165,7 +165,7 @@ def _plan_file(path: Path) -> None:
         )
     store = Store(coordinator.home)
     try:
-        histories = {card.name: charged_events(store.asked(card.verify_key.id.hex())) for card in cards}
+        histories = {card.name: charged_events(store.history_of(card.verify_key.id.hex())) for card in cards}
     finally:
         store.close()
     found = [forecast(settings, card, histories[card.name], cards) for card in cards]

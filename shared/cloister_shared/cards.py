@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from cloister_shared.sealing import SealingKey
 from cloister_shared.signing import SigningKey, VerifyKey
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
-_SITE_PURPOSE = "site-card"
+SITE_PURPOSE = "site-card"
 MAX_RECORDS = 1_000_000_000
 
 
@@ -168,6 +168,7 @@ class SiteCard:
         unit: ``record``, or ``field`` where all records of one person make a unit.
         epsilon_cap: Lifetime cap on epsilon that its policy states; a promise of planning, the site's ledger enforces it.
         delta: Delta of the cap.
+        signature: By the key that it introduces, hex; empty where it was not saved yet.
     """
 
     name: str
@@ -178,6 +179,14 @@ class SiteCard:
     unit: str
     epsilon_cap: float
     delta: float
+    signature: str = field(default="", compare=False)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """What is signed."""
+        record = asdict(self)
+        del record["signature"]
+        return record
 
     @property
     def verify_key(self) -> VerifyKey:
@@ -196,10 +205,8 @@ class SiteCard:
 
     def save(self, path: Path, by: SigningKey) -> None:
         """Writes the signed card."""
-        body = asdict(self)
-        write_durably(
-            path, canonical(body | {"signature": by.sign(_SITE_PURPOSE, canonical(body)).hex()}) + b"\n", mode=0o644
-        )
+        signature = by.sign(SITE_PURPOSE, canonical(self.body)).hex()
+        write_durably(path, canonical(self.body | {"signature": signature}) + b"\n", mode=0o644)
 
 
 def read_site_card(path: Path) -> SiteCard:
@@ -208,8 +215,16 @@ def read_site_card(path: Path) -> SiteCard:
     Raises:
         InputError: It is not one, or is not signed by the key it introduces.
     """
-    record = read_json(path, "site card")
-    signature = record.pop("signature", None)
+    return site_card_of(read_json(path, "site card"), path)
+
+
+def site_card_of(record: dict[str, Any], path: Path | str) -> SiteCard:
+    """Checks a site's card that was read already, and its signature; ``path`` is for messages.
+
+    Raises:
+        InputError: It is not one, or is not signed by the key it introduces.
+    """
+    record = record | {"signature": str(record.get("signature"))}
     _checked(record, SiteCard, path)
     good = (
         all(isinstance(record[n], str) for n in ("name", "key", "sealing", "node"))
@@ -224,7 +239,7 @@ def read_site_card(path: Path) -> SiteCard:
     card = SiteCard(**record)
     check_name(card.name, str(path))
     try:
-        card.verify_key.verify(_SITE_PURPOSE, canonical(asdict(card)), bytes.fromhex(str(signature)), str(path))
+        card.verify_key.verify(SITE_PURPOSE, canonical(card.body), bytes.fromhex(card.signature), str(path))
     except (VerificationError, ValueError) as error:
         raise InputError(
             "card is not signed by the key it introduces", where=str(path), mend="ask the site for its card again"

@@ -118,5 +118,6 @@ def fail(error: CloisterError) -> int:
     if OUTPUT.json:
         print(json.dumps(error.as_dict(), sort_keys=True), flush=True)
     else:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        # What a file or a peer says stands in messages too: it moves no cursor and begins no line.
+        print("".join(c if c.isprintable() else "?" for c in f"error: {error}"), file=sys.stderr, flush=True)
     return error.exit_code

@@ -23,6 +23,8 @@ LEAF_PURPOSE = "log-leaf"
 LEAF_KINDS = (
     "policy", "enrol", "revoke", "spend", "round_commit", "alias_set", "export", "hold", "tombstone", "recovery", "incident",
 )  # fmt: skip
+# What every site's own log begins its name with.
+SITE_LOGS = "cloister/site/"
 MAX_HASHES = 50_000
 MAX_COSIGNATURES = 1000
 
@@ -166,4 +168,4 @@ def log_of_federation(key: VerifyKey) -> str:
 
 def log_of_site(secret: bytes) -> str:
     """The name of a site's own log: the same for as long as the site has its text's key, whatever its other keys and coordinators."""
-    return f"cloister/site/{sha256(b'cloister site log' + secret).hexdigest()[:32]}"
+    return f"{SITE_LOGS}{sha256(b'cloister site log' + secret).hexdigest()[:32]}"

@@ -602,24 +602,27 @@ def test_what_an_aborted_round_charged_is_in_what_is_published_later() -> None:
 
     def published(aborted: Aborted, charged: int, steps: int) -> list[str]:
         epsilon = by_pld((((1.0, 0.1), steps),), 1e-5)
-        aborted = replace(aborted, epsilon=by_pld((((1.0, 0.1), 6 * max(1, aborted.charged)),), 1e-5))
         one = Asked("aa" * 16, "a", "11" * 32, "accepted", "22" * 32, 1.0, 0.1, 6, 1e-5, epsilon, charged, "")
         commit = RoundCommit(5, "cd" * 16, 1, "33" * 32, "44" * 32, (one,), (), "", {})
         findings = Findings()
         check_published(History(commits=[commit], aborted=[aborted]), findings, {})
         return [f.code for f in findings.found]
 
-    other = Aborted(3, "ef" * 16, 1, "aa" * 16, "a", "55" * 32, "missing", 2, (1.0, 0.1, 6))
+    def lost(run: str, charged: int) -> Aborted:
+        stated = by_pld((((1.0, 0.1), 6 * charged),), 1e-5)
+        one = Asked("aa" * 16, "a", "55" * 32, "missing", "", 1.0, 0.1, 6, 1e-5, stated, charged, "")
+        return Aborted(3, run, 1, (one,))
+
+    other = lost("ef" * 16, 2)
     assert published(other, 1, 18) == []
     assert published(other, 1, 12) == ["published"]
     # The same round's attempts are counted once, by its commit.
-    same = replace(other, run="cd" * 16, charged=1)
+    same = lost("cd" * 16, 1)
     assert published(same, 2, 12) == []
     assert published(same, 2, 6) == ["published"]
-    assert published(replace(other, terms=None), 1, 6) == []
     # What was charged once is not taken back: by a later leaf of the same round, whatever it says.
-    assert published(replace(same, charged=3), 1, 18) == ["charged"]
-    assert published(replace(same, charged=3), 1, 6) == ["charged", "published"]
+    assert published(lost("cd" * 16, 3), 1, 18) == ["charged"]
+    assert published(lost("cd" * 16, 3), 1, 6) == ["charged", "published"]
 
 
 def hostile(case: Case, changes: dict[str, Any], *, only: str = "") -> Bundle:

@@ -390,6 +390,11 @@ def test_what_is_released_is_fetched_and_nothing_else_can_be_shown(served: Coord
         store.log("alias_set", body | {"rollback": False, "guard": ""})
         with pytest.raises(VerificationError, match=words):
             fetching.fetch_release(site, alias, [])
+    gone = {"run": run, "round": 1, "adapter": names[1]}
+    store.log("tombstone", gone)
+    store.log("alias_set", gone | {"alias": "back", "version": 1, "rollback": False, "guard": ""})
+    with pytest.raises(VerificationError, match="given up"):
+        fetching.fetch_release(site, "back", [])
     # Another task than the commit was of, and another adapter under its digest's name.
     with sqlite3.connect(served.home / "registry.db") as db:
         db.execute("DROP TRIGGER kept_run_update")

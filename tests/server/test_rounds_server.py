@@ -19,7 +19,7 @@ from cloister_server.accounting import Cost, spending
 from cloister_server.export import export_round
 from cloister_server.fsck import check
 from cloister_server.rounds import one_round, run_rounds
-from cloister_server.tables import Run
+from cloister_server.tables import RoundClient, Run
 from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog
 from cloister_shared.audit.command import audit
 from cloister_shared.audit.trust import trust_of
@@ -588,6 +588,15 @@ def test_spending_counts_other_runs_of_the_same_site(world: World) -> None:
         for n in (1, 2)
     )
     assert found == {client.client: Cost(once, twice, 0.0, once)}
+    # The same site under a fresh key: its text is the same.
+    again = RoundClient(
+        **client.model_dump() | {"client": "fe" * 16, "run": "ff" * 16, "charged": 0, "verdict": "open"}
+    )
+    with world.store.database.writing() as session:
+        session.add(Run(**world.run.model_dump() | {"id": "ff" * 16}))
+        session.flush()
+        session.add(again)
+    assert spending(world.store, {again.client: core}) == {again.client: Cost(once, twice, 0.0, once)}
 
 
 def test_the_sites_text_is_nowhere_in_the_registry(world: World) -> None:

@@ -257,6 +257,17 @@ def test_asked_is_over_all_runs(store: Store) -> None:
     assert store.asked("nobody") == []
 
 
+def test_a_sites_history_is_of_all_its_keys(store: Store) -> None:
+    again = a_client("c", run="cd" * 16)
+    again.name = "site-a"
+    store.start_run(a_run("cd" * 16), ADAPTER, a_model())
+    store.plan_round(Round(run="cd" * 16, number=1, opened=2.0), [again])
+    for key in ("a", "c"):
+        assert sorted(c.client for c in store.history_of(key)) == ["a", "c"]
+    assert [c.client for c in store.history_of("b")] == ["b"]
+    assert store.history_of("nobody") == []
+
+
 def test_start_run_registers_round_zero_and_finish_marks(store: Store) -> None:
     zero = store.rounds(RUN)[0]
     assert (zero.number, zero.state) == (0, "committed")

@@ -112,8 +112,8 @@ def _signed(body: dict[str, Any], by: SigningKey = KEY, purpose: str = "site-car
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *((f, MISSING) for f in asdict(SITE)),
-        *((f, None) for f in asdict(SITE)),
+        *((f, MISSING) for f in SITE.body),
+        *((f, None) for f in SITE.body),
         ("extra", 1),
         ("name", "North"),
         ("name", ""),
@@ -129,7 +129,7 @@ def _signed(body: dict[str, Any], by: SigningKey = KEY, purpose: str = "site-car
 )
 def test_site_card_refuses_though_signed(tmp_path: Path, field: str, value: Any) -> None:
     path = tmp_path / "s.json"
-    path.write_bytes(_signed({k: v for k, v in (asdict(SITE) | {field: value}).items() if v is not MISSING}))
+    path.write_bytes(_signed({k: v for k, v in (SITE.body | {field: value}).items() if v is not MISSING}))
     with pytest.raises(InputError) as caught:
         read_site_card(path)
     assert caught.value.where == str(path)
@@ -137,19 +137,19 @@ def test_site_card_refuses_though_signed(tmp_path: Path, field: str, value: Any)
 
 def test_site_card_refuses_true_records(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
-    path.write_bytes(_signed(asdict(SITE) | {"records": True}))
+    path.write_bytes(_signed(SITE.body | {"records": True}))
     with pytest.raises(InputError):
         read_site_card(path)
 
 
 def test_site_card_refuses_a_sealing_key_that_cannot_be_sealed_to(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
-    path.write_bytes(_signed(asdict(SITE) | {"sealing": (SEALING.raw[:1184] + bytes(32)).hex()}))
+    path.write_bytes(_signed(SITE.body | {"sealing": (SEALING.raw[:1184] + bytes(32)).hex()}))
     with pytest.raises(InputError):
         read_site_card(path)
 
 
-@pytest.mark.parametrize("field", list(asdict(SITE)))
+@pytest.mark.parametrize("field", list(SITE.body))
 def test_site_card_signature_covers_every_field(tmp_path: Path, field: str) -> None:
     path = tmp_path / "s.json"
     SITE.save(path, KEY)
@@ -172,17 +172,17 @@ def test_site_card_signature_covers_every_field(tmp_path: Path, field: str) -> N
 @pytest.mark.parametrize("signature", [None, "", "zz", "00" * 64, 5, []])
 def test_site_card_without_a_good_signature_is_refused(tmp_path: Path, signature: Any) -> None:
     path = tmp_path / "s.json"
-    path.write_bytes(canonical(asdict(SITE) | {"signature": signature}))
+    path.write_bytes(canonical(SITE.body | {"signature": signature}))
     with pytest.raises(InputError, match="not signed by the key"):
         read_site_card(path)
-    path.write_bytes(canonical(asdict(SITE)))
+    path.write_bytes(canonical(SITE.body))
     with pytest.raises(InputError, match="not signed by the key"):
         read_site_card(path)
 
 
 def test_site_card_signed_by_another_key_or_for_another_purpose_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
-    for data in (_signed(asdict(SITE), by=SigningKey.generate()), _signed(asdict(SITE), purpose="plan")):
+    for data in (_signed(SITE.body, by=SigningKey.generate()), _signed(SITE.body, purpose="plan")):
         path.write_bytes(data)
         with pytest.raises(InputError, match="not signed by the key"):
             read_site_card(path)

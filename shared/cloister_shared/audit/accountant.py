@@ -83,17 +83,14 @@ def _times(step: Step, count: int) -> Any:
 
 
 def _distribution(steps: Steps) -> Any:
-    """The whole history's, from the last one that it grew from, or anew."""
-    found, depth = None, 0
+    """The whole history's, from the one before that least came to, or anew."""
+    found, depth, grew = None, 0, dict(steps)
     for known in reversed(_recent):
         more = Counter(dict(steps))
         more.subtract(dict(known))
-        grew = {step: count for step, count in more.items() if count}
-        if _recent[known][1] < _CHAIN and len(grew) <= 4 and all(count > 0 for count in grew.values()):
-            found, depth = _recent[known][0], _recent[known][1] + 1
-            break
-    else:
-        grew = dict(steps)
+        new = {step: count for step, count in more.items() if count}
+        if _recent[known][1] < _CHAIN and len(new) < len(grew) + (found is None) and all(n > 0 for n in new.values()):
+            found, depth, grew = _recent[known][0], _recent[known][1] + 1, new
     for step, count in grew.items():
         found = _times(step, count) if found is None else found.compose(_times(step, count))
     _recent[steps] = (found, depth)

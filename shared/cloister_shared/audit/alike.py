@@ -9,6 +9,7 @@ from __future__ import annotations
 from cloister_shared.audit.bundle import Bundle, SiteLog
 from cloister_shared.audit.federation import History, called, check_lines
 from cloister_shared.audit.findings import Findings
+from cloister_shared.audit.heads import origin_of
 from cloister_shared.audit.trust import Trust
 from cloister_shared.errors import VerificationError
 from cloister_shared.merkle import Tree, leaf_hash
@@ -40,18 +41,28 @@ def check_alike(bundle: Bundle, trust: Trust, history: History, findings: Findin
         if history.records:
             check_lines(other.cosignatures, trust, history, findings, origin)
         for client, log in other.sites.items():
-            key = trust.sites.get(client)
-            if key is None or log == bundle.sites.get(client):
+            key, own = trust.sites.get(client), _kept(client, log, bundle, trust)
+            if key is None or own is None or log == bundle.sites[own]:
                 continue
             where = f"site {called(client, trust, history)}"
             head = _site_head(log, key)
-            if client not in trees:
-                trees[client] = Tree(map(leaf_hash, bundle.sites[client].events))
+            if own not in trees:
+                trees[own] = Tree(map(leaf_hash, bundle.sites[own].events))
             if head is None:
                 findings.incomplete("other-bundle", where, "one of the bundles has a log of it that its head is not of")
-            elif head.origin == bundle.sites[client].note.split("\n", 1)[0] and not _begins(trees[client], head):
+            elif not _begins(trees[own], head):
                 what = f"this site's key signed two histories: {head.size} events of one bundle are not the first of the other"
                 findings.fork("two-histories", where, what)
+
+
+def _kept(client: str, log: SiteLog, bundle: Bundle, trust: Trust) -> str | None:
+    """Under which key the same log stands in what was checked; None where only another log does (``heads`` tells of that)."""
+    same = [
+        other
+        for other, kept in bundle.sites.items()
+        if trust.names.get(other) == trust.names.get(client) and origin_of(kept.note) == origin_of(log.note)
+    ]
+    return client if client in same else next(iter(same), None)
 
 
 def _begins(tree: Tree, head: Checkpoint) -> bool:

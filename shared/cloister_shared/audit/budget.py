@@ -93,11 +93,15 @@ class Block:
 
 def check_budgets(ledgers: Mapping[str, Ledger], findings: Findings) -> list[Block]:
     """Recomputes every block of every site and holds it against its caps."""
-    out, count = [], sum(len({b for e in one.entries.values() for b in e.blocks}) for one in ledgers.values())
+    out, charged = list[Block](), list[tuple[Ledger, int, list[Entry]]]()
     for ledger in ledgers.values():
-        blocks = sorted({b for e in ledger.entries.values() for b in e.blocks})
-        for block in blocks:
-            out.append(_block(ledger, block, max(2, _SURE_POINTS // max(1, count)), findings))
+        of = dict[int, list[Entry]]()
+        for entry in ledger.entries.values():
+            for block in entry.blocks:
+                of.setdefault(block, []).extend([entry] if entry.state != "void" else [])
+        charged += [(ledger, block, of[block]) for block in sorted(of)]
+    for ledger, block, entries in charged:
+        out.append(_block(ledger, block, entries, max(2, _SURE_POINTS // len(charged)), findings))
     if out:
         worst = max(out, key=lambda b: b.epsilon)
         most = f"{worst.epsilon:.3f} ({worst.site}, block {worst.block})"
@@ -105,21 +109,23 @@ def check_budgets(ledgers: Mapping[str, Ledger], findings: Findings) -> list[Blo
     return sorted(out, key=lambda b: (b.site, b.block))
 
 
-def _block(ledger: Ledger, block: int, sure: int, findings: Findings) -> Block:
-    charged = [e for e in ledger.entries.values() if block in e.blocks and e.state != "void"]
+def _block(ledger: Ledger, block: int, charged: list[Entry], sure: int, findings: Findings) -> Block:
     # Of all that were stated, the least: an epsilon at a larger delta says less.
     delta = min((e.terms[3] for e in charged), default=1e-5)
     whole, points, where = Counter[Step](), list[Point](), f"site {ledger.name} block {block}"
     sure_at = {round(i * (len(charged) - 1) / (sure - 1)) for i in range(sure)}
     for place, entry in enumerate(charged):
         whole += entry.steps
-        bound = by_rdp(tuple(sorted(whole.items())), delta)
-        known = by_both(tuple(sorted(whole.items())), delta)[0] if place in sure_at or bound > entry.cap else None
+        so_far = tuple(sorted(whole.items()))
+        bound = by_rdp(so_far, delta)
+        known = by_both(so_far, delta)[0] if place in sure_at or bound > entry.cap else None
         points.append(Point(entry.at, entry.number, bound, known))
+        # Its cap was for the delta that its owner stated then.
         if known is not None and known > entry.cap + TOLERANCE:
-            findings.violation(
-                "cap", f"{where} entry {entry.number}", f"epsilon {known:.4f} is above the cap {entry.cap:g}"
-            )
+            own = known if entry.terms[3] == delta else by_both(so_far, entry.terms[3])[0]
+            if own > entry.cap + TOLERANCE:
+                what = f"epsilon {own:.4f} at delta {entry.terms[3]:g} is above the cap {entry.cap:g}"
+                findings.violation("cap", f"{where} entry {entry.number}", what)
     final, bound = by_both(tuple(sorted(whole.items())), delta) if whole else (0.0, 0.0)
     cap = charged[-1].cap if charged else 0.0
     months, kinds = dict[str, list[Entry]](), Counter[Steps]()

@@ -23,11 +23,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cloister_shared.audit.reading import printable
 from cloister_shared.encoding import canonical, no_duplicates
 from cloister_shared.errors import InputError, VerificationError
 
 FORMAT = "cloister-bundle/1"
 MAX_BYTES, MAX_FILES = 2 << 30, 100_000
+# Ten times what an audit is made for: each record takes about a kilobyte to look at.
+MAX_RECORDS = 1_000_000
+# What a packed file may unpack to: records of digests pack to a quarter, the most regular ones to a fiftieth.
+_SMALL, MAX_RATIO = 1 << 20, 100
 _SITE = re.compile(r"sites/([0-9a-f]{32})/(events\.jsonl|head\.note)")
 _ADAPTER = re.compile(r"adapters/([0-9a-f]{64})\.safetensors")
 _FIXED = (
@@ -136,12 +141,25 @@ def read_bundle(path: Path) -> Bundle:
             names = [info.filename for info in found]
             odd = [n for n in names if n not in _FIXED and not _SITE.fullmatch(n) and not _ADAPTER.fullmatch(n)]
             if odd or len(set(names)) != len(names) or len(names) > MAX_FILES:
-                raise InputError("a bundle has other files", where=str(path), got=", ".join(odd)[:200] or "one twice")
+                raise InputError(
+                    "a bundle has other files", where=str(path), got=printable(", ".join(odd))[:200] or "one twice"
+                )
+            if packed := [
+                i.filename for i in found if i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+            ]:
+                raise InputError(
+                    "a bundle is packed otherwise", where=str(path), got=printable(", ".join(packed))[:200]
+                )
+            if blown := [i.filename for i in found if i.file_size > _SMALL + MAX_RATIO * i.compress_size]:
+                raise InputError("a file of the bundle unpacks to far too much", where=str(path), got=blown[0])
             if (size := sum(info.file_size for info in found)) > MAX_BYTES:
                 raise InputError("a bundle is too large", where=str(path), expected=f"<= {MAX_BYTES}", got=str(size))
             parts = {info.filename: archive.read(info) for info in found}
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError, ValueError) as error:
         raise InputError("cannot read the bundle", where=str(path), got=str(error)[:200]) from error
+    count = sum(data.count(b"\n") for name, data in parts.items() if name.endswith(".jsonl"))
+    if count > MAX_RECORDS:
+        raise InputError("a bundle has too many records", where=str(path), expected=f"<= {MAX_RECORDS}", got=str(count))
     try:
         return _bundle_of(parts)
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError, OverflowError, VerificationError) as error:
@@ -181,4 +199,7 @@ def _bundle_of(parts: dict[str, bytes]) -> Bundle:
 
 
 def _json(data: bytes) -> Any:
-    return json.loads(data.decode(), object_pairs_hook=no_duplicates)
+    found = json.loads(data.decode(), object_pairs_hook=no_duplicates)
+    if b"\\u" in data:
+        json.dumps(found, ensure_ascii=False).encode()  # half of a character is no text
+    return found

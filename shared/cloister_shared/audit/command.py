@@ -22,16 +22,18 @@ from cloister_shared.audit.bundle import Bundle, SiteLog, read_bundle
 from cloister_shared.audit.draws import check_draws
 from cloister_shared.audit.federation import History, called, check_covered, check_federation
 from cloister_shared.audit.findings import Findings
+from cloister_shared.audit.heads import check_remembered, logs_of_keys, one_of_each
 from cloister_shared.audit.page import as_csv, as_html
 from cloister_shared.audit.published import check_published
 from cloister_shared.audit.reading import printable
 from cloister_shared.audit.releases import check_releases
 from cloister_shared.audit.report import VERDICTS, answers, as_record
 from cloister_shared.audit.sites import Ledger, check_site
-from cloister_shared.audit.spends import check_spends
+from cloister_shared.audit.spends import check_spends, ledgers_by_client
 from cloister_shared.audit.trust import Trust, read_trust
 from cloister_shared.encoding import digest
 from cloister_shared.errors import CloisterError, InputError
+from cloister_shared.witness import log_of_federation
 
 
 @dataclass(frozen=True)
@@ -53,25 +55,27 @@ class Audit:
 
 def audit(bundle: Bundle, trust: Trust) -> Audit:
     """Checks a bundle against what is trusted; pure, and never trusts what the bundle brings."""
-    findings = Findings()
+    findings, bundle = Findings(), one_of_each(bundle, trust)
     history = check_federation(bundle, trust, findings)
-    ledgers = dict[str, Ledger]()
+    known, ledgers = logs_of_keys(bundle, trust, history, findings), dict[str, Ledger]()
     for client, log in sorted(bundle.sites.items(), key=lambda one: called(one[0], trust, history)):
-        found = check_site(client, log, bundle, trust, history, findings)
+        found = check_site(client, log, bundle, trust, history, known, findings)
         if found is not None:
             ledgers[client] = found
+    seen = {log_of_federation(trust.federation), *(ledger.origin for ledger in ledgers.values())}
+    check_remembered(known, seen, trust, findings)
     check_alike(bundle, trust, history, findings)
     check_releases(history, findings)
     check_draws(bundle, history, findings)
     check_spends(ledgers, trust, history, findings)
     check_covered(history, findings)
     blocks = check_budgets(ledgers, findings)
-    check_published(history, findings, ledgers)
+    check_published(history, findings, ledgers_by_client(ledgers, trust))
     for name, data in bundle.adapters.items():
         if digest(data) != name:
             findings.violation("adapter", f"adapter {name[:16]}", f"its bytes have digest {digest(data)[:16]}")
-    known = {commit.adapter for commit in history.commits} | {str(r.get("adapter")) for r in history.records}
-    for name in set(bundle.adapters) - known:
+    made = {commit.adapter for commit in history.commits} | {str(r.get("adapter")) for r in history.records}
+    for name in set(bundle.adapters) - made:
         findings.violation("adapter", f"adapter {name[:16]}", "no round in the log has it")
     return Audit(findings, history, ledgers, blocks)
 

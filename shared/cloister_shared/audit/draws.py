@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from cloister_shared.audit.bundle import Bundle
 from cloister_shared.audit.federation import History
-from cloister_shared.audit.findings import Findings
+from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.reading import MALFORMED
 from cloister_shared.draw import Transcript
 from cloister_shared.errors import CloisterError
@@ -47,7 +47,9 @@ def check_draws(bundle: Bundle, history: History, findings: Findings) -> None:
             findings.violation("draw", where, "a sum is of sites that were not drawn into one group")
         good += sum(inside)
     if good:
-        findings.held.append(f"{good} secure sums are each of sites that one draw of all members put together")
+        findings.held.append(
+            f"{many(good, 'secure sum is', 'secure sums are each')} of sites that one draw of all members put together"
+        )
 
 
 def _groups(bundle: Bundle, run: str, named: str) -> tuple[frozenset[str], ...]:

@@ -14,6 +14,7 @@ from cloister_shared.audit.bundle import Bundle
 from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.reading import MALFORMED, hexes, integer, number, record_of, rows, words
 from cloister_shared.audit.trust import Trust
+from cloister_shared.cards import site_card_of
 from cloister_shared.errors import CloisterError, VerificationError
 from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import Checkpoint, read_checkpoint, read_cosignature
@@ -58,6 +59,11 @@ class Asked:
     head: str
 
     @property
+    def terms(self) -> tuple[float, float, int, float]:
+        """Noise multiplier, sample rate, steps and delta, as its plan said."""
+        return self.noise_multiplier, self.sample_rate, self.steps, self.delta
+
+    @property
     def took_part(self) -> bool:
         """Whether its text may have been used."""
         return self.verdict == "accepted" or self.charged > 0
@@ -92,38 +98,19 @@ class RoundCommit:
 
 @dataclass(frozen=True)
 class Aborted:
-    """What a round that came to nothing asked of one client.
+    """A round that came to nothing.
 
     Attributes:
         index: The leaf.
         run: The run.
         number: The round.
-        client: Key id.
-        name: Its name.
-        plan: Digest of its work.
-        verdict: What came of it.
-        charged: Attempts at the round that may have been charged so far.
-        terms: Noise multiplier, sample rate and steps; None in leaves from before they said.
-        delta: At which epsilon is stated.
-        epsilon: As stated.
+        asked: Its clients; no update of any entered.
     """
 
     index: int
     run: str
     number: int
-    client: str
-    name: str
-    plan: str
-    verdict: str
-    charged: int
-    terms: tuple[float, float, int] | None
-    delta: float = 1e-5
-    epsilon: float = 0.0
-
-    @property
-    def took_part(self) -> bool:
-        """Whether its text may have been used."""
-        return self.verdict == "accepted" or self.charged > 0
+    asked: tuple[Asked, ...]
 
 
 @dataclass
@@ -134,10 +121,11 @@ class History:
         tree: Its tree.
         records: Its leaves, read; empty ones where they are malformed.
         commits: The round commits among them.
-        aborted: What rounds that came to nothing asked of clients.
+        aborted: Rounds that came to nothing.
         seen: When each witness cosigned it, by client id.
         runs: Runs that began.
         names: What the log's enrolments call sites, by client id.
+        left: Sites that were put out and are not back under this key: their name and the leaf, by client id.
         witnessed: How many leaves a trusted site cosigned, or has the signed head of in its own log.
         remembered: How many leaves the trust file remembers.
         own_word: Whether that file was written at the coordinator itself.
@@ -150,9 +138,15 @@ class History:
     seen: dict[str, int] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     runs: set[str] = field(default_factory=set)
+    left: dict[str, tuple[str, int]] = field(default_factory=dict)
     witnessed: int = 0
     remembered: int = 0
     own_word: bool = False
+
+    @property
+    def told(self) -> list[RoundCommit | Aborted]:
+        """Every leaf that tells what a round asked of clients, in order."""
+        return sorted([*self.commits, *self.aborted], key=lambda leaf: leaf.index)
 
     @property
     def covered(self) -> int:
@@ -250,7 +244,11 @@ def check_lines(
             # Anybody who holds the file can write such a line: it accuses nobody.
             findings.incomplete("witness-line", where, "its cosignature cannot be read")
             continue
-        if size > len(history.tree) or history.tree.root(size).hex() != root:
+        if size > len(history.tree):
+            what = f"cosigned {size} leaves, {len(history.tree)} are here: put back, cut, or an older export"
+            findings.fork("witness", where, what)
+            continue
+        if history.tree.root(size).hex() != root:
             findings.fork("witness", where, f"cosigned another history of {size} leaves than is here")
             continue
         history.seen[client] = at
@@ -260,6 +258,8 @@ def check_lines(
 def _tell(findings: Findings, history: History, trust: Trust) -> None:
     """The leaves in order: who is enrolled, which runs began, which rounds follow which."""
     here, runs = dict[str, str](), dict[str, tuple[int, str, str]]()
+    # The last leaf of each run: whoever leaves while a round is under way may be in it.
+    left, last = history.left, dict[str, int]()
     for index, record in enumerate(history.records):
         where, kind = f"leaf {index}", record.get("kind")
         if not record:
@@ -273,26 +273,32 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
                 if record["card"]["name"] != site:
                     raise ValueError("the card is another site's")
                 _named(trust, key.id.hex(), site, where, findings)
+                _own_card(record, where, findings)
+                left.pop(key.id.hex(), None)
                 here[key.id.hex()] = history.names[key.id.hex()] = site
             elif kind == "revoke":
-                here = {i: name for i, name in here.items() if name != words(record, "site")}
+                gone = words(record, "site")
+                left |= {i: (name, index) for i, name in here.items() if name == gone}
+                here = {i: name for i, name in here.items() if name != gone}
             elif kind == "policy":
                 run = hexes(record, "run", 16)
                 if run in runs:
                     raise ValueError("this run began before")
                 runs[run] = (0, hexes(record, "adapter", 32), hexes(record, "base", 32))
                 history.runs.add(run)
+                last[run] = index
             elif kind == "incident" and "clients" in record:
-                lost = [_aborted(record, index, one) for one in rows(record, "clients")]
-                if len({one.client for one in lost}) != len(lost):
-                    raise ValueError("a client twice")
-                history.aborted += lost
+                run, attempt = hexes(record, "run", 16), integer(record, "round", 1, 1_000_000)
+                history.aborted.append(Aborted(index, run, attempt, _asked(record)))
             elif kind == "round_commit":
                 commit = _commit(record, index)
                 history.commits.append(commit)
                 _follows(commit, record, runs, findings, where)
+                since, last[commit.run] = last.get(commit.run, index), index
                 for one in commit.asked:
-                    if one.verdict == "accepted" and here.get(one.client) != one.name:
+                    name, at = left.get(one.client, ("", -1))
+                    enrolled = here.get(one.client) == one.name or (name == one.name and at > since)
+                    if one.verdict == "accepted" and not enrolled:
                         findings.violation(
                             "not-enrolled", where, f"{one.name} in round {commit.number} was not enrolled then"
                         )
@@ -319,6 +325,14 @@ def _named(trust: Trust, client: str, name: str, where: str, findings: Findings)
         findings.violation("name", where, f"the key of {known} stands under the name {name}")
 
 
+def _own_card(record: dict[str, Any], where: str, findings: Findings) -> None:
+    """What a site declared of itself stands in the log with its own signature."""
+    try:
+        site_card_of(dict(record["card"]), where)
+    except (CloisterError, *MALFORMED) as error:
+        findings.violation("card", where, f"not a card that its site signed: {error}"[:300])
+
+
 def _follows(
     commit: RoundCommit, record: dict[str, Any], runs: dict[str, tuple[int, str, str]], findings: Findings, where: str
 ) -> None:
@@ -335,14 +349,15 @@ def _follows(
     runs[commit.run] = (commit.number, commit.adapter, base)
 
 
-def _commit(record: dict[str, Any], index: int) -> RoundCommit:
+def _asked(record: dict[str, Any]) -> tuple[Asked, ...]:
+    """What a commit, or a leaf of a round that was broken off, says of each client."""
     asked = tuple(
         Asked(
             hexes(one, "client", 16),
             words(one, "name"),
             hexes(one, "plan", 32),
             words(one, "verdict"),
-            hexes(one, "update", 32, empty=True),
+            hexes(one, "update", 32, empty=True) if "update" in one else "",
             number(one, "noise_multiplier", 1e-3, 1e6),
             number(one, "sample_rate", 1e-9, 1),
             integer(one, "steps", 1, 100_000),
@@ -355,6 +370,10 @@ def _commit(record: dict[str, Any], index: int) -> RoundCommit:
     )
     if len({one.client for one in asked}) != len(asked):
         raise ValueError("a client twice")
+    return asked
+
+
+def _commit(record: dict[str, Any], index: int) -> RoundCommit:
     sums = tuple(frozenset(map(str, _ids(one))) for one in rows(record, "sums"))
     metrics = record.get("metrics")
     scores = {str(k): float(v) for k, v in metrics.items() if type(v) is float} if isinstance(metrics, dict) else {}
@@ -364,33 +383,10 @@ def _commit(record: dict[str, Any], index: int) -> RoundCommit:
         integer(record, "round", 1, 1_000_000),
         hexes(record, "adapter", 32),
         hexes(record, "start", 32),
-        asked,
+        _asked(record),
         sums,
         hexes(record, "draw", 32, empty=True) if "draw" in record else "",
         scores,
-    )
-
-
-def _aborted(record: dict[str, Any], index: int, one: dict[str, Any]) -> Aborted:
-    said = "steps" in one
-    return Aborted(
-        index,
-        hexes(record, "run", 16),
-        integer(record, "round", 1, 1_000_000),
-        hexes(one, "client", 16),
-        words(one, "name"),
-        hexes(one, "plan", 32),
-        words(one, "verdict"),
-        integer(one, "charged", 0, 1_000_000) if said else 0,
-        (
-            number(one, "noise_multiplier", 1e-3, 1e6),
-            number(one, "sample_rate", 1e-9, 1),
-            integer(one, "steps", 1, 100_000),
-        )
-        if said
-        else None,
-        number(one, "delta", 1e-10, 0.5) if said else 1e-5,
-        number(one, "epsilon", 0, 1e6) if said else 0.0,
     )
 
 

@@ -11,58 +11,62 @@ from collections.abc import Mapping
 
 from cloister_shared.audit.accountant import Step, epsilon_of
 from cloister_shared.audit.budget import TOLERANCE
-from cloister_shared.audit.federation import Aborted, History, RoundCommit
+from cloister_shared.audit.federation import Aborted, Asked, History
 from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.reading import MALFORMED, number
 from cloister_shared.audit.sites import Ledger
 
 
-def check_published(history: History, findings: Findings, ledgers: Mapping[str, Ledger]) -> None:
+def check_published(history: History, findings: Findings, of: Mapping[str, Ledger]) -> None:
     """Walks commits and aborted rounds in the log's order.
 
     Args:
         history: The federation's log.
         findings: Where what is found goes.
-        ledgers: Sites' own, by client id.
+        of: Sites' own ledgers, by each key that their site had.
     """
-    whole, good = dict[str, Counter[Step]](), set[str]()
+    whole, told, bad = dict[str, Counter[Step]](), set[str](), set[str]()
     # Charged, though the round came to nothing; a commit of the same round counts these attempts again.
     lost, most = dict[tuple[str, str, int], Counter[Step]](), dict[tuple[str, str, int], int]()
-    own = {client: _Own(ledger, history) for client, ledger in ledgers.items()}
-    told: list[RoundCommit | Aborted] = sorted([*history.commits, *history.aborted], key=lambda leaf: leaf.index)
-    for leaf in told:
-        place, at = (leaf.run, leaf.number), f"round {leaf.number} of run {leaf.run[:8]}"
-        for one in [leaf] if isinstance(leaf, Aborted) else leaf.asked:
-            key, where = (one.client, *place), f"site {one.name}, {at}"
+    own = {ledger.client: _Own(ledger, history) for ledger in of.values()}
+    last = dict[str, tuple[Asked, str]]()
+    for leaf in history.told:
+        for one in leaf.asked:
+            where = f"site {one.name}, round {leaf.number} of run {leaf.run[:8]}"
+            key = one.client, leaf.run, leaf.number
             if one.charged < most.get(key, 0):
                 was = f"{many(most[key], 'attempt')} {'was' if most[key] == 1 else 'were'}"
                 findings.violation("charged", where, f"{was} charged by an earlier leaf, {one.charged} by this one")
             most[key] = max(one.charged, most.get(key, 0))
-            of = whole.setdefault(one.client, Counter())
-            of.subtract(lost.pop(key, Counter()))
+            # Under whichever key: a site that joined again has the same text and the same name.
+            sum_of = whole.setdefault(one.name, Counter())
+            sum_of.subtract(lost.pop(key, Counter()))
             # An attempt that was charged counts, whatever came of it: its text was used.
             times = max(most[key], int(one.verdict == "accepted"))
-            if isinstance(one, Aborted):
-                if one.terms is None or not times:
-                    continue
-                sigma, rate, steps = one.terms
-                lost[key] = Counter({(sigma, rate): steps * times})
-                of.update(lost[key])
-            else:
-                if not times:
-                    continue
-                of[one.noise_multiplier, one.sample_rate] += one.steps * times
-            least = epsilon_of(+of, one.delta)
+            events = Counter({(one.noise_multiplier, one.sample_rate): one.steps * times})
+            sum_of.update(events)
+            if isinstance(leaf, Aborted):
+                lost[key] = events
+            if not times:
+                continue  # nothing is stated of what cost nothing
+            least = epsilon_of(+sum_of, one.delta)
             if one.epsilon < least - TOLERANCE:
                 findings.violation("published", where, f"epsilon {one.epsilon:.4f} was published, {least:.4f} is right")
+                bad.add(one.name)
                 continue
-            good.add(one.client)
-            if one.client in own and one.verdict == "accepted":
-                own[one.client].check(one.plan, +of, one.epsilon, one.delta, findings, where)
-    if good:
+            told.add(one.name)
+            if (ledger := of.get(one.client)) is not None:
+                good = own[ledger.client].check(one.plan, +sum_of, one.epsilon, one.delta, findings, where)
+                bad |= set() if good else {one.name}
+                last[ledger.client] = one, where
+    for client, (one, where) in last.items():
+        # What no leaf tells of yet counts all the same.
+        good = own[client].check("", +whole[one.name], one.epsilon, one.delta, findings, where)
+        bad |= set() if good else {one.name}
+    if told - bad:
         against = " and of their own ledgers" if own else ", by the coordinator's own commits alone"
         findings.held.append(
-            f"the epsilon published for {many(len(good), 'site')} is not below what dp-accounting makes of their rounds{against}"
+            f"the epsilon published for {many(len(told - bad), 'site')} is not below what dp-accounting makes of their rounds{against}"
         )
     _whole_clients(history, findings)
 
@@ -73,13 +77,14 @@ class _Own:
     def __init__(self, ledger: Ledger, history: History) -> None:
         charged = [e for e in ledger.entries.values() if e.state != "void" and e.run in history.runs]
         self._entries, self._at = charged, 0
-        self._last = {e.plan: place for place, e in enumerate(charged)}
+        self._last = {e.plan: place for place, e in enumerate(charged)} | {"": len(charged) - 1}
         self._sure, self._all = dict[int, Counter[Step]](), dict[int, Counter[Step]]()
 
     def check(
         self, plan: str, told: Counter[Step], epsilon: float, delta: float, findings: Findings, where: str
-    ) -> None:
-        """Holds what was published after a work against the ledger's entries up to it."""
+    ) -> bool:
+        """Whether what was published after a work is not below the ledger's entries up to it; all of them where ``plan`` is empty."""
+        before = self._at
         while self._at <= self._last.get(plan, -1):
             entry = self._entries[self._at]
             for block in entry.blocks:
@@ -87,20 +92,26 @@ class _Own:
                 if entry.state == "spent":
                     self._sure.setdefault(block, Counter()).update(entry.steps)
             self._at += 1
+        if not plan and self._at == before:
+            return True
         for kinds, lost in ((self._sure, False), (self._all, True)):
             # What the log tells as well, or more of it, was looked at above.
             worst = max((epsilon_of(steps, delta) for steps in kinds.values() if not steps <= told), default=0.0)
             if epsilon >= worst - TOLERANCE:
                 continue
-            if not lost:
+            if not lost and plan:
                 what = f"epsilon {epsilon:.4f} was published, the site's own ledger comes to {worst:.4f}"
                 findings.violation("published", where, what)
-            else:
+            elif plan:
                 what = (
                     f"with charges that no update came of the site's own ledger comes to {worst:.4f}, not {epsilon:.4f}"
                 )
                 findings.incomplete("published", where, f"{what}: its own figure is the right one")
-            return
+            else:
+                what = f"epsilon {epsilon:.4f} is the last that was published, the site's own ledger comes to {worst:.4f} by now"
+                findings.incomplete("published", where, what)
+            return False
+        return True
 
 
 def _whole_clients(history: History, findings: Findings) -> None:

@@ -15,16 +15,19 @@ from cloister_shared.audit.budget import Block
 from cloister_shared.audit.bundle import Bundle
 from cloister_shared.audit.federation import History, RoundCommit, called
 from cloister_shared.audit.findings import Findings, many
-from cloister_shared.audit.reading import printable, when
+from cloister_shared.audit.reading import MALFORMED, printable, when
 from cloister_shared.audit.sites import Ledger
 from cloister_shared.audit.spends import ledgers_by_client, unsure
 from cloister_shared.audit.tables import Table, caps_table, code_table, enrolled_table, merged, rounds_table
 from cloister_shared.audit.trust import Trust
+from cloister_shared.cards import site_card_of
+from cloister_shared.errors import CloisterError
 
 VERDICTS = {0: "PASS", 1: "VIOLATION", 2: "INCOMPLETE", 3: "FORK OR ROLLBACK"}
 # Which findings answer which question.
 _RESETS = (
     "cap", "counter", "order", "void", "unspent", "uncharged", "untold", "charged", "elsewhere", "newest-head", "anchored-head",
+    "remembered-log", "leaf", "event",
 )  # fmt: skip
 _SAMPLING = ("terms", "unspent", "update", "sums", "uncharged", "untold", "event")
 _LOG = (
@@ -98,6 +101,10 @@ def _alike(said: Iterable[tuple[str, str]]) -> list[str]:
 def _unit(card: object) -> str:
     """What a site declared at enrolment."""
     known = card if isinstance(card, dict) else {}
+    try:
+        site_card_of(dict(known), "card")
+    except (CloisterError, *MALFORMED):
+        return f"{known.get('name')}: its card in the log is none that a site signed"
     return f"{known.get('name')}: one unit is one {known.get('unit')}; {known.get('records')} declared at enrolment"
 
 
@@ -115,12 +122,12 @@ def _remembering(trust: Trust, history: History) -> str:
 def _trusted(trust: Trust, history: History, sums: Sequence[RoundCommit], findings: Findings) -> list[str]:
     """What the coordinator saw, and on whose word."""
     broken = {(lost.run, lost.number) for lost in history.aborted} - {(c.run, c.number) for c in history.commits}
-    single = many(len(history.commits) - len(sums), "round")
-    lines = [f"The coordinator of {trust.name} saw single noised updates in {single}."]
+    single = [c for c in history.commits if not c.sums or any(one.update for one in c.asked)]
+    lines = [f"The coordinator of {trust.name} saw single noised updates in {many(len(single), 'round')}."]
     if sums:
         checked = not any(f.code in ("no-draw", "draw", "sums") for f in findings.found)
         how = "as the draws of its groups bear out" if checked else "by its own word"
-        lines.append(f"In {many(len(sums), 'round')} it saw sums of groups alone, {how}.")
+        lines.append(f"In {many(len(sums), 'round')} it saw sums of groups, {how}; of who is in them no single update.")
     if broken:
         lines.append(f"What it saw of {many(len(broken), 'round')} that came to nothing the log does not say.")
     return lines
@@ -165,8 +172,7 @@ def answers(
     names = sorted({one.name for commit in history.commits for one in commit.asked})
     own = sorted(ledgers.values(), key=lambda ledger: ledger.name)
     here = ledgers_by_client(ledgers, trust)
-    asked = [(one.client, one.name) for c in history.commits for one in c.asked if one.took_part]
-    asked += [(lost.client, lost.name) for lost in history.aborted if lost.took_part]
+    asked = [(one.client, one.name) for leaf in history.told for one in leaf.asked if one.took_part]
     silent = sorted({name for client, name in asked if client not in here})
     unsaid = (f"Of {merged(silent)} this cannot be said: their own logs are not here.",) if silent else ()
     caps, rounded, code, enrolled = (

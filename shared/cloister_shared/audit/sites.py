@@ -6,13 +6,14 @@ A site's log is whole or it is nothing: no event may be missing, of another form
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from cloister_shared.audit.accountant import Step
 from cloister_shared.audit.bundle import Bundle, SiteLog
 from cloister_shared.audit.federation import History, called
-from cloister_shared.audit.findings import Findings
+from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.reading import MALFORMED, hexes, integer, number, record_of, words
 from cloister_shared.audit.trust import Trust
 from cloister_shared.encoding import canonical
@@ -21,7 +22,7 @@ from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import read_checkpoint
 from cloister_shared.plan import VOID_PURPOSE, Receipt
 from cloister_shared.signing import VerifyKey
-from cloister_shared.witness import log_of_federation
+from cloister_shared.witness import SITE_LOGS, log_of_federation
 
 _CLOSES = {"spend": "spent", "lose": "lost", "void": "void"}
 _FAR = 1 << 53
@@ -80,6 +81,8 @@ class Ledger:
         caps: Every cap and delta that reservations were made under, in order, each with its time.
         receipts: By plan.
         anchors: Sizes of this log in commits, by leaf.
+        signed: Events of the longest head of this log that anybody has; where that is more than ``size``, the end is missing here.
+        federation: Leaves of the federation's log by the newest head or receipt in this log; more than are here where that is cut.
         plans: The entries again, by their work.
     """
 
@@ -94,11 +97,24 @@ class Ledger:
     caps: list[tuple[float, float, float]] = field(default_factory=list)
     receipts: dict[str, Receipt] = field(default_factory=dict)
     anchors: dict[int, int] = field(default_factory=dict)
+    signed: int = 0
+    federation: int = 0
     plans: dict[str, list[Entry]] = field(default_factory=dict)
+
+    @property
+    def cut(self) -> bool:
+        """Whether the site signed more events than are here."""
+        return self.signed > self.size
 
 
 def check_site(
-    client: str, log: SiteLog, bundle: Bundle, trust: Trust, history: History, findings: Findings
+    client: str,
+    log: SiteLog,
+    bundle: Bundle,
+    trust: Trust,
+    history: History,
+    known: Mapping[str, str],
+    findings: Findings,
 ) -> Ledger | None:
     """Checks one site's log; returns what it tells, or None where nothing of it can be believed.
 
@@ -108,6 +124,7 @@ def check_site(
         bundle: The bundle.
         trust: What is trusted.
         history: The federation's log.
+        known: The log of each site's key, from ``logs_of_keys``.
         findings: Where what is found goes.
     """
     name = called(client, trust, history)
@@ -119,7 +136,7 @@ def check_site(
     origin = log.note.split("\n", 1)[0]
     try:
         head = read_checkpoint(log.note, key, origin, f"{where} head").checkpoint
-        if not origin.startswith("cloister/site/"):
+        if not origin.startswith(SITE_LOGS):
             raise VerificationError("the head of no site's log", where=where, got=origin[:80])
     except VerificationError as error:
         findings.violation("head-signature", where, str(error)[:300])
@@ -128,8 +145,9 @@ def check_site(
         what = f"edited or damaged: the signed head is of {head.size} other events than the {len(tree)} that are here"
         findings.violation("head", where, what)
         return None
-    # A site that joined again has had several keys under its name.
-    keys = tuple(known for i, known in trust.sites.items() if trust.names[i] == trust.names[client])
+    # A site that joined again has had several keys under its name; one that began another log has not this one's.
+    mine = [i for i in trust.sites if trust.names[i] == trust.names[client] and known.get(i, origin) == origin]
+    keys = tuple(trust.sites[i] for i in dict.fromkeys([client, *mine]))
     ledger = Ledger(client, name, origin, keys, len(tree))
     _check_heads(ledger, tree, bundle, trust, history, findings, where)
     for index, event in enumerate(log.events):
@@ -138,6 +156,12 @@ def check_site(
             _tell(ledger, index, record_of(event, at), trust, history, findings, at)
         except (CloisterError, *MALFORMED) as error:
             findings.violation("event", at, f"malformed: {error}"[:300])
+    if history.records and ledger.federation > len(history.tree):
+        what = (
+            f"this site has a signed head or receipt of {ledger.federation} leaves of the federation's log, {len(history.tree)} are here:"
+            " that was put back or cut, or its export is older than this site's; take a newer one"
+        )
+        findings.fork("witnessed", where, what)
     if open_ := sum(entry.state == "reserved" for entry in ledger.entries.values()):
         findings.held.append(f"{where}: {open_} open reservations count as spent")
     return ledger
@@ -148,11 +172,11 @@ def _check_heads(
 ) -> None:
     """The heads of this log that others hold: in the federation's commits, and in the auditor's memory."""
     known = trust.remembered.get(ledger.origin)
-    if known is not None and (known.size > len(tree) or tree.root(known.size) != known.root):
-        older = ": changed, cut, or a bundle that is older than the trust file" if known.size > len(tree) else ""
-        findings.fork(
-            "remembered", where, f"{known.size} events were seen before, which are not the first ones here{older}"
-        )
+    if known is not None and known.size > len(tree):
+        what = f"{known.size} events were seen before, {len(tree)} are here: put back, cut, or an export that is older than the trust file"
+        findings.fork("remembered", where, what)
+    elif known is not None and tree.root(known.size) != known.root:
+        findings.fork("remembered", where, f"the first {known.size} events are other ones than were seen before")
     for one_bundle in (bundle, *bundle.others):
         for client, note in one_bundle.heads.items():
             key = trust.sites.get(client)
@@ -162,11 +186,10 @@ def _check_heads(
                 head = read_checkpoint(note, key, ledger.origin, where).checkpoint
             except VerificationError:
                 continue  # of keys or a log before this one, or anybody's
-            has = f"the coordinator has a head of {head.size} events that this site signed"
-            if head.size > len(tree):
-                findings.incomplete("newest-head", where, f"{has}, {len(tree)} are here: an older export, or cut")
-            elif tree.root(head.size) != head.root:
-                findings.fork("newest-head", where, f"{has}, which are not the first ones here")
+            ledger.signed = max(ledger.signed, head.size)
+            if head.size <= len(tree) and tree.root(head.size) != head.root:
+                what = f"the coordinator has a head of {head.size} events that this site signed, which are not the first ones here"
+                findings.fork("newest-head", where, what)
     for commit in history.commits:
         for one in commit.asked:
             key = trust.sites.get(one.client)
@@ -178,14 +201,19 @@ def _check_heads(
             except VerificationError as error:
                 findings.violation("anchored-head", at, str(error)[:300])
                 continue
-            if head.size > len(tree) or tree.root(head.size) != head.root:
+            ledger.signed = max(ledger.signed, head.size)
+            if head.size <= len(tree) and tree.root(head.size) != head.root:
                 findings.fork(
                     "anchored-head", at, f"this log does not begin with the {head.size} events that it was of then"
                 )
             else:
                 ledger.anchors[commit.index] = head.size
+    if ledger.cut:
+        what = f"the coordinator has a head of {ledger.signed} events that this site signed, {len(tree)} are here: an older export, or cut"
+        findings.incomplete("newest-head", where, what)
     if ledger.anchors:
-        findings.held.append(f"{where}: begins with what {len(ledger.anchors)} commits of the federation say it was")
+        commits = many(len(ledger.anchors), "commit of the federation says", "commits of the federation say")
+        findings.held.append(f"{where}: begins with what {commits} it was")
 
 
 def _tell(
@@ -208,7 +236,7 @@ def _tell(
     elif kind == "receipt":
         _receipt(ledger, record, trust, history, findings, at)
     elif kind == "witness":
-        _seen(words_of_note(record, "note"), trust, history, findings, at)
+        _seen(words_of_note(record, "note"), ledger, trust, history, findings, at)
         _same_as_note(record, trust, history, findings, at)
     elif kind == "nonprivate_release":
         names = ", ".join(str(n) for n in record["numbers"])
@@ -217,7 +245,7 @@ def _tell(
     elif kind == "incident":
         ledger.incidents.append(words(record, "what"))
         if "shown" in record:
-            _seen(words_of_note(record, "shown"), trust, history, findings, at)
+            _seen(words_of_note(record, "shown"), ledger, trust, history, findings, at)
     elif kind in ("data", "text"):
         hexes(record, "facts", 32)
     else:
@@ -315,6 +343,9 @@ def _receipt(
         return
     # What the coordinator signed then must be in its log now, at that place, and say the same.
     commit = next((c for c in history.commits if c.index == receipt.index), None)
+    ledger.federation = max(ledger.federation, receipt.index + 1)
+    if receipt.index >= len(history.tree):
+        return
     found = history.tree.hashes(receipt.index, receipt.index + 1) == [bytes.fromhex(receipt.leaf)]
     if not found:
         findings.fork(
@@ -334,7 +365,7 @@ def _receipt(
         findings.violation("receipt", at, "it says something else than the commit that it is for")
 
 
-def _seen(note: str, trust: Trust, history: History, findings: Findings, at: str) -> None:
+def _seen(note: str, ledger: Ledger, trust: Trust, history: History, findings: Findings, at: str) -> None:
     """A head that the log's keeper signed and this site kept: it must be of the history that is here."""
     if not history.records:
         return
@@ -343,7 +374,10 @@ def _seen(note: str, trust: Trust, history: History, findings: Findings, at: str
         head = read_checkpoint(note, trust.federation, origin, at).checkpoint
     except VerificationError:
         return
-    if head.size > len(history.tree) or history.tree.root(head.size) != head.root:
+    ledger.federation = max(ledger.federation, head.size)
+    if head.size > len(history.tree):
+        return  # one finding for all of them, at the end
+    if history.tree.root(head.size) != head.root:
         findings.fork(
             "witnessed", at, f"the federation's key signed another history of {head.size} leaves than is here"
         )
@@ -356,5 +390,6 @@ def _same_as_note(record: dict[str, Any], trust: Trust, history: History, findin
     size, root = integer(record, "size", 0, _FAR), hexes(record, "root", 32)
     if not history.records or record.get("log") != log_of_federation(trust.federation):
         return
-    if size > len(history.tree) or history.tree.root(size).hex() != root:
+    # Of more leaves than are here the note beside it tells, where the federation signed it.
+    if size <= len(history.tree) and history.tree.root(size).hex() != root:
         findings.violation("dispute", at, f"this site says that it saw another log of {size} leaves than is here")

@@ -7,13 +7,16 @@ was really left out of an adapter nobody can see from logs: the report names suc
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 
-from cloister_shared.audit.federation import Asked, History, RoundCommit
-from cloister_shared.audit.findings import Findings
+from cloister_shared.audit.federation import Aborted, Asked, History, RoundCommit
+from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.sites import Entry, Ledger
 from cloister_shared.audit.trust import Trust
+
+# Fewer updates in a sum could be told from each other.
+LEAST_SUM = 3
 
 
 def ledgers_by_client(ledgers: Mapping[str, Ledger], trust: Trust) -> dict[str, Ledger]:
@@ -24,40 +27,60 @@ def ledgers_by_client(ledgers: Mapping[str, Ledger], trust: Trust) -> dict[str, 
 def check_spends(ledgers: Mapping[str, Ledger], trust: Trust, history: History, findings: Findings) -> None:
     """Both directions, and who is missing."""
     of = ledgers_by_client(ledgers, trust)
+    _plans_of_one(history, findings)
     _from_log(of, trust, history, findings)
-    _from_ledgers(ledgers, history, findings)
+    _from_ledgers(ledgers, of, history, findings)
+
+
+def _at(leaf: RoundCommit | Aborted, one: Asked) -> str:
+    return f"round {leaf.number} of run {leaf.run[:8]}, {one.name}"
+
+
+def _plans_of_one(history: History, findings: Findings) -> None:
+    """A work is one client's: its digest is of the client too."""
+    whose = dict[str, str]()
+    for leaf in history.told:
+        for one in leaf.asked:
+            if whose.setdefault(one.plan, one.client) != one.client:
+                findings.violation("plan-twice", _at(leaf, one), "this work stands under another client too")
 
 
 def _from_log(of: Mapping[str, Ledger], trust: Trust, history: History, findings: Findings) -> None:
     missing, strangers, plans, matched = set[str](), set[str](), set[str](), 0
     last = {commit.run: commit.number for commit in history.commits}
-
-    def known(client: str, name: str) -> Ledger | None:
-        if client not in trust.sites:
-            strangers.add(name)
-        elif client not in of:
-            missing.add(name)
-        return of.get(client) if client in trust.sites else None
-
-    for commit in history.commits:
-        for one in commit.asked:
-            where = f"round {commit.number} of run {commit.run[:8]}, {one.name}"
+    newest = {
+        one.client: commit.index for commit in history.commits for one in commit.asked if one.verdict == "accepted"
+    }
+    for leaf in history.told:
+        for one in leaf.asked:
+            where = _at(leaf, one)
+            ledger = of.get(one.client)
+            if one.took_part and one.client not in trust.sites:
+                strangers.add(one.name)
+            elif one.took_part and ledger is None:
+                missing.add(one.name)
+            if ledger is not None:
+                _same_terms(one, ledger, findings, where)
+            if isinstance(leaf, Aborted):
+                # A round that came to nothing has used the text of those whose updates came.
+                if ledger is not None and one.verdict == "accepted":
+                    _came(one.plan, "", ledger, findings, where)
+                continue
             if one.verdict == "accepted" and one.plan in plans:
                 findings.violation("plan-twice", where, "this work was accepted before")
             plans |= {one.plan} if one.verdict == "accepted" else set()
-            ledger = known(one.client, one.name) if one.took_part else None
             if ledger is not None and one.verdict == "accepted":
-                matched += _accepted(one, commit, ledger, findings, where)
-                if one.plan not in ledger.receipts:
-                    late = " (the last of its run: it may be on its way)" if commit.number == last[commit.run] else ""
+                matched += _accepted(one, leaf, ledger, findings, where)
+                # Receipts come with the next plan or the run's end: whoever was put out before has none for its last round.
+                if one.plan not in ledger.receipts and not (
+                    one.client in history.left and newest[one.client] == leaf.index
+                ):
+                    late = " (the last of its run: it may be on its way)" if leaf.number == last[leaf.run] else ""
                     findings.incomplete("no-receipt", where, f"the site has no receipt for it{late}")
-            elif ledger is not None and one.update:
+            elif ledger is not None and one.took_part and one.update:
                 _came(one.plan, one.update, ledger, findings, where)
-    for lost in history.aborted:
-        # A round that came to nothing has used the text of those whose updates came.
-        ledger = known(lost.client, lost.name) if lost.took_part else None
-        if ledger is not None and lost.verdict == "accepted":
-            _came(lost.plan, "", ledger, findings, f"leaf {lost.index}, {lost.name}")
+    for commit in history.commits:
+        strangers |= _sums(commit, of, trust, findings)
     if matched:
         findings.held.append(
             f"{matched} accepted updates are each in their site's own ledger, reserved before they were spent"
@@ -72,40 +95,78 @@ def _from_log(of: Mapping[str, Ledger], trust: Trust, history: History, findings
         )
 
 
+def _sums(commit: RoundCommit, of: Mapping[str, Ledger], trust: Trust, findings: Findings) -> set[str]:
+    """Whoever is in a sum was asked, took part under masks, and is somebody; returns those that nobody here knows."""
+    rows, strangers = {one.client: one for one in commit.asked}, set[str]()
+    for group in commit.sums:
+        for client in sorted(group):
+            one, where = rows.get(client), f"round {commit.number} of run {commit.run[:8]}"
+            if client not in trust.sites:
+                strangers.add(one.name if one is not None else client[:16])
+            if one is None or not one.took_part:
+                findings.violation("sums", where, f"a sum has {client[:16]}, who took no part by the same commit")
+            elif one.update:
+                findings.violation("sums", where, f"a sum has {one.name}, whose own update is named beside it")
+            elif (ledger := of.get(client)) is not None and one.verdict != "accepted":
+                found = [e for e in ledger.plans.get(one.plan, ()) if e.state != "void"]
+                if not any(e.secure for e in found) and not ledger.cut:
+                    findings.violation("sums", where, f"a sum has {one.name}, which did not answer under masks")
+        if len(group) < LEAST_SUM:
+            findings.violation("sums", f"round {commit.number} of run {commit.run[:8]}", f"a sum of {len(group)} alone")
+    return strangers
+
+
+def _same_terms(one: Asked, ledger: Ledger, findings: Findings, where: str) -> None:
+    """What the log says that a work was is what the site reserved for it."""
+    for entry in ledger.plans.get(one.plan, ()):
+        if entry.terms != one.terms:
+            said, own = (", ".join(f"{x:g}" for x in terms) for terms in (one.terms, entry.terms))
+            findings.violation("terms", where, f"the log says {said}; the ledger {own}")
+            return
+
+
 def _came(plan: str, update: str, ledger: Ledger, findings: Findings, where: str) -> None:
     """An update came, whatever became of it: its site spent for it."""
     found = [e for e in ledger.plans.get(plan, ()) if e.state != "void"]
+    if not found and ledger.cut:
+        return  # what is missing of its log is told once
     if not found:
         findings.violation("unspent", where, "an update came that this site's ledger never spent for, or gave back")
     elif update and not any(e.vector in ("", update) or e.secure for e in found):
         findings.violation("update", where, "another update came than this site's ledger spent for")
 
 
-def _from_ledgers(ledgers: Mapping[str, Ledger], history: History, findings: Findings) -> None:
-    """Whatever was spent is told, in its round, as charged."""
+def _from_ledgers(
+    ledgers: Mapping[str, Ledger], of: Mapping[str, Ledger], history: History, findings: Findings
+) -> None:
+    """Whatever was spent is told, in its round, of this very site, as charged."""
     if not history.records:
         return
-    told, done = defaultdict[tuple[str, str, int], list[tuple[str, bool]]](list), set[tuple[str, int]]()
-    for commit in history.commits:
-        done.add((commit.run, commit.number))
-        for one in commit.asked:
-            told[one.plan, commit.run, commit.number].append((one.client, one.took_part))
-    for lost in history.aborted:
-        # Leaves from before they said what was charged accuse nobody.
-        told[lost.plan, lost.run, lost.number].append((lost.client, lost.took_part or lost.terms is None))
+    told, done = defaultdict[tuple[str, str, int], list[Asked]](list), {(c.run, c.number) for c in history.commits}
+    for leaf in history.told:
+        for one in leaf.asked:
+            told[one.plan, leaf.run, leaf.number].append(one)
     elsewhere = defaultdict[str, set[str]](set)
     for ledger in ledgers.values():
+        counted = Counter((e.plan, e.run, e.round) for e in ledger.entries.values() if e.state != "void")
         for entry in ledger.entries.values():
             where = f"site {ledger.name}, entry {entry.number}, round {entry.round} of run {entry.run[:8]}"
+            key = entry.plan, entry.run, entry.round
             if entry.state == "void":
                 continue
-            said = told.get((entry.plan, entry.run, entry.round), [])
+            said = [one for one in told.get(key, ()) if of.get(one.client) is ledger]
             if entry.run not in history.runs:
                 elsewhere[entry.run].add(ledger.name)
-            elif said and not any(charged for _, charged in said):
+            elif said and not any(one.took_part for one in said):
                 findings.violation(
                     "uncharged", where, "the site spent for it, and the log says that it was charged nothing"
                 )
+            elif said and counted[key] > (most := max(max(one.charged, 1) for one in said)):
+                what = (
+                    f"{many(counted[key], 'entry', 'entries')} charged for it, {many(most, 'attempt')} told by the log"
+                )
+                findings.incomplete("charged", where, what)
+                counted[key] = 0
             elif not said and (entry.run, entry.round) in done:
                 findings.violation(
                     "untold", where, "the site spent for a round whose commit does not say that it was asked"
@@ -140,6 +201,8 @@ def _spent(ledger: Ledger | None, plan: str) -> bool:
 
 def _accepted(one: Asked, commit: RoundCommit, ledger: Ledger, findings: Findings, where: str) -> int:
     found = [e for e in ledger.plans.get(one.plan, ()) if e.state == "spent"]
+    if not found and ledger.cut:
+        return 0
     if not found:
         findings.violation("unspent", where, "an update was accepted that this site's ledger never spent for")
         return 0
@@ -150,20 +213,13 @@ def _accepted(one: Asked, commit: RoundCommit, ledger: Ledger, findings: Finding
 def _on_terms(entry: Entry, one: Asked, commit: RoundCommit, ledger: Ledger, findings: Findings, where: str) -> None:
     if (entry.run, entry.round) != (commit.run, commit.number):
         findings.violation("terms", where, f"the site spent for round {entry.round} of run {entry.run[:8]}")
-    if entry.terms != (one.noise_multiplier, one.sample_rate, one.steps, one.delta):
-        findings.violation(
-            "terms",
-            where,
-            f"the commit says {one.noise_multiplier:g}, {one.sample_rate:g}, {one.steps}, {one.delta:g};"
-            f" the ledger {', '.join(f'{x:g}' for x in entry.terms)}",
-        )
     if entry.closed_at >= ledger.anchors.get(commit.index, 0):
         findings.violation(
             "anchored-head", where, "the head that came with its answer has not this round's spend in it"
         )
     if entry.secure:
         inside = [group for group in commit.sums if one.client in group]
-        if one.update or len(inside) != 1 or len(inside[0]) < 3:
+        if one.update or len(inside) != 1 or len(inside[0]) < LEAST_SUM:
             findings.violation(
                 "sums", where, "the site answered under masks, and the commit has no sum of three or more with it"
             )

@@ -1,0 +1,355 @@
+"""Coordinators and sites that sign what is not so, and honest histories that look odd: what an audit says of each."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cloister_shared.audit.bundle import Bundle, read_bundle, write_bundle
+from cloister_shared.audit.command import Audit, audit, merged
+from cloister_shared.audit.report import answers
+from cloister_shared.audit.trust import Trust, write_trust
+from cloister_shared.errors import InputError
+from cloister_shared.notes import ED25519, key_hash
+from cloister_shared.privacy import DpSgd, epsilon
+from cloister_shared.signing import SigningKey
+
+from support.forged import HUGE, RUN, RUN2, TERMS, Forged, ForgedSite, head_of, named
+
+
+def found(got: Audit) -> set[tuple[str, str]]:
+    return {(f.kind, f.code) for f in got.findings.found}
+
+
+def check(made: Forged) -> set[tuple[str, str]]:
+    made.close()
+    return found(audit(made.bundle, made.trust()))
+
+
+def began(rounds: int = 2, sites: int = 3) -> Forged:
+    made = Forged(tuple(ForgedSite(f"site-{i}") for i in range(1, sites + 1)))
+    made.begin()
+    for number in range(1, rounds + 1):
+        made.round(number)
+    return made
+
+
+def lines(bundle: Bundle, trust: Trust, question: str) -> str:
+    got = audit(bundle, trust)
+    said = answers(bundle, trust, got.history, got.ledgers, got.blocks, got.findings)
+    return "\n".join(line for one in said if question in one.question for line in one.lines)
+
+
+def test_an_honest_history_passes() -> None:
+    assert check(began(3)) == set()
+
+
+def test_a_work_that_stands_in_another_sites_row_is_untold() -> None:
+    made = began(2, sites=4)
+    first, *others, fourth = made.sites
+    plan = made.train(first, RUN, 3, HUGE)
+    rows = []
+    for site in others:
+        made.train(site, RUN, 3)
+        rows.append(made.row(site, RUN, 3))
+    rows.append(made.row(fourth, RUN, 3, plan=plan, verdict="missing", update=""))
+    made.commit(RUN, 3, rows)
+    assert ("violation", "untold") in check(made)
+
+
+def test_a_work_under_two_clients_is_seen_without_their_ledgers() -> None:
+    made = began(1)
+    rows = [made.row(site, RUN, 2, plan=named("one")) for site in made.sites[:2]]
+    made.commit(RUN, 2, rows)
+    made.close()
+    got = audit(replace(made.bundle, sites={}), made.trust())
+    assert ("violation", "plan-twice") in found(got)
+
+
+def test_other_terms_than_were_reserved_are_seen_whatever_the_verdict() -> None:
+    for verdict, update in (("late", ""), ("outlier", None)):
+        made = began(2)
+        rows = []
+        for site in made.sites:
+            plan = made.train(site, RUN, 3, HUGE if site is made.sites[0] else TERMS)
+            more: dict[str, Any] = {"verdict": verdict, "update": named("update", plan) if update is None else ""}
+            rows.append(made.row(site, RUN, 3, **(more if site is made.sites[0] else {})))
+        made.commit(RUN, 3, rows)
+        assert {("violation", "terms"), ("violation", "published")} <= check(made)
+
+
+def lost_often(made: Forged, terms: Any = TERMS) -> str:
+    """A site that was charged seven times for one work."""
+    site = made.sites[0]
+    made.show(site)
+    plan = named(RUN, 3, site.id)
+    for _ in range(7):
+        site.add("lose", entry=site.reserve(plan, RUN, 3, terms))
+    return plan
+
+
+def test_charges_that_the_log_counts_once_are_told() -> None:
+    """In a commit where the site's answer came late, and in a round that was broken off."""
+    late = began(2)
+    lost_often(late)
+    rows = [late.row(late.sites[0], RUN, 3, verdict="late", update="")]
+    for site in late.sites[1:]:
+        late.train(site, RUN, 3)
+        rows.append(late.row(site, RUN, 3))
+    late.commit(RUN, 3, rows)
+    assert {("incomplete", "charged"), ("incomplete", "published")} <= check(late)
+    broken = began(2)
+    lost_often(broken)
+    row = broken.row(broken.sites[0], RUN, 3, verdict="missing", update="")
+    broken.leaf("incident", run=RUN, round=3, what="too few", clients=[row])
+    assert {("incomplete", "charged"), ("incomplete", "published")} <= check(broken)
+
+
+def test_a_leaf_of_a_broken_round_says_what_was_charged() -> None:
+    made = began(2, sites=4)
+    last = made.sites[3]
+    made.train(last, RUN, 3)
+    row = made.row(last, RUN, 3, verdict="missing", update="")
+    bare = {name: row[name] for name in ("client", "name", "plan", "verdict")}
+    made.leaf("incident", run=RUN, round=3, what="broken off", clients=[bare])
+    assert ("violation", "leaf") in check(made)
+
+
+def test_what_a_site_spent_under_an_earlier_key_counts() -> None:
+    made = Forged()
+    made.begin()
+    first = made.sites[0]
+    for number in (1, 2):
+        rows = []
+        for site in made.sites:
+            made.train(site, RUN, number, noised=[["loss", 0.2]] if site is first else [])
+            rows.append(made.row(site, RUN, number))
+        made.commit(RUN, number, rows)
+    made.rejoin(first)
+    assert ("violation", "published") in check(made)
+
+
+def sums(member: Callable[[Forged, ForgedSite], dict[str, Any]], keys: int = 3) -> Forged:
+    """A sum of three of which the first site alone trained; what the commit says of the others is ``member``'s."""
+    made = Forged()
+    made.begin()
+    first, *others = made.sites
+    own = [site.key for site in others] if keys == 3 else [SigningKey.generate(), SigningKey.generate()]
+    draw, group = made.drawn([first.key, *own])
+    made.train(first, RUN, 1, secure=named("members"))
+    rows = [made.row(first, RUN, 1, update="")]
+    for site in others:
+        made.show(site)
+        rows.append(member(made, site))
+    made.commit(RUN, 1, rows, [group], draw)
+    return made
+
+
+def test_a_sum_is_of_sites_that_took_part_under_masks() -> None:
+    away: dict[str, Any] = {"verdict": "missing", "update": "", "charged": 0}
+    for keys in (3, 2):
+        got = check(sums(lambda made, site: made.row(site, RUN, 1, **away), keys))
+        assert ("violation", "sums") in got
+        assert (("incomplete", "stranger") in got) == (keys == 2)
+
+    def bare(made: Forged, site: ForgedSite) -> dict[str, Any]:
+        made.train(site, RUN, 1)
+        return made.row(site, RUN, 1, verdict="outlier", update="")
+
+    assert ("violation", "sums") in check(sums(bare))
+
+    def masked(made: Forged, site: ForgedSite) -> dict[str, Any]:
+        made.train(site, RUN, 1, secure=named("members"))
+        return made.row(site, RUN, 1, update="")
+
+    assert check(sums(masked)) == set()
+    good = sums(masked)
+    good.close()
+    assert "in 0 rounds" in lines(good.bundle, good.trust(), "trusted")
+
+
+def test_a_single_update_beside_a_sum_was_seen() -> None:
+    made = Forged(tuple(ForgedSite(f"site-{i}") for i in range(1, 5)))
+    made.begin()
+    draw, group = made.drawn([site.key for site in made.sites[:3]])
+    rows = []
+    for site in made.sites:
+        masked = site is not made.sites[3]
+        plan = made.train(site, RUN, 1, secure=named("members") if masked else "")
+        rows.append(made.row(site, RUN, 1, update="" if masked else named("update", plan)))
+    made.commit(RUN, 1, rows, [group], draw)
+    assert check(made) == set()
+    assert "saw single noised updates in 1 round." in lines(made.bundle, made.trust(), "trusted")
+
+
+def test_a_second_log_of_a_site_is_not_looked_past() -> None:
+    made = began(2)
+    made.close()
+    first = made.sites[0]
+    hidden = ForgedSite("hidden", first.key)
+    hidden.spend(hidden.reserve(named("h"), RUN2, 1, HUGE), named("u"))
+    head = head_of(hidden.origin, hidden.events)
+    whole = made.bundle
+    assert found(audit(whole, made.trust(head))) == {("incomplete", "remembered-log")}
+    assert found(audit(replace(whole, heads={first.id: hidden.note}), made.trust())) == {("fork", "two-logs")}
+    two = merged([whole, Bundle(1.0, sites={first.id: hidden.log})])
+    assert ("fork", "two-logs") in found(audit(two, made.trust()))
+    row = made.row(first, RUN, 3, head=hidden.note, charged=0, verdict="missing", update="")
+    made.commit(RUN, 3, [row])
+    assert ("fork", "two-logs") in check(made)
+
+
+def test_a_site_that_joins_again_is_one_site() -> None:
+    """With its old log under a fresh key; an auditor's bundle of before beside the new one changes nothing."""
+    made = began(2)
+    made.close()
+    early = made.bundle
+    made.rejoin(made.sites[0])
+    made.begin(RUN2)
+    made.round(1, RUN2)
+    made.close()
+    assert found(audit(made.bundle, made.trust())) == set()
+    for several in ([made.bundle, early], [early, made.bundle]):
+        assert found(audit(merged(several), made.trust())) == set()
+    # What it was told to have spent before counts for what is published later.
+    made.spent["site-1"].clear()
+    made.round(2, RUN2)
+    assert ("violation", "published") in check(made)
+
+
+def test_a_site_that_begins_another_log_under_another_key_is_asked_for_both() -> None:
+    made = began(2)
+    made.close()
+    old = made.sites[0]
+    made.leaf("revoke", site=old.name)
+    made.cosigned.pop(old.id)
+    new = ForgedSite(old.name, origin="cloister/site/" + "ab" * 16)
+    made.sites = (new, *made.sites[1:])
+    made.enrol(new)
+    made.begin(RUN2)
+    made.round(1, RUN2)
+    assert check(made) == {("incomplete", "no-site-log")}
+    both = replace(made.bundle, sites={**made.bundle.sites, old.id: old.log})
+    assert found(audit(both, made.trust())) == set()
+
+
+def test_a_site_revoked_while_its_round_was_under_way_may_be_in_it_and_in_no_later_one() -> None:
+    made = began(1)
+    rows = []
+    for site in made.sites:
+        made.train(site, RUN, 2)
+        rows.append(made.row(site, RUN, 2))
+    made.leaf("revoke", site="site-1")
+    made.commit(RUN, 2, rows)
+    # Nobody tells it any more what became of its update.
+    made.owed.pop(made.sites[0].id)
+    assert check(made) == set()
+    made.round(3)
+    assert ("violation", "not-enrolled") in check(made)
+
+
+def test_an_entry_is_held_against_the_delta_that_its_owner_stated_then() -> None:
+    made = Forged()
+    made.begin()
+    cap_then = epsilon([DpSgd(1.0, 0.1, 20)], 1e-3) + 0.05
+    assert epsilon([DpSgd(1.0, 0.1, 20)], 1e-6) > cap_then + 0.5
+    for number, (delta, cap) in enumerate(((1e-3, cap_then), (1e-6, 40.0), (1e-6, cap_then)), 1):
+        rows = []
+        for site in made.sites:
+            made.train(site, RUN, number, (1.0, 0.1, 20), delta=delta, cap=cap)
+            rows.append(made.row(site, RUN, number, (1.0, 0.1, 20), delta=delta, epsilon=50.0))
+        made.commit(RUN, number, rows)
+        # At 1e-6 the first entry alone is above its cap; it was reserved at 1e-3.
+        assert (("violation", "cap") in check(made)) == (number == 3)
+
+
+def test_bundles_of_different_days_say_so() -> None:
+    made = began(3)
+    made.close()
+    monday = made.bundle
+    made.begin(RUN2)
+    made.round(1, RUN2)
+    made.close()
+    newer = audit(replace(monday, sites=made.bundle.sites), made.trust())
+    assert {f.kind for f in newer.findings.found if f.code == "witnessed"} == {"fork"}
+    assert not any("another history" in f.what for f in newer.findings.found)
+    assert "violation" not in {f.kind for f in newer.findings.found}
+    older = audit(replace(made.bundle, sites=monday.sites), made.trust())
+    assert older.findings.exit_code == 2
+    assert ("incomplete", "newest-head") in found(older)
+
+
+def test_a_card_that_its_site_did_not_sign_is_no_declaration() -> None:
+    made = began(1)
+    other = ForgedSite("site-9")
+    made.trusted[other.id] = (other.name, other.key.verify_key)
+    card = json.loads(made.leaves[0].record)["card"] | {"name": "site-9", "key": other.key.verify_key.raw.hex()}
+    made.leaf("enrol", site="site-9", card=card | {"unit": "person, as this audit has checked", "records": 10**12})
+    assert ("violation", "card") in check(made)
+    assert "checked" not in lines(made.bundle, made.trust(), "Whose text")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("written")
+    made = began(1)
+    made.close()
+    made.heads = {site.id: site.note for site in made.sites}
+    write_bundle(folder / "b.zip", made.bundle)
+    write_trust(folder / "t.json", made.trust())
+    first = made.sites[0]
+    hint = base64.b64encode(key_hash(first.origin, first.key.verify_key, ED25519) + bytes(64)).decode()
+    note = f"{first.origin}\n1\n{base64.b64encode(bytes(32)).decode()}\n\ud800\n\n\N{EM DASH} {first.origin} {hint}\n"
+    (folder / "odd.json").write_text(json.dumps({first.id: note}))
+    return folder
+
+
+def verified(bundle: Path, trust: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cloister_shared.audit.command", str(bundle), "--trust", str(trust)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def packed(
+    written: Path, out: Path, spoil: Callable[[dict[str, bytes]], None], how: int = zipfile.ZIP_DEFLATED
+) -> Path:
+    with zipfile.ZipFile(written / "b.zip") as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    spoil(parts)
+    with zipfile.ZipFile(out, "w", how) as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+    return out
+
+
+def test_what_anybody_can_write_is_refused_in_words(written: Path, tmp_path: Path) -> None:
+    odd = (written / "odd.json").read_bytes()
+    half = packed(written, tmp_path / "half", lambda parts: parts.update({"federation/heads.json": odd}))
+    lzma = packed(written, tmp_path / "lzma", lambda parts: None, zipfile.ZIP_LZMA)
+    name = "\x1b[2J\x1b[Hheld\r\nPASS\x1b[8m"
+    escapes = packed(written, tmp_path / "escapes", lambda parts: parts.update({name: b""}))
+    many = b'{"record":""}\n' * 1_000_001
+    lots = packed(written, tmp_path / "lots", lambda parts: parts.update({"federation/leaves.jsonl": many}))
+    data = bytearray((written / "b.zip").read_bytes())
+    at = data.rfind(b"PK\x01\x02")
+    struct.pack_into("<H", data, at + 8, struct.unpack_from("<H", data, at + 8)[0] | 0x800)
+    data[at + 46] = 0xFF
+    (tmp_path / "name").write_bytes(data)
+    for path in (half, lzma, escapes, lots, tmp_path / "name"):
+        with pytest.raises(InputError) as refused:
+            read_bundle(path)
+        assert str(refused.value).isprintable()
+        done = verified(path, written / "t.json")
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "\x1b" not in done.stderr + done.stdout
+        assert "PASS\n" not in done.stdout
+    assert verified(written / "b.zip", written / "t.json").returncode == 0
