@@ -290,6 +290,8 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
             elif kind == "incident" and "clients" in record:
                 run, attempt = hexes(record, "run", 16), integer(record, "round", 1, 1_000_000)
                 history.aborted.append(Aborted(index, run, attempt, _asked(record)))
+                for one in history.aborted[-1].asked:
+                    _named(trust, one.client, one.name, where, findings)
             elif kind == "round_commit":
                 commit = _commit(record, index)
                 history.commits.append(commit)

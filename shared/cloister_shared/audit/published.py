@@ -39,7 +39,9 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
                 findings.violation("charged", where, f"{was} charged by an earlier leaf, {one.charged} by this one")
             most[key] = max(one.charged, most.get(key, 0))
             # Under whichever key: a site that joined again has the same text and the same name.
-            sum_of = whole.setdefault(one.name, Counter())
+            ledger = of.get(one.client)
+            whose = one.name if ledger is None else ledger.client
+            sum_of = whole.setdefault(whose, Counter())
             sum_of.subtract(lost.pop(key, Counter()))
             # An attempt that was charged counts, whatever came of it: its text was used.
             times = max(most[key], int(one.verdict == "accepted"))
@@ -55,13 +57,13 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
                 bad.add(one.name)
                 continue
             told.add(one.name)
-            if (ledger := of.get(one.client)) is not None:
+            if ledger is not None:
                 good = own[ledger.client].check(one.plan, +sum_of, one.epsilon, one.delta, findings, where)
                 bad |= set() if good else {one.name}
                 last[ledger.client] = one, where
     for client, (one, where) in last.items():
         # What no leaf tells of yet counts all the same.
-        good = own[client].check("", +whole[one.name], one.epsilon, one.delta, findings, where)
+        good = own[client].check("", +whole[client], one.epsilon, one.delta, findings, where)
         bad |= set() if good else {one.name}
     if told - bad:
         against = " and of their own ledgers" if own else ", by the coordinator's own commits alone"
