@@ -8,11 +8,15 @@ from typing import Any
 from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog
 from cloister_shared.audit.command import audit
 from cloister_shared.audit.trust import trust_of
+from cloister_shared.cards import SITE_PURPOSE, SiteCard
 from cloister_shared.encoding import canonical
 from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import Checkpoint
+from cloister_shared.sealing import OpeningKey
 from cloister_shared.signing import SigningKey
 from cloister_shared.witness import log_of_federation, log_of_site
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 SITES, ROUNDS = 50, 1000
 
@@ -23,8 +27,7 @@ def make(sites: int = SITES, rounds: int = ROUNDS) -> tuple[Bundle, SigningKey, 
     origin, run, clients = log_of_federation(keeper.verify_key), "ab" * 16, [k.verify_key.id.hex() for k in keys]
     own = [log_of_site(i.to_bytes(2, "big")) for i in range(sites)]
     bodies: list[dict[str, Any]] = [
-        {"kind": "enrol", "site": f"site-{i}", "card": {"key": key.verify_key.raw.hex(), "name": f"site-{i}"}}
-        for i, key in enumerate(keys)
+        {"kind": "enrol", "site": f"site-{i}", "card": _card(f"site-{i}", key)} for i, key in enumerate(keys)
     ]
     bodies.append({"kind": "policy", "run": run, "adapter": f"{0:064x}", "base": "cd" * 32})
     events, trees = [list[bytes]() for _ in keys], [Tree() for _ in keys]
@@ -58,6 +61,14 @@ def make(sites: int = SITES, rounds: int = ROUNDS) -> tuple[Bundle, SigningKey, 
         logs[clients[i]] = SiteLog(tuple(events[i]), Checkpoint(own[i], len(trees[i]), trees[i].root()).signed(key))
     cosigned = {clients[0]: (head_of.size, head_of.root.hex(), head_of.cosigned(clients[0], keys[0], 1))}
     return Bundle(1.0, tuple(leaves), head_of.signed(keeper), cosigned, logs), keeper, keys
+
+
+def _card(name: str, key: SigningKey) -> dict[str, Any]:
+    node = ec.generate_private_key(ec.SECP384R1()).public_key()
+    pem = node.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+    sealing = OpeningKey.generate().sealing_key.raw.hex()
+    card = SiteCard(name, key.verify_key.raw.hex(), sealing, pem, 1000, "record", 8.0, 1e-5)
+    return card.body | {"signature": key.sign(SITE_PURPOSE, canonical(card.body)).hex()}
 
 
 def measure() -> float:

@@ -68,7 +68,8 @@ def test_a_work_that_stands_in_another_sites_row_is_untold() -> None:
 
 def test_a_work_under_two_clients_is_seen_without_their_ledgers() -> None:
     made = began(1)
-    rows = [made.row(site, RUN, 2, plan=named("one")) for site in made.sites[:2]]
+    first, other = made.sites[:2]
+    rows = [made.row(first, RUN, 2), made.row(other, RUN, 2, plan=named(RUN, 2, first.id), verdict="late", update="")]
     made.commit(RUN, 2, rows)
     made.close()
     got = audit(replace(made.bundle, sites={}), made.trust())
