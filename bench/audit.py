@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from cloister_shared.audit import accountant
 from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog
 from cloister_shared.audit.command import audit
 from cloister_shared.audit.trust import trust_of
@@ -30,6 +31,9 @@ def make(sites: int = SITES, rounds: int = ROUNDS) -> tuple[Bundle, SigningKey, 
         {"kind": "enrol", "site": f"site-{i}", "card": _card(f"site-{i}", key)} for i, key in enumerate(keys)
     ]
     bodies.append({"kind": "policy", "run": run, "adapter": f"{0:064x}", "base": "cd" * 32})
+    # What an honest coordinator publishes; what was worked out for it is forgotten before the audit.
+    published = [accountant.by_pld((((1.1, 0.01), 10 * n),), 1e-5) + 0.005 for n in range(1, rounds + 1)]
+    accountant.forget()
     events, trees = [list[bytes]() for _ in keys], [Tree() for _ in keys]
     for number in range(1, rounds + 1):
         asked = list[dict[str, Any]]()
@@ -44,7 +48,7 @@ def make(sites: int = SITES, rounds: int = ROUNDS) -> tuple[Bundle, SigningKey, 
                 trees[i].append(leaf_hash(events[i][-1]))
             head = Checkpoint(own[i], len(trees[i]), trees[i].root()).signed(key)
             told = {"client": clients[i], "name": f"site-{i}", "verdict": "accepted", "update": "ef" * 32, "charged": 1}
-            asked.append(terms | told | {"epsilon": 8.0, "head": head})
+            asked.append(terms | told | {"epsilon": published[number - 1], "head": head})
         commit = {"kind": "round_commit", "run": run, "round": number, "base": "cd" * 32, "sums": [], "draw": ""}
         commit |= {"start": f"{number - 1:064x}", "adapter": f"{number:064x}", "metrics": {}}
         bodies.append(commit | {"clients": asked})

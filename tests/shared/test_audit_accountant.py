@@ -43,7 +43,7 @@ def test_each_prefix_of_a_history_is_as_their_accountant_says(
     rounds: list[dict[Step, int]], at: tuple[float, float]
 ) -> None:
     delta, far = at
-    by_pld.cache_clear()
+    accountant.forget()
     whole, prefixes = Counter[Step](), list[Steps]()
     for one in rounds:
         whole.update(one)
@@ -52,8 +52,7 @@ def test_each_prefix_of_a_history_is_as_their_accountant_says(
     for steps in prefixes:
         assert by_pld(steps, delta) == pytest.approx(theirs(steps, delta), abs=far)
     for steps in reversed(prefixes):
-        by_pld.cache_clear()
-        accountant._recent.clear()
+        accountant.forget()
         assert by_pld(steps, delta) == pytest.approx(theirs(steps, delta), abs=far)
 
 
@@ -70,4 +69,8 @@ def test_rdp_is_theirs_and_bounds_pld(counts: dict[Step, int]) -> None:
     orders = (*range(2, 65), 80, 96, 128, 192, 256, 512)
     bound = by_rdp(steps, 1e-5)
     assert bound == pytest.approx(RdpAccountant(orders=orders).compose(event(steps)).get_epsilon(1e-5), rel=1e-9)
-    assert epsilon_of(Counter(counts), 1e-5) <= bound + 1e-3
+    least = epsilon_of(Counter(counts), 1e-5)
+    assert least <= bound + 1e-3
+    for far in (1e-4, 0.02, 1.0):
+        assert accountant.covers(least + far, steps, 1e-5)
+        assert not accountant.covers(least - far, steps, 1e-5)

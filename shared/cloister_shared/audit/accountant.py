@@ -26,6 +26,13 @@ _KEPT = 32
 _recent: OrderedDict[Steps, tuple[Any, int]] = OrderedDict()
 
 
+def forget() -> None:
+    """Forgets every figure that was worked out."""
+    _recent.clear()
+    for known in (_rdp_of, by_rdp, by_pld, covers, _one, _times):
+        known.cache_clear()
+
+
 @lru_cache(maxsize=1024)
 def _rdp_of(step: Step) -> Any:
     """What one release costs, at each order."""
@@ -67,6 +74,21 @@ def by_both(steps: Steps, delta: float) -> tuple[float, float]:
 def epsilon_of(steps: Counter[Step], delta: float) -> float:
     """Epsilon of these releases, by PLD (by RDP where that is far above anything that is allowed)."""
     return by_both(tuple(sorted(steps.items())), delta)[0]
+
+
+@cache
+def covers(epsilon: float, steps: Steps, delta: float) -> bool:
+    """Whether a stated epsilon is not below these releases': by RDP where that is enough, else by PLD's delta at it.
+
+    Args:
+        epsilon: As stated, with whatever tolerance there is.
+        steps: Releases.
+        delta: At which it is stated.
+    """
+    bound = by_rdp(steps, delta)
+    return bound <= epsilon or (
+        bound < _FAR_ABOVE and float(_distribution(steps).get_delta_for_epsilon(epsilon)) <= delta
+    )
 
 
 @lru_cache(maxsize=64)
