@@ -161,10 +161,11 @@ def test_a_sum_is_of_sites_that_took_part_under_masks() -> None:
         got = check(sums(lambda made, site: made.row(site, RUN, 1, **away), keys))
         assert ("violation", "sums") in got
         assert (("incomplete", "stranger") in got) == (keys == 2)
-    # By the commit alone, too.
-    made = sums(lambda made, site: made.row(site, RUN, 1, **away))
-    made.close()
-    assert ("violation", "sums") in found(audit(replace(made.bundle, sites={}), made.trust()))
+    # By the commit alone, too; and where it names the update of one of them.
+    for more in (away, {}):
+        made = sums(lambda made, site, more=more: made.row(site, RUN, 1, **more))  # type: ignore[misc]
+        made.close()
+        assert ("violation", "sums") in found(audit(replace(made.bundle, sites={}), made.trust()))
 
     def bare(made: Forged, site: ForgedSite) -> dict[str, Any]:
         made.train(site, RUN, 1)
