@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import time
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
@@ -27,7 +27,7 @@ from cloister_server.compare import fields, modules
 from cloister_server.here import Home, Json, RunName, registry
 from cloister_server.operators import signed, with_key, with_signature
 from cloister_server.store import Store
-from cloister_server.tables import Alias, Round, Run
+from cloister_server.tables import Alias, AliasEvent, Round, Run
 
 Key = Annotated[Path | None, typer.Option("--key", help="The operator's key file, where the alias is guarded.")]
 Ask = Annotated[Path | None, typer.Option("--ask", help="Write what its operator must sign, and move nothing.")]
@@ -234,17 +234,29 @@ def aliases(json: Json = False, home: Home = None) -> None:
     cells = [
         [
             *(one.name, e.version, time.strftime("%F %R", time.gmtime(e.at)), e.run[:8], e.number, e.adapter[:12]),
-            *("rollback" if e.rollback else "", _id(e.guard)[:8] if e.guard else "", e.why),
+            *(what, _id(e.guard)[:8] if e.guard else "", e.why),
         ]
         for one in now
-        for e in reversed(events[one.name])
+        for e, what in reversed(moves(events[one.name]))
     ]
     record = {
         "aliases": [one.model_dump() for one in now],
         "events": [e.model_dump() for name in sorted(events) for e in events[name]],
     }
-    columns = ["alias", "move", "at (UTC)", "run", "round", "adapter", "", "guard", "why"]
+    columns = ["alias", "move", "at (UTC)", "run", "round", "adapter", "what", "guard", "why"]
     console.table(record, "aliases, newest move first", columns, cells)
+
+
+def moves(events: Sequence[AliasEvent]) -> list[tuple[AliasEvent, str]]:
+    """Each move of an alias with what it did."""
+    out, before = list[tuple[AliasEvent, str]](), None
+    for e in events:
+        what = "rolled back" if e.rollback else "promoted"
+        if before is not None and (e.run, e.number) == (before.run, before.number) and e.guard != before.guard:
+            what = "handed on" if e.guard and before.guard else "protected" if e.guard else "no longer protected"
+        out.append((e, what))
+        before = e
+    return out
 
 
 def _facts(store: Store, run: Run, number: int) -> dict[str, Any]:

@@ -241,7 +241,12 @@ class Store(Releases):
                 for leaf in session.exec(select(Leaf).where(Leaf.kind == "policy")):
                     before = json.loads(leaf.record).get("imported") or {}
                     if (before.get("log"), before.get("leaf")) == (origin.said["log"], origin.said["leaf"]):
-                        raise StateError("this round was imported before", where=f"leaf {leaf.index}")
+                        raise StateError(
+                            "this round was imported before",
+                            where=f"leaf {leaf.index}",
+                            got=f"run {json.loads(leaf.record)['run'][:8]} began with it",
+                            mend="rounds show RUN 0",
+                        )
                 self._stated(session, run.id, 0, statement, origin.key, origin.statement)
                 body["imported"] = dict(origin.said) | {"statement": statement}
             append(session, "policy", body, self.signing)

@@ -343,14 +343,17 @@ def test_what_anybody_can_write_is_refused_in_words(written: Path, tmp_path: Pat
     name = "\x1b[2J\x1b[Hheld\r\nPASS\x1b[8m"
     escapes = packed(written, tmp_path / "escapes", lambda parts: parts.update({name: b""}))
     many = b'{"record":""}\n' * 1_000_001
-    lots = packed(written, tmp_path / "lots", lambda parts: parts.update({"federation/leaves.jsonl": many}))
+    leaves = "federation/leaves.jsonl"
+    lots = packed(written, tmp_path / "lots", lambda parts: parts.update({leaves: many}), zipfile.ZIP_STORED)
+    blown = packed(written, tmp_path / "blown", lambda parts: parts.update({leaves: many[: 5 << 20]}))
     data = bytearray((written / "b.zip").read_bytes())
     at = data.rfind(b"PK\x01\x02")
     struct.pack_into("<H", data, at + 8, struct.unpack_from("<H", data, at + 8)[0] | 0x800)
     data[at + 46] = 0xFF
     (tmp_path / "name").write_bytes(data)
-    for path in (half, lzma, escapes, lots, tmp_path / "name"):
-        with pytest.raises(InputError) as refused:
+    words = ("another form", "packed otherwise", "other files", "too many records", "far too much", "cannot read")
+    for path, word in zip((half, lzma, escapes, lots, blown, tmp_path / "name"), words, strict=True):
+        with pytest.raises(InputError, match=word) as refused:
             read_bundle(path)
         assert str(refused.value).isprintable()
         done = verified(path, written / "t.json")

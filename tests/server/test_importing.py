@@ -96,7 +96,7 @@ def test_an_export_is_registered_elsewhere_with_all_that_it_proves(two: Two) -> 
     came = two.other.imported(run)
     assert came is not None
     assert (came["run"], came["round"], two.world.store.imported(two.world.run)) == (two.world.run.id, 2, None)
-    with pytest.raises(StateError, match="imported before"):
+    with pytest.raises(StateError, match=f"imported before; got run {run.id[:8]}"):
         take(two)
     assert len(two.other.runs()) == 1
     # Passed on, it says where it comes from and claims no privacy of its own.

@@ -20,7 +20,7 @@ from cloister_server.compare import fields, modules
 from cloister_server.export import export_round
 from cloister_server.fsck import check
 from cloister_server.keeping_commands import give_up, hold, holds, release
-from cloister_server.release_commands import aliases, diff, promote, protect, rollback
+from cloister_server.release_commands import aliases, diff, moves, promote, protect, rollback
 from cloister_server.rounds import run_rounds
 from cloister_server.store import Store
 from cloister_server.tables import Alias, AliasEvent
@@ -359,6 +359,9 @@ def test_a_guarded_alias_moves_with_its_operators_key_alone(world: World, tmp_pa
     assert [(e.number, e.rollback, bool(e.guard)) for e in events] == [
         (1, False, False), (1, False, True), (2, False, True), (2, False, True), (1, True, True), (1, False, False),
         (3, False, False),
+    ]  # fmt: skip
+    assert [what for _, what in moves(events)] == [
+        "promoted", "protected", "promoted", "handed on", "rolled back", "no longer protected", "promoted",
     ]  # fmt: skip
     assert whole(world) == []
 
