@@ -21,8 +21,9 @@ from cloister_server import export_commands, keeping_commands, release_commands,
 from cloister_server.accounting import client_level_line, client_level_statement
 from cloister_server.federation import admit_site, open_coordinator, read_federation
 from cloister_server.federation import init as make_coordinator
+from cloister_server.fsck import check_round
 from cloister_server.here import Home, Json, RunName, registry
-from cloister_server.operators import sign_file
+from cloister_server.operators import sign_file, whose_move
 from cloister_server.store import Store
 
 coordinator_app = typer.Typer(no_args_is_help=True, help="Create and serve a federation.")
@@ -189,7 +190,8 @@ def operator_sign(
     console.choose(json, None)
     if out.exists():
         raise InputError("there is a file already", where=str(out), mend="choose another --out")
-    said = sign_file(move, SigningKey.load(key), out)
+    own = SigningKey.load(key)
+    said = sign_file(move, own, out)
     guard = VerifyKey.from_hex(said["guard"], str(move)).id.hex() if said["guard"] else ""
     console.emit(
         {"signature": str(out), "move": said},
@@ -197,6 +199,7 @@ def operator_sign(
             f"signed: move {said['version']} of {said['alias']} in {said['log']}{', a rollback' if said['rollback'] else ''}",
             f"  to round {said['round']} of run {said['run'][:8]}, adapter {said['adapter']}",
             f"  guarded from then on by {f'key {guard}' if guard else 'nobody'}",
+            *filter(None, [whose_move(said, own)]),
             f"{out}: back to the coordinator, for --signature",
         ],
     )
@@ -536,6 +539,12 @@ def show(
         title += f"\nsecure aggregation: no update was seen, only the sums of {seen}"
     evidence = [e.model_dump(exclude={"run", "number"}) for e in store.evidence(found.id) if e.number == number]
     said = client_level_statement(store)
+    if row["state"] in ("committed", "held") and damaged is None:
+        try:
+            check_round(store, found, number)
+        except CloisterError as error:
+            damaged = error
+            title += f"\nNOT AS THE LOG SAYS: {error.what}"
     record = {"run": found.id, "rule": found.rule, "client_level_statement": said} | row | {"clients": clients}
     record |= {"defence": judgement, "evidence": evidence, "secure_sums": sums, "imported": came}
     console.table(record, title, columns, cells)

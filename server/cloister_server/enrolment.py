@@ -48,6 +48,14 @@ def invite(coordinator: Coordinator, site: str, seconds: float = TOKEN_SECONDS, 
     """
     check_name(site, "site name")
     service, home = coordinator.federation.service, coordinator.home
+    if service is not None and coordinator.card.registry != service.address:
+        raise InputError(
+            "the coordinator's card, which sites and auditors get, has another address of the registry than the settings",
+            where=str(home / "card.json"),
+            expected=service.address,
+            got=coordinator.card.registry or "none",
+            mend="[registry] is settled by cloister coordinator init: exchange cards instead, or make a new federation",
+        )
     if service is None:
         raise InputError(
             "this federation has no service to enrol at",

@@ -26,6 +26,7 @@ from cloister_shared.vectors import F32, Schema, from_safetensors, to_safetensor
 
 from cloister_server.accounting import client_level_of
 from cloister_server.export_card import card_text
+from cloister_server.fsck import check_round
 from cloister_server.store import Store
 from cloister_server.tables import COMMITTED, Round, RoundClient, Run
 
@@ -73,6 +74,8 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
         )
     if (grave := store.tombstones().get(row.adapter)) is not None:
         raise InputError("its adapter was given up", where=f"run {run.id[:8]} round {number}", got=grave.why)
+    # What is signed of the round are rows: they must be what its leaf says.
+    check_round(store, run, number)
     if out.exists():
         raise InputError("the folder is there already", where=str(out), mend="choose another --out")
     schema = Schema.from_list(json.loads(run.tensors), "registry")

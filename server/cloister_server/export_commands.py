@@ -11,7 +11,7 @@ from cloister_shared.audit.trust import read_trust
 from cloister_shared.errors import InputError
 from cloister_shared.signing import VerifyKey
 
-from cloister_server.here import Home, Json, RunName, registry
+from cloister_server.here import Home, Json, RunName, registry_to_change
 
 
 def register(app: typer.Typer) -> None:
@@ -31,7 +31,7 @@ def export(
     console.choose(json, home)
     from cloister_server.export import export_round
 
-    store = registry()
+    store = registry_to_change()
     found = store.find_run(run_name)
     chosen = number if number is not None else store.last_committed(found.id).number
     default = console.OUTPUT.home / "exports" / f"{found.federation}-{found.id[:8]}-round-{chosen}"
@@ -58,7 +58,7 @@ def import_folder(
     from cloister_server.federation import open_coordinator
     from cloister_server.importing import import_round
 
-    store = registry()
+    store = registry_to_change()
     coordinator = open_coordinator(console.coordinator_home())
     by = read_trust(trust).federation if trust is not None else VerifyKey.from_hex(key or "", "--key")
     run = import_round(store, folder, by, coordinator.card.federation, coordinator.card.base)

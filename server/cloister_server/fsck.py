@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 from cloister_shared.aliases import newest_move
 from cloister_shared.audit.reading import MALFORMED, record_of
 from cloister_shared.encoding import digest, parse_record
-from cloister_shared.errors import CloisterError
+from cloister_shared.errors import CloisterError, VerificationError
 from cloister_shared.witness import LEAF_PURPOSE
 
 from cloister_server import rules
 from cloister_server.log import ABORTED_CLIENT, commit_body
 from cloister_server.store import Store, commit_facts, run_facts
-from cloister_server.tables import ABORTED, COMMITTED, Round, RoundClient, Run
+from cloister_server.tables import ABORTED, COMMITTED, Leaf, Round, RoundClient, Run
 
 _RESTORE = "restore the registry from a copy"
 Key = TypeVar("Key", bound=Hashable)
@@ -77,18 +77,13 @@ def check(store: Store) -> Iterator[Wrong]:
 
 
 def _read(store: Store, log: _Log) -> Iterator[Wrong]:
-    key = store.signing.verify_key
     for place, leaf in enumerate(store.leaves()):
         where, record = f"leaf {leaf.index}", dict[str, Any]()
         if leaf.index != place:
             yield Wrong(where, f"stands at place {place}: a leaf is missing", _RESTORE)
             return
         try:
-            key.verify(LEAF_PURPOSE, leaf.record, bytes.fromhex(leaf.signature), where)
-            record = record_of(leaf.record, where)
-            said = record.get("index"), record.get("log"), record.get("kind")
-            if said != (place, store.origin, leaf.kind) or leaf.key != key.id.hex():
-                raise ValueError("it says that it is another leaf")
+            record = _whole(store, leaf)
         except (CloisterError, *MALFORMED) as error:
             record = {}
             yield Wrong(where, str(error)[:200], f"the log was changed by hand: {_RESTORE}")
@@ -153,6 +148,57 @@ def _runs(store: Store, log: _Log) -> Iterator[Wrong]:
     yield from _pairs(began, {str(r.get("run")): r for r in log.kinds["policy"]}, lambda key: f"run {key[:8]}")
     yield from _pairs(rows, told, _place)
     yield from _pairs(unfinished, {k: v for k, v in aborted.items() if k in unfinished}, _place)
+
+
+def check_round(store: Store, run: Run, number: int) -> None:
+    """Sees that a committed round's rows say what its signed leaf says.
+
+    Args:
+        store: The registry.
+        run: The run.
+        number: The round; 0 for what the run began with.
+
+    Raises:
+        VerificationError: They do not, or the leaf is missing or changed.
+    """
+    where, rounds = f"run {run.id[:8]} round {number}", {row.number: row for row in store.rounds(run.id)}
+    if number and number - 1 not in rounds:
+        raise VerificationError(
+            "the round before it is missing", where=where, mend=f"cloister registry fsck; {_RESTORE}"
+        )
+    if number:
+        place = rounds[number].leaf
+        found = [] if place is None else store.leaves(place, place + 1)
+        says = _Made(store, run).commit(rounds[number - 1], rounds[number], store.clients(run.id, number))
+    else:
+        found = [leaf for leaf in store.leaves() if leaf.kind == "policy" and run.id.encode() in leaf.record]
+        says = run_facts(run) | {"rounds": run.rounds, "adapter": rounds[0].adapter}
+    told, wrong = dict[str, dict[str, Any]](), list[Wrong]()
+    for leaf in found[:1]:
+        try:
+            told[run.id] = _without_heads(_whole(store, leaf))
+        except (CloisterError, *MALFORMED) as error:
+            wrong.append(Wrong(f"leaf {leaf.index}", str(error)[:200], _RESTORE))
+    wrong += _pairs({run.id: says}, told, lambda _: where)
+    for one in wrong:
+        what = f"the registry is not as its log says: {one.what}"
+        raise VerificationError(what, where=one.where, mend=f"cloister registry fsck; {one.mend}")
+
+
+def _whole(store: Store, leaf: Leaf) -> dict[str, Any]:
+    """A leaf's record, signed by this log's key and at its own place.
+
+    Raises:
+        VerificationError: Its signature does not hold.
+        ValueError: It says that it is another leaf.
+    """
+    key, where = store.signing.verify_key, f"leaf {leaf.index}"
+    key.verify(LEAF_PURPOSE, leaf.record, bytes.fromhex(leaf.signature), where)
+    record = record_of(leaf.record, where)
+    said = record.get("index"), record.get("log"), record.get("kind")
+    if said != (leaf.index, store.origin, leaf.kind) or leaf.key != key.id.hex():
+        raise ValueError("it says that it is another leaf")
+    return record
 
 
 def _aborted(log: _Log) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:

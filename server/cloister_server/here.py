@@ -28,6 +28,18 @@ def because(why: str) -> str:
     return why.strip()
 
 
+def registry_to_change() -> Store:
+    """The registry of the coordinator that is here, whose log is still the one that sites saw.
+
+    Raises:
+        StateError: There is none.
+        RollbackError: It is not.
+    """
+    store = registry()
+    store.check_history()
+    return store
+
+
 def registry() -> Store:
     """The registry of the coordinator that is here.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from cloister_shared import console
 
-from cloister_server.here import Home, Json, RunName, because, registry
+from cloister_server.here import Home, Json, RunName, because, registry, registry_to_change
 
 Why = Annotated[str, typer.Option(help="A word for whoever reads the log.")]
 
@@ -29,7 +29,7 @@ def hold(
 ) -> None:
     """Keep a round's adapter until the hold is released, whoever gives the round up."""
     console.choose(json, home)
-    store = registry()
+    store = registry_to_change()
     run = store.find_run(run_name)
     made = store.hold(run.id, number, because(why))
     console.emit(made.model_dump(), f"hold {made.id}: round {number} of run {run.id[:8]}, adapter {made.adapter[:16]}")
@@ -43,7 +43,7 @@ def release(
 ) -> None:
     """End a hold."""
     console.choose(json, home)
-    ended = registry().release_hold(hold_id, because(why))
+    ended = registry_to_change().release_hold(hold_id, because(why))
     line = f"hold {hold_id}, of round {ended.number} of run {ended.run[:8]}: released; {why}"
     console.emit(ended.model_dump() | {"released_why": why}, line)
 
@@ -71,7 +71,7 @@ def give_up(
 ) -> None:
     """Give up a round's adapter: its record and its leaf stay, its file goes with the next registry gc."""
     console.choose(json, home)
-    store = registry()
+    store = registry_to_change()
     run = store.find_run(run_name)
     gone = store.give_up(run.id, number, because(why))
     console.emit(

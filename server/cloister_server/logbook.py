@@ -11,6 +11,7 @@ from typing import Any
 
 from cloister_shared.cards import SiteCard
 from cloister_shared.encoding import canonical, digest
+from cloister_shared.errors import RollbackError
 from cloister_shared.merkle import Tree
 from cloister_shared.notes import Checkpoint
 from cloister_shared.signing import SigningKey
@@ -81,8 +82,30 @@ class LogBook:
         tree = self.tree()
         return Checkpoint(self.origin, len(tree), tree.root())
 
+    def check_history(self) -> None:
+        """Sees that the log still begins with every head that a site cosigned: a head of anything else is a fork of one's own making.
+
+        Raises:
+            RollbackError: It does not.
+        """
+        tree = self.tree()
+        for row in self.witnessed().values():
+            if row.root and (row.size > len(tree) or tree.root(row.size).hex() != row.root):
+                raise RollbackError(
+                    "the log is not the one that a site cosigned: it was put back or changed by hand, and nothing more is signed",
+                    where=str(self.home),
+                    expected=f"the {row.size} leaves that the site of key {row.client[:16]} saw",
+                    got=f"{len(tree)} leaves",
+                    mend="cloister registry fsck names what is wrong; restore the registry from a copy",
+                )
+
     def signed_checkpoint(self, at: Checkpoint) -> str:
-        """A head as a signed note."""
+        """A head as a signed note.
+
+        Raises:
+            RollbackError: The log is not the one that sites cosigned.
+        """
+        self.check_history()
         return at.signed(self.signing)
 
     def log_members(self, cards: Sequence[SiteCard]) -> None:

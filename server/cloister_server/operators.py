@@ -81,6 +81,14 @@ def signed(operator: Operator | None, guard: str, move: bytes, alias: str) -> st
     return signature.hex()
 
 
+def whose_move(record: dict[str, Any], key: SigningKey) -> str:
+    """A word for whoever signs with a key that will not guard the alias: right only where it is handed on or taken off."""
+    own = key.verify_key
+    if record["guard"] == own.raw.hex():
+        return ""
+    return f"  this is key {own.id.hex()}: it must be the one that guards {record['alias']} until now, or the move is refused"
+
+
 def sign_file(move: Path, key: SigningKey, out: Path) -> dict[str, Any]:
     """Signs a move that somebody asked for, and writes the signature; returns what was signed.
 

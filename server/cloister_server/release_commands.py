@@ -24,7 +24,7 @@ from cloister_shared.signing import SigningKey, VerifyKey
 from cloister_shared.vectors import Schema, from_safetensors
 
 from cloister_server.compare import fields, modules
-from cloister_server.here import Home, Json, RunName, registry
+from cloister_server.here import Home, Json, RunName, registry, registry_to_change
 from cloister_server.operators import signed, with_key, with_signature
 from cloister_server.store import Store
 from cloister_server.tables import Alias, AliasEvent, Round, Run
@@ -52,6 +52,8 @@ def _committed(store: Store, run: Run, number: int, gone: Container[str] = ()) -
         last = f"0 to {store.last_committed(run.id).number}"
         raise StateError("not a committed round", where=f"run {run.id[:8]} round {number}", expected=last, got=got)
     if row.adapter not in gone:
+        if (grave := store.tombstones().get(row.adapter)) is not None:
+            raise StateError("its adapter was given up", where=f"run {run.id[:8]} round {number}", got=grave.why)
         store.adapter(row.adapter)  # digest checked before anything points at it
     return row
 
@@ -72,7 +74,7 @@ def promote(
 ) -> None:
     """Point an alias at a committed round."""
     console.choose(json, home)
-    store = registry()
+    store = registry_to_change()
     run = store.find_run(run_name)
     row = _committed(store, run, number)
     now = store.alias(check_name(alias, "alias"))
@@ -112,7 +114,7 @@ def rollback(
 ) -> None:
     """Point an alias at the round that it pointed at before. No privacy is refunded."""
     console.choose(json, home)
-    store = registry()
+    store = registry_to_change()
     now, events = store.alias(check_name(alias, "alias")), store.alias_events(alias)
     if now is None:
         raise _no_such(store, alias)
@@ -154,7 +156,7 @@ def protect(
 ) -> None:
     """Let an alias move only with an operator's key from now on; with the present one's key hand it on, or take it off."""
     console.choose(json, home)
-    store = registry()
+    store = registry_to_change()
     now = store.alias(check_name(alias, "alias"))
     if now is None:
         raise _no_such(store, alias)

@@ -72,6 +72,13 @@ class Releases(LogBook):
         with self.database.writing() as session:
             body, by = self._next(session, name, run, number, adapter, expected, rollback, guard)
             row = session.get(Alias, name) or Alias(name=name, run=run, number=number, adapter=adapter, version=0)
+            if operator is not None and not by:
+                raise StateError(
+                    "nobody guards this alias: nobody's signature would be in the log",
+                    where=name,
+                    got=operator.whose,
+                    mend="leave it out, or first: cloister rounds protect ALIAS --key KEY",
+                )
             signature = signed(operator, by, alias_move(body), name) if by else ""
             row.run, row.number, row.adapter = run, number, adapter
             row.version, row.guard = body["version"], body["guard"]
@@ -167,7 +174,7 @@ class Releases(LogBook):
             where = f"run {run[:8]} round {number}"
             aliases = [a.name for a in session.exec(select(Alias).where(Alias.adapter == adapter))]
             held = session.exec(select(Hold).where(Hold.adapter == adapter))
-            holds = [str(h.id) for h in held if h.released is None]
+            holds = [f"{h.id} (cloister rounds release {h.id})" for h in held if h.released is None]
             users = session.exec(select(Round).where(Round.adapter == adapter, Round.state == COMMITTED))
             running = sorted({r.run[:8] for r in users if session.get_one(Run, r.run).finished is None})
             named = (("alias", aliases), ("hold", holds), ("unfinished run", running))

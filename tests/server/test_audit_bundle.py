@@ -337,6 +337,11 @@ def test_the_command_reports_and_needs_nothing_but_the_shared_package(case: Case
     )
     assert untrusted.returncode == 2
     assert "INCOMPLETE" in untrusted.stdout
+    as_json = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "b.zip"), "--json"], capture_output=True, text=True, timeout=120
+    )
+    said = json.loads(as_json.stdout)
+    assert (as_json.returncode, said["exit_code"], said["findings"][0]["code"]) == (2, 2, "no-trust")
 
 
 def test_what_a_bundle_says_cannot_write_into_the_page(case: Case) -> None:

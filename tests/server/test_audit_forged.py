@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from cloister_shared.audit.bundle import Bundle, read_bundle, write_bundle
 from cloister_shared.audit.command import Audit, audit, merged
+from cloister_shared.audit.page import as_html
 from cloister_shared.audit.report import answers
 from cloister_shared.audit.trust import Trust, write_trust
 from cloister_shared.errors import InputError
@@ -304,6 +305,144 @@ def test_a_card_that_its_site_did_not_sign_is_no_declaration() -> None:
     assert "checked" not in lines(made.bundle, made.trust(), "Whose text")
 
 
+def test_an_update_that_is_named_was_made_of_somebodys_text() -> None:
+    """Whatever the commit says became of it, and that nothing was charged: its site's log is needed."""
+    made = began(1, sites=4)
+    rows = [made.row(site, RUN, 2) for site in made.sites[:3]]
+    for site in made.sites[:3]:
+        made.train(site, RUN, 2)
+    fourth = made.sites[3]
+    rows.append(made.row(fourth, RUN, 2, verdict="outlier", charged=0, epsilon=0.0))
+    made.commit(RUN, 2, [row | {"head": site.note} for row, site in zip(rows, made.sites, strict=True)])
+    made.close()
+    without = replace(made.bundle, sites={i: log for i, log in made.bundle.sites.items() if i != fourth.id})
+    assert {("violation", "uncharged"), ("incomplete", "no-site-log")} <= found(audit(without, made.trust()))
+    assert {("violation", "uncharged"), ("violation", "unspent")} <= check(made)
+
+
+def again(made: Forged) -> tuple[ForgedSite, ForgedSite]:
+    """The first site is put out and comes again with another key and another log; the old one and the new one."""
+    old = made.sites[0]
+    made.leaf("revoke", site=old.name)
+    made.cosigned.pop(old.id, None)
+    new = ForgedSite(old.name, origin="cloister/site/" + "ab" * 16)
+    made.sites = (new, *made.sites[1:])
+    made.enrol(new)
+    return old, new
+
+
+def test_a_key_whose_log_nobody_knows_is_not_taken_for_another_log_of_its_name() -> None:
+    made = began(2)
+    made.close()
+    old, new = again(made)
+    rows = []
+    for site in made.sites[1:]:
+        made.train(site, RUN, 3)
+        rows.append(made.row(site, RUN, 3))
+    made.train(new, RUN, 3, HUGE)
+    rows.append(made.row(new, RUN, 3, verdict="late", update="", head=""))
+    made.commit(RUN, 3, rows)
+    made.close()
+    sites = {**made.bundle.sites, old.id: old.log}
+    only_old = replace(made.bundle, sites={i: log for i, log in sites.items() if i != new.id})
+    assert ("incomplete", "no-site-log") in found(audit(only_old, made.trust()))
+    assert ("violation", "terms") in found(audit(replace(made.bundle, sites=sites), made.trust()))
+
+
+def test_what_is_published_of_a_name_goes_on_where_it_comes_with_another_log() -> None:
+    for forgets in (False, True):
+        made = began(2)
+        made.close()
+        old, _ = again(made)
+        if forgets:
+            made.spent["site-1"].clear()
+        made.round(3)
+        made.close()
+        both = replace(made.bundle, sites={**made.bundle.sites, old.id: old.log})
+        assert (("violation", "published") in found(audit(both, made.trust()))) == forgets
+
+
+def test_a_site_is_not_two_by_two_keys() -> None:
+    made = Forged()
+    made.begin()
+    second = ForgedSite("site-2", origin=made.sites[1].origin)
+    made.enrol(second)
+    three = [made.sites[0], made.sites[1], second]
+    draw, group = made.drawn([site.key for site in three])
+    rows = []
+    for site in three:
+        made.train(site, RUN, 1, secure=named("members"))
+        rows.append(made.row(site, RUN, 1, update=""))
+    made.commit(RUN, 1, rows, [group], draw)
+    made.close()
+    got = audit(replace(made.bundle, sites={}), made.trust())
+    assert {("violation", "enrolled-twice"), ("violation", "sums")} <= found(got)
+
+
+def test_a_broken_round_has_its_place() -> None:
+    made = began(1)
+    made.leaf("revoke", site="site-1")
+    made.leaf("incident", run=RUN, round=2, what="too few", clients=[])
+    rows = []
+    for site in made.sites:
+        made.train(site, RUN, 2)
+        rows.append(made.row(site, RUN, 2))
+    made.commit(RUN, 2, rows)
+    assert ("violation", "not-enrolled") in check(made)
+    for number in (1, 3):
+        made = began(1)
+        made.leaf("incident", run=RUN, round=number, what="too few", clients=[])
+        assert ("violation", "rounds") in check(made)
+    made = began(1)
+    made.leaf("incident", run=RUN, round=2, what="too few", clients=[])
+    made.round(2)
+    assert check(made) == set()
+
+
+def test_a_log_that_is_cut_is_still_held_by_the_heads_within_it() -> None:
+    made = began(1)
+    rows = []
+    for site in made.sites:
+        if site is made.sites[0]:
+            made.show(site)
+        else:
+            made.train(site, RUN, 2)
+        rows.append(made.row(site, RUN, 2))
+    made.commit(RUN, 2, rows)
+    made.close()
+    first = made.sites[0]
+    events = list(first.events)
+    first.add("incident", what="more")
+    made.heads[first.id] = first.note
+    first.events = events
+    assert {("violation", "unspent"), ("incomplete", "newest-head")} <= found(audit(made.bundle, made.trust()))
+
+
+def test_who_answered_bare_in_a_round_of_sums_was_seen() -> None:
+    """By the site's own ledger, though the commit has no row of it."""
+    made = Forged(tuple(ForgedSite(f"site-{i}") for i in range(1, 5)))
+    made.begin()
+    draw, group = made.drawn([site.key for site in made.sites[:3]])
+    rows = []
+    for site in made.sites[:3]:
+        made.train(site, RUN, 1, secure=named("members"))
+        rows.append(made.row(site, RUN, 1, update=""))
+    made.train(made.sites[3], RUN, 1)
+    made.commit(RUN, 1, rows, [group], draw)
+    made.close()
+    assert "saw single noised updates in 1 round." in lines(made.bundle, made.trust(), "trusted")
+
+
+def test_odd_figures_and_names_end_no_report() -> None:
+    made = began(1)
+    made.commit(RUN, 2, [made.row(made.sites[0], RUN, 2, epsilon=5e-324, charged=0, verdict="missing", update="")])
+    made.close()
+    got = audit(made.bundle, made.trust())
+    assert "<svg" in as_html([], got.findings, got.blocks, got.history, "x", {})
+    made.commit(RUN, 3, [made.row(made.sites[0], RUN, 3, name="n" * 100_000)])
+    assert ("violation", "leaf") in check(made)
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("written")
@@ -351,8 +490,20 @@ def test_what_anybody_can_write_is_refused_in_words(written: Path, tmp_path: Pat
     struct.pack_into("<H", data, at + 8, struct.unpack_from("<H", data, at + 8)[0] | 0x800)
     data[at + 46] = 0xFF
     (tmp_path / "name").write_bytes(data)
-    words = ("another form", "packed otherwise", "other files", "too many records", "far too much", "cannot read")
-    for path, word in zip((half, lzma, escapes, lots, blown, tmp_path / "name"), words, strict=True):
+    words = (
+        "another form",
+        "packed otherwise",
+        "other files",
+        "too many records",
+        "far too much",
+        "cannot read",
+        "another form",
+    )
+    nested = b'{"x":[' + b"[]," * 3_000_000 + b"[]]}"
+    draws = packed(
+        written, tmp_path / "draws", lambda parts: parts.update({"federation/draws.json": nested}), zipfile.ZIP_STORED
+    )
+    for path, word in zip((half, lzma, escapes, lots, blown, tmp_path / "name", draws), words, strict=True):
         with pytest.raises(InputError, match=word) as refused:
             read_bundle(path)
         assert str(refused.value).isprintable()

@@ -879,6 +879,10 @@ def test_without_a_service_nobody_is_invited(tmp_path: Path, tiny_bert: Path) ->
     coordinator = open_coordinator(tmp_path / "coordinator")
     with pytest.raises(InputError, match="no service to enrol at"):
         invite(coordinator, "site-1")
+    # Put into the settings later it is not in the card, which everybody gets.
+    settings.write_text(settings.read_text() + '\n[registry]\naddress = "127.0.0.1:1"\nenrolment = "127.0.0.1:2"\n')
+    with pytest.raises(InputError, match="another address of the registry"):
+        invite(open_coordinator(tmp_path / "coordinator"), "auditor", auditor=True)
     assert enrolment.TOKEN_SECONDS == 3600
 
 

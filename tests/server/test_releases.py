@@ -18,6 +18,7 @@ import typer
 from cloister_server.cli import operator_sign, show
 from cloister_server.compare import fields, modules
 from cloister_server.export import export_round
+from cloister_server.export_commands import export as export_command
 from cloister_server.fsck import check
 from cloister_server.keeping_commands import give_up, hold, holds, release
 from cloister_server.release_commands import aliases, diff, moves, promote, protect, rollback
@@ -32,7 +33,7 @@ from cloister_shared.audit.bundle import Bundle, SignedLeaf
 from cloister_shared.audit.command import audit
 from cloister_shared.audit.trust import trust_of
 from cloister_shared.encoding import canonical
-from cloister_shared.errors import CloisterError, InputError, RefusedError, StateError, VerificationError
+from cloister_shared.errors import CloisterError, InputError, RefusedError, RollbackError, StateError, VerificationError
 from cloister_shared.notes import Checkpoint
 from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import Schema
@@ -306,6 +307,74 @@ def by_hand(world: World, table: str, statement: str) -> None:
             db.execute(rule)
 
 
+def test_rows_that_are_not_as_the_log_says_are_signed_by_nobody(world: World, tmp_path: Path, capsys: Any) -> None:
+    for number, (table, statement) in enumerate(
+        (
+            ("metric", "INSERT INTO metric SELECT run, number, 'accuracy', 0.99 FROM round WHERE number = 1"),
+            ("privacy", "UPDATE privacy SET epsilon = 1.0 WHERE number = 2"),
+            ("round_client", "UPDATE round_client SET noise_multiplier = 99 WHERE number = 3"),
+        ),
+        1,
+    ):
+        export_round(world.store, world.run, number, tmp_path / f"before-{number}")
+        by_hand(world, table, statement)
+        with pytest.raises(VerificationError, match="not as its log says"):
+            export_round(world.store, world.run, number, tmp_path / f"after-{number}")
+        with pytest.raises(VerificationError, match="not as its log says"):
+            show(number)
+    export_round(world.store, world.run, 0, tmp_path / "zero")
+    by_hand(world, "run", "UPDATE run SET code = 'another'")
+    with pytest.raises(VerificationError, match="not as its log says"):
+        export_round(world.store, world.store.runs()[0], 0, tmp_path / "other")
+
+
+def test_a_log_that_is_not_what_sites_cosigned_is_signed_no_further(world: World, tmp_path: Path) -> None:
+    promote("production", 1)
+    hold(1, "asked by the court")
+    by_hand(world, "log_leaf", "UPDATE log_leaf SET record = x'7b7d' WHERE \"index\" = 2")
+    before = len(world.store.leaves())
+    deeds: list[Callable[[], object]] = [
+        lambda: promote("production", 2),
+        lambda: rollback("production"),
+        lambda: protect("production", to=SigningKey.generate().verify_key.raw.hex()),
+        lambda: hold(2, "why"),
+        lambda: release(1, "why"),
+        lambda: give_up(2, "why"),
+        lambda: export_command(1, out=tmp_path / "x"),
+        lambda: Store(world.store.home).signed_checkpoint(world.store.checkpoint()),
+    ]
+    for deed in deeds:
+        with pytest.raises(RollbackError, match="not the one that a site cosigned"):
+            deed()
+    assert len(world.store.leaves()) == before
+
+
+def test_a_signature_that_nobody_asked_for_is_not_dropped_silently(world: World, tmp_path: Path) -> None:
+    SigningKey.generate().save(tmp_path / "key")
+    (tmp_path / "signature").write_text("00" * 64)
+    with pytest.raises(StateError, match="nobody guards this alias"):
+        promote("production", 1, key=tmp_path / "key")
+    with pytest.raises(StateError, match="nobody guards this alias"):
+        promote("production", 1, signature=tmp_path / "signature")
+    assert world.store.alias("production") is None
+
+
+def test_whoever_signs_with_a_key_that_will_not_guard_is_told(tmp_path: Path, world: World, capsys: Any) -> None:
+    keys = [SigningKey.generate() for _ in range(2)]
+    for number, key in enumerate(keys):
+        key.save(tmp_path / f"{number}.key")
+    promote("production", 1)
+    protect("production", tmp_path / "0.key")
+    promote("production", 2, ask=tmp_path / "move")
+    for number, told in ((0, False), (1, True)):
+        console.OUTPUT.json = False
+        operator_sign(tmp_path / "move", tmp_path / f"{number}.key", tmp_path / f"{number}.signature")
+        assert ("must be the one that guards" in capsys.readouterr().out) == told
+    console.OUTPUT.json = True
+    with pytest.raises(RefusedError, match="operator"):
+        promote("production", 2, signature=tmp_path / "1.signature")
+
+
 @pytest.fixture
 def busy(world: World, tmp_path: Path) -> World:
     """A registry with something of every kind in it."""
@@ -485,11 +554,9 @@ def test_the_report_tells_what_became_of_rounds_in_order(world: World, tmp_path:
     trust = trust_of("fed", world.coordinator.signing.verify_key, {}, [seen])
     done = audit(Bundle(1.0, leaves, world.store.signed_checkpoint(world.store.checkpoint())), trust)
     run = world.run.id[:8]
-    told = [
-        line.partition(" UTC: ")[2].replace("; nobody else saw this leaf yet", "*") for line in became(done.history)
-    ]
+    told = [what + ("" if seen == "yes" else "*") for _, _, what, seen in became(done.history).rows]
     by = f"signed by its operator, key {two.id.hex()}"
-    said = "; the coordinator's reason: "
+    said, keeper = "; the coordinator's reason: ", "by whoever has the coordinator's key"
     held = next(row.leaf for row in world.store.holds())
     assert [line.split(", statement")[0] for line in told] == [
         f"production was set to round 1 of run {run}, by whoever has the coordinator's key{said}first",
@@ -497,11 +564,11 @@ def test_the_report_tells_what_became_of_rounds_in_order(world: World, tmp_path:
         f"production moves only with key {two.id.hex()} from here on, signed by its operator, key {one.id.hex()}"
         f"{said}left the company*",
         f"production was set to round 2 of run {run}, {by}*",
-        f"round 3 of run {run} is held, whatever happens{said}asked by the court*",
+        f"round 3 of run {run} is held, whatever happens, {keeper}{said}asked by the court*",
         f"production went back to round 1 of run {run}, {by}*",
-        f"the hold of leaf {held} on round 3 of run {run} ended{said}the court is done*",
+        f"the hold of leaf {held} on round 3 of run {run} ended, {keeper}{said}the court is done*",
         f"production moves without a key from here on, {by}*",
-        f"round 0 of run {run}: its adapter was given up{said}no longer needed*",
+        f"round 0 of run {run}: its adapter was given up, {keeper}{said}no longer needed*",
         f"round 2 of run {run} was exported",
     ]
 

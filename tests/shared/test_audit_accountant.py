@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from cloister_shared import privacy
 from cloister_shared.audit import accountant
 from cloister_shared.audit.accountant import Step, Steps, by_pld, by_rdp, epsilon_of
 from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
@@ -26,7 +27,8 @@ def event(steps: Steps) -> DpEvent:
 
 
 def theirs(steps: Steps, delta: float) -> float:
-    return float(PLDAccountant(value_discretization_interval=1e-3).compose(event(steps)).get_epsilon(delta))
+    wide = accountant.width(steps, delta)
+    return float(PLDAccountant(value_discretization_interval=wide).compose(event(steps)).get_epsilon(delta))
 
 
 def history(counts: dict[Step, int]) -> Steps:
@@ -59,6 +61,7 @@ def test_each_prefix_of_a_history_is_as_their_accountant_says(
 def test_a_long_history_drifts_nowhere() -> None:
     for n in range(1, 301):
         found = by_pld(history({(1.1, 0.01): 10 * n}), 1e-5)
+    assert len({of for _, of in accountant._recent}) == 1
     assert found == pytest.approx(theirs(history({(1.1, 0.01): 3000}), 1e-5), abs=1e-6)
 
 
@@ -74,3 +77,26 @@ def test_rdp_is_theirs_and_bounds_pld(counts: dict[Step, int]) -> None:
     for far in (1e-4, 0.02, 1.0):
         assert accountant.covers(least + far, steps, 1e-5)
         assert not accountant.covers(least - far, steps, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        (2.0, 0.001, 20_000), (4.0, 0.001, 100_000), (1.0, 0.0002, 5000), (1.0, 0.001, 20_000), (0.75, 0.1, 600),
+        (0.3, 1 - 1e-12, 1), (20.0, 1.0, 3000), (1.0, 1e-9, 100_000),
+    ],
+)  # fmt: skip
+def test_what_the_product_charges_is_never_found_too_low(kind: tuple[float, float, int]) -> None:
+    """Small rates and many steps ask for finer dots; else the bound would accuse a figure that is right."""
+    sigma, rate, steps = kind
+    stated = privacy.epsilon([privacy.DpSgd(sigma, rate, steps)], 1e-5)
+    found, bound = accountant.by_both(history({(sigma, rate): steps}), 1e-5)
+    assert found <= min(stated + 0.005, bound)
+    assert found >= stated - max(0.02, stated / 100)
+    assert accountant.covers(stated + 0.005, history({(sigma, rate): steps}), 1e-5)
+
+
+def test_what_is_beyond_all_reason_is_bounded_at_once() -> None:
+    steps = history({(1.0, 1e-9): 10**11})
+    assert not accountant.sure(steps, 1e-10)
+    assert by_rdp(steps, 1e-10) == epsilon_of(Counter(dict(steps)), 1e-10)

@@ -7,6 +7,7 @@ asked for before, where it grew from one, as it does from round to round. The si
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict
 from functools import cache, lru_cache
 from typing import Any
@@ -15,15 +16,16 @@ import numpy as np
 
 Step = tuple[float, float]
 Steps = tuple[tuple[Step, int], ...]
-# Above this PLD would only take its time: nothing of the kind is allowed.
-_FAR_ABOVE = 100.0
+# Where RDP's bound or the number of releases is beyond these, PLD would take its time: nothing of the kind is allowed.
+_FAR_ABOVE, _MOST = 1000.0, 10_000_000
 # Integers: at fractional orders the series does not converge for small noise, and the bound holds at any set of orders.
 _ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512)
-_INTERVAL = 1e-3
+# Rates that are nearer to 0 or 1 are taken as these: epsilon grows with the rate, and losses finer than this take minutes to lay out.
+_LEAST_RATE, _WHOLE = 1e-4, 1 - 1e-6
 # Compositions one after the other, before one begins anew: each cuts 1e-15 of the tails off, on the safe side.
 _CHAIN = 32
 _KEPT = 32
-_recent: OrderedDict[Steps, tuple[Any, int]] = OrderedDict()
+_recent: OrderedDict[tuple[Steps, float], tuple[Any, int]] = OrderedDict()
 
 
 def forget() -> None:
@@ -40,7 +42,7 @@ def _rdp_of(step: Step) -> Any:
     from dp_accounting.rdp import RdpAccountant
 
     sigma, rate = step
-    return RdpAccountant(orders=_ORDERS).compose(PoissonSampledDpEvent(rate, GaussianDpEvent(sigma))).rdp
+    return RdpAccountant(orders=_ORDERS).compose(PoissonSampledDpEvent(_bounded(rate), GaussianDpEvent(sigma))).rdp
 
 
 @cache
@@ -62,17 +64,22 @@ def by_rdp(steps: Steps, delta: float) -> float:
 @cache
 def by_pld(steps: Steps, delta: float) -> float:
     """Epsilon by dp-accounting's PLD; arguments as ``by_rdp``."""
-    return float(_distribution(steps).get_epsilon_for_delta(delta))
+    return float(_at(steps, delta).get_epsilon_for_delta(delta))
+
+
+def sure(steps: Steps, delta: float) -> bool:
+    """Whether PLD is worked out for such a history; else RDP's bound is all there is, and a figure below it is not known to be wrong."""
+    return by_rdp(steps, delta) < _FAR_ABOVE and sum(count for _, count in steps) <= _MOST
 
 
 def by_both(steps: Steps, delta: float) -> tuple[float, float]:
-    """By PLD and by RDP; where RDP is far above anything that is allowed, RDP for both."""
+    """By PLD and by RDP: of both bounds the lower first, and RDP's alone where PLD is not ``sure``."""
     bound = by_rdp(steps, delta)
-    return (by_pld(steps, delta) if bound < _FAR_ABOVE else bound), bound
+    return (min(by_pld(steps, delta), bound) if sure(steps, delta) else bound), bound
 
 
 def epsilon_of(steps: Counter[Step], delta: float) -> float:
-    """Epsilon of these releases, by PLD (by RDP where that is far above anything that is allowed)."""
+    """Epsilon of these releases, as ``by_both``."""
     return by_both(tuple(sorted(steps.items())), delta)[0]
 
 
@@ -85,37 +92,57 @@ def covers(epsilon: float, steps: Steps, delta: float) -> bool:
         steps: Releases.
         delta: At which it is stated.
     """
-    bound = by_rdp(steps, delta)
-    return bound <= epsilon or (
-        bound < _FAR_ABOVE and float(_distribution(steps).get_delta_for_epsilon(epsilon)) <= delta
-    )
+    if by_rdp(steps, delta) <= epsilon:
+        return True
+    return sure(steps, delta) and float(_at(steps, delta).get_delta_for_epsilon(epsilon)) <= delta
+
+
+def width(steps: Steps, delta: float) -> float:
+    """Width of a distribution's dots, a power of two: the pessimism of connecting them grows with its square at each release.
+
+    It must be small beside one release's loss and beside the error that is allowed: 0.005, or a thousandth where epsilon is large.
+    """
+    error = max(0.005, by_rdp(steps, delta) / 1000)
+    spread = [(count, _bounded(rate) * math.sqrt(math.expm1(min(50.0, sigma**-2)))) for (sigma, rate), count in steps]
+    one = sum(n * s * s for n, s in spread) / sum(n * s for n, s in spread)
+    wanted = min(error / 2.5, math.sqrt(8 * error / 5 / sum(n for n, _ in spread)), max(1e-7, one / 4))
+    return 2.0 ** math.floor(math.log2(wanted))
+
+
+def _bounded(rate: float) -> float:
+    return 1.0 if rate > _WHOLE else max(_LEAST_RATE, rate)
 
 
 @lru_cache(maxsize=64)
-def _one(step: Step) -> Any:
+def _one(step: Step, wide: float) -> Any:
     from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 
     sigma, rate = step
-    return from_gaussian_mechanism(sigma, value_discretization_interval=_INTERVAL, sampling_prob=rate)
+    return from_gaussian_mechanism(sigma, value_discretization_interval=wide, sampling_prob=_bounded(rate))
 
 
 @lru_cache(maxsize=64)
-def _times(step: Step, count: int) -> Any:
-    return _one(step).self_compose(count)
+def _times(step: Step, count: int, wide: float) -> Any:
+    return _one(step, wide).self_compose(count)
 
 
-def _distribution(steps: Steps) -> Any:
+def _at(steps: Steps, delta: float) -> Any:
+    return _distribution(steps, width(steps, delta))
+
+
+def _distribution(steps: Steps, wide: float) -> Any:
     """The whole history's, from the one before that least came to, or anew."""
     found, depth, grew = None, 0, dict(steps)
-    for known in reversed(_recent):
+    for known, of in reversed(_recent):
         more = Counter(dict(steps))
         more.subtract(dict(known))
         new = {step: count for step, count in more.items() if count}
-        if _recent[known][1] < _CHAIN and len(new) < len(grew) + (found is None) and all(n > 0 for n in new.values()):
-            found, depth, grew = _recent[known][0], _recent[known][1] + 1, new
+        less = len(new) < len(grew) + (found is None)
+        if of == wide and _recent[known, of][1] < _CHAIN and less and all(n > 0 for n in new.values()):
+            found, depth, grew = _recent[known, of][0], _recent[known, of][1] + 1, new
     for step, count in grew.items():
-        found = _times(step, count) if found is None else found.compose(_times(step, count))
-    _recent[steps] = (found, depth)
+        found = _times(step, count, wide) if found is None else found.compose(_times(step, count, wide))
+    _recent[steps, wide] = (found, depth)
     if len(_recent) > _KEPT:
         _recent.popitem(last=False)
     return found

@@ -33,7 +33,10 @@ def check_alike(bundle: Bundle, trust: Trust, history: History, findings: Findin
         if other.note and other.note != bundle.note and history.records:
             leaves = [leaf.record for leaf in other.leaves]
             head = _whole(other.note, leaves, trust.federation, origin)
-            if head is None:
+            if head is None and origin_of(other.note) != origin:
+                what = f"one of the bundles is of another federation's log, {origin_of(other.note)[:80]}: leave it out"
+                findings.incomplete("other-bundle", origin, what)
+            elif head is None:
                 findings.incomplete("other-bundle", origin, "one of the bundles has a log that its head is not of")
             elif not _begins(history.tree, head):
                 what = f"the federation's key signed two histories: {head.size} leaves of one bundle are not the first of the other"

@@ -11,8 +11,11 @@ from typing import Any
 from cloister_shared.aliases import Move
 from cloister_shared.audit.federation import History
 from cloister_shared.audit.reading import MALFORMED, when
+from cloister_shared.audit.tables import Table
 from cloister_shared.errors import CloisterError, VerificationError
 from cloister_shared.signing import VerifyKey
+
+_KEEPER = "by whoever has the coordinator's key"
 
 
 def round_of(record: Mapping[str, Any], number: str = "round") -> str:
@@ -28,19 +31,25 @@ def key_id(guard: object) -> str:
         return str(guard)[:32]
 
 
-def became(history: History) -> list[str]:
-    """Every line, in order; each says where nobody else saw its leaf yet."""
-    return [
-        f"leaf {index}, {when(history.records[index].get('at'))}: {what}"
-        + ("; nobody else saw this leaf yet" if index >= history.covered else "")
+def became(history: History) -> Table:
+    """Everything, in order; each row says whether somebody else saw its leaf."""
+    rows = (
+        (str(index), when(history.records[index].get("at")), what, "yes" if index < history.covered else "not yet")
         for index, what in _told(history)
-    ]
+    )
+    return Table(("leaf", "when", "what, and by whom", "seen by others"), tuple(rows))
 
 
 def standing(history: History) -> list[str]:
-    """Where each alias points at the log's end."""
-    last = dict[str, Move]()
-    for record in history.records:
+    """Where each alias points at the log's end, what is held then, and what was given up."""
+    last, held, gone = dict[str, Move](), dict[int, str](), list[str]()
+    for index, record in enumerate(history.records):
+        if record.get("kind") == "hold" and not record.get("released"):
+            held[index] = f"now held, by the hold of leaf {index}: {round_of(record)}"
+        elif record.get("kind") == "hold" and isinstance(record.get("hold"), int):
+            held.pop(record["hold"], None)
+        elif record.get("kind") == "tombstone":
+            gone.append(f"given up: the adapter of {round_of(record)}")
         if record.get("kind") == "alias_set":
             try:
                 move = Move.read(record)
@@ -51,7 +60,7 @@ def standing(history: History) -> list[str]:
         f"now {name} points at round {m.number} of run {m.run[:8]}, adapter {m.adapter[:16]}; "
         + (f"guarded by key {key_id(m.guard)}" if m.guard else "guarded by nobody's key")
         for name, m in sorted(last.items())
-    ]
+    ] + [*held.values(), *gone]
 
 
 def _told(history: History) -> Iterator[tuple[int, str]]:
@@ -68,21 +77,21 @@ def _told(history: History) -> Iterator[tuple[int, str]]:
             yield index, _moved(aliases.get(move.alias), move) + why
             aliases[move.alias] = move
         elif kind == "export":
-            yield index, f"{round_of(record)} was exported, statement {str(record.get('statement'))[:16]}"
+            yield index, f"{round_of(record)} was exported, statement {str(record.get('statement'))[:16]}, {_KEEPER}"
         elif kind == "hold" and record.get("released"):
-            yield index, f"the hold of leaf {record.get('hold')} on {round_of(record)} ended{why}"
+            yield index, f"the hold of leaf {record.get('hold')} on {round_of(record)} ended, {_KEEPER}{why}"
         elif kind == "hold":
-            yield index, f"{round_of(record)} is held, whatever happens{why}"
+            yield index, f"{round_of(record)} is held, whatever happens, {_KEEPER}{why}"
         elif kind == "tombstone":
-            yield index, f"{round_of(record)}: its adapter was given up{why}"
+            yield index, f"{round_of(record)}: its adapter was given up, {_KEEPER}{why}"
         elif came := imported(record):
-            yield index, f"round 0 of run {str(record.get('run'))[:8]} was imported: {came}"
+            yield index, f"round 0 of run {str(record.get('run'))[:8]} was imported, {_KEEPER}: {came}"
 
 
 def _moved(before: Move | None, move: Move) -> str:
     """One move: where to, or who guards the alias from then on; and by whom."""
     was = before.guard if before is not None else ""
-    by = "by whoever has the coordinator's key"
+    by = _KEEPER
     if was or move.guard:
         key = key_id(was or move.guard)
         try:

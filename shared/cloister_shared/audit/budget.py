@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cloister_shared.audit.accountant import Step, Steps, by_both, by_rdp
+from cloister_shared.audit.accountant import Step, Steps, by_both, by_rdp, sure
 from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.sites import Entry, Ledger
 
@@ -109,11 +109,11 @@ def check_budgets(ledgers: Mapping[str, Ledger], findings: Findings) -> list[Blo
     return sorted(out, key=lambda b: (b.site, b.block))
 
 
-def _block(ledger: Ledger, block: int, charged: list[Entry], sure: int, findings: Findings) -> Block:
+def _block(ledger: Ledger, block: int, charged: list[Entry], looks: int, findings: Findings) -> Block:
     # Of all that were stated, the least: an epsilon at a larger delta says less.
     delta = min((e.terms[3] for e in charged), default=1e-5)
     whole, points, where = Counter[Step](), list[Point](), f"site {ledger.name} block {block}"
-    sure_at = {round(i * (len(charged) - 1) / (sure - 1)) for i in range(sure)}
+    sure_at = {round(i * (len(charged) - 1) / (looks - 1)) for i in range(looks)}
     for place, entry in enumerate(charged):
         whole += entry.steps
         so_far = tuple(sorted(whole.items()))
@@ -125,7 +125,8 @@ def _block(ledger: Ledger, block: int, charged: list[Entry], sure: int, findings
             own = known if entry.terms[3] == delta else by_both(so_far, entry.terms[3])[0]
             if own > entry.cap + TOLERANCE:
                 what = f"epsilon {own:.4f} at delta {entry.terms[3]:g} is above the cap {entry.cap:g}"
-                findings.violation("cap", f"{where} entry {entry.number}", what)
+                tell = findings.violation if sure(so_far, entry.terms[3]) else findings.incomplete
+                tell("cap", f"{where} entry {entry.number}", what)
     final, bound = by_both(tuple(sorted(whole.items())), delta) if whole else (0.0, 0.0)
     cap = charged[-1].cap if charged else 0.0
     months, kinds = dict[str, list[Entry]](), Counter[Steps]()

@@ -33,6 +33,8 @@ MAX_BYTES, MAX_FILES = 2 << 30, 100_000
 MAX_RECORDS = 1_000_000
 # What a packed file may unpack to: records of digests pack to a quarter, the most regular ones to a fiftieth.
 _SMALL, MAX_RATIO = 1 << 20, 100
+# What is read as one piece of JSON, and how many values it may have: each takes some sixty bytes once it is read.
+_MAX_PART, MAX_VALUES = 64 << 20, 2_000_000
 _SITE = re.compile(r"sites/([0-9a-f]{32})/(events\.jsonl|head\.note)")
 _ADAPTER = re.compile(r"adapters/([0-9a-f]{64})\.safetensors")
 _FIXED = (
@@ -156,7 +158,9 @@ def read_bundle(path: Path) -> Bundle:
                 raise InputError("a bundle is too large", where=str(path), expected=f"<= {MAX_BYTES}", got=str(size))
             parts = {info.filename: archive.read(info) for info in found}
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError, ValueError) as error:
-        raise InputError("cannot read the bundle", where=str(path), got=str(error)[:200]) from error
+        got = (error.strerror or "") if isinstance(error, OSError) else str(error)[:200]
+        mend = "ask whoever made it for the file again: cloister audit export --out BUNDLE"
+        raise InputError("cannot read the bundle", where=str(path), got=got, mend=mend) from error
     count = sum(data.count(b"\n") for name, data in parts.items() if name.endswith(".jsonl"))
     if count > MAX_RECORDS:
         raise InputError("a bundle has too many records", where=str(path), expected=f"<= {MAX_RECORDS}", got=str(count))
@@ -199,6 +203,8 @@ def _bundle_of(parts: dict[str, bytes]) -> Bundle:
 
 
 def _json(data: bytes) -> Any:
+    if len(data) > _MAX_PART or sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise ValueError("a part of it is too large")
     found = json.loads(data.decode(), object_pairs_hook=no_duplicates)
     if b"\\u" in data:
         json.dumps(found, ensure_ascii=False).encode()  # half of a character is no text

@@ -16,6 +16,7 @@ _WIDE, _LEFT, _TOP = 640, 50, 30
 
 def _ticks(most: float, least: float) -> list[float]:
     """Round values from 0 up to ``most``: about five of them, at 1, 2 or 5 times a power of ten, none less than ``least`` apart."""
+    most = max(most, 1e-6)
     power = 10.0 ** math.floor(math.log10(most / 5))
     step = next(power * times for times in (1, 2, 5, 10) if most / (power * times) <= 6)
     step = max(step, least)
@@ -83,7 +84,7 @@ def accuracies(history: History) -> str:
     if not dots:
         return ""
     tall = 180
-    most = max(x for x, _, _ in dots) or 1.0
+    most = max(1e-6, *(x for x, _, _ in dots))
     places = [(_LEFT + x / most * _WIDE, tall + _TOP - min(max(y, 0.0), 1.0) * tall, n, y) for x, y, n in dots]
     marks = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#2f6690"/>' for x, y, _, _ in places)
     # Beyond a dozen the words would lie on each other; the table of rounds has them all.

@@ -10,12 +10,13 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cloister_shared import console
+from cloister_shared import __version__, console
 from cloister_shared.audit.alike import check_alike
 from cloister_shared.audit.budget import Block, check_budgets
 from cloister_shared.audit.bundle import Bundle, SiteLog, read_bundle
@@ -25,7 +26,7 @@ from cloister_shared.audit.findings import Findings
 from cloister_shared.audit.heads import check_remembered, logs_of_keys, one_of_each
 from cloister_shared.audit.page import as_csv, as_html
 from cloister_shared.audit.published import check_published
-from cloister_shared.audit.reading import printable
+from cloister_shared.audit.reading import printable, when
 from cloister_shared.audit.releases import check_releases
 from cloister_shared.audit.report import VERDICTS, answers, as_record
 from cloister_shared.audit.sites import Ledger, check_site
@@ -57,6 +58,8 @@ def audit(bundle: Bundle, trust: Trust) -> Audit:
     """Checks a bundle against what is trusted; pure, and never trusts what the bundle brings."""
     findings, bundle = Findings(), one_of_each(bundle, trust)
     history = check_federation(bundle, trust, findings)
+    if history.foreign:
+        return Audit(findings, history, {}, [])
     known, ledgers = logs_of_keys(bundle, trust, history, findings), dict[str, Ledger]()
     for client, log in sorted(bundle.sites.items(), key=lambda one: called(one[0], trust, history)):
         found = check_site(client, log, bundle, trust, history, known, findings)
@@ -119,20 +122,30 @@ def verify(
         raise InputError(
             "one trust file", where="--trust", got=f"{len(trust)} of them", mend="put what you trust into one"
         )
-    own = merged([read_bundle(path) for path in bundle])
+    read = [read_bundle(path) for path in bundle]
+    own = merged(read)
     if not trust:
-        lines = ["INCOMPLETE: nobody's keys are trusted, so nothing can be checked",
-                 "mend: --trust TRUST.json, from a site (cloister audit trust) or by hand from fingerprints"]  # fmt: skip
-        console.emit({"verdict": VERDICTS[2], "exit_code": 2, "findings": [], "held": []}, lines)
+        nothing, mend = (
+            "nobody's keys are trusted, so nothing can be checked",
+            "--trust TRUST.json, from a site (cloister audit trust)",
+        )
+        findings = Findings()
+        findings.incomplete("no-trust", "--trust", f"{nothing}: {mend} or by hand from fingerprints")
+        lines = [f"INCOMPLETE: {nothing}{'; no report is written' if report else ''}",
+                 f"mend: {mend} or by hand from fingerprints"]  # fmt: skip
+        console.emit(as_record((), findings, ()), lines)
         raise typer.Exit(2)
     keys = read_trust(trust[0])
     done = audit(own, keys)
     said = answers(own, keys, done.history, done.ledgers, done.blocks, done.findings)
     about = {
-        "verified": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "verified": f"{when(time.time())} by cloister {__version__}, dp-accounting {version('dp-accounting')}",
         "federation": f"{keys.name}, key {keys.federation.id.hex()}",
         "trust": f"{trust[0]}, of {keys.written_at or 'whoever wrote it by hand'}, SHA-256 {digest(trust[0].read_bytes())}",
-        **{f"bundle {i}": f"{path}, SHA-256 {digest(path.read_bytes())}" for i, path in enumerate(bundle, 1)},
+        **{
+            f"bundle {i}": f"{path}, by its own word made {when(one.made)}, SHA-256 {digest(path.read_bytes())}"
+            for i, (path, one) in enumerate(zip(bundle, read, strict=True), 1)
+        },
     }
     record = as_record(said, done.findings, done.blocks) | {"about": about}
     if report is not None:

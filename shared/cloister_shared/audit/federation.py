@@ -6,6 +6,7 @@ Each kind of leaf has its form; a leaf of another kind or form is a violation. W
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from cloister_shared.audit.bundle import Bundle
 from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.reading import MALFORMED, hexes, integer, number, record_of, rows, words
 from cloister_shared.audit.trust import Trust
-from cloister_shared.cards import site_card_of
+from cloister_shared.cards import check_name, site_card_of
 from cloister_shared.errors import CloisterError, VerificationError
 from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import Checkpoint, read_checkpoint, read_cosignature
@@ -65,8 +66,8 @@ class Asked:
 
     @property
     def took_part(self) -> bool:
-        """Whether its text may have been used."""
-        return self.verdict == "accepted" or self.charged > 0
+        """Whether its text may have been used: whatever came of it, an update that is named was made of it."""
+        return self.verdict == "accepted" or self.charged > 0 or bool(self.update)
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class History:
         left: Sites that were put out and are not back under this key: their name and the leaf, by client id.
         witnessed: How many leaves a trusted site cosigned, or has the signed head of in its own log.
         remembered: How many leaves the trust file remembers.
+        foreign: Whether nothing in it is signed by the key that is trusted: it is another's, and says nothing here.
         own_word: Whether that file was written at the coordinator itself.
     """
 
@@ -142,11 +144,17 @@ class History:
     witnessed: int = 0
     remembered: int = 0
     own_word: bool = False
+    foreign: bool = False
 
     @property
     def told(self) -> list[RoundCommit | Aborted]:
         """Every leaf that tells what a round asked of clients, in order."""
         return sorted([*self.commits, *self.aborted], key=lambda leaf: leaf.index)
+
+    @property
+    def unread(self) -> list[int]:
+        """Leaves that cannot be read."""
+        return [index for index, record in enumerate(self.records) if not record]
 
     @property
     def covered(self) -> int:
@@ -181,9 +189,11 @@ def check_federation(bundle: Bundle, trust: Trust, findings: Findings) -> Histor
             )
         history.records.append(record)
     if len(unsigned) == len(bundle.leaves):
+        said = sorted({leaf.key[:32] for leaf in bundle.leaves})
         what = f"none of its {len(bundle.leaves)} leaves is signed by the key that the trust file names"
-        findings.violation("leaf-signature", origin, f"{what}: another federation's log, or another's trust file")
-        return History()
+        more = f"they say that they are of key {', '.join(said[:3])}: take the trust file of that federation, or the bundle of this one"
+        findings.violation("leaf-signature", origin, f"{what}; {more}")
+        return History(foreign=True)
     for where, what in unsigned:
         findings.violation("leaf-signature", where, what)
     if not _check_head(bundle, trust, findings, history, origin):
@@ -207,7 +217,10 @@ def _check_head(bundle: Bundle, trust: Trust, findings: Findings, history: Histo
     if (known := trust.remembered.get(origin)) is None:
         findings.incomplete("nothing-remembered", origin, "the trust file remembers no head of this log")
     elif known.size > len(tree):
-        what = f"{known.size} leaves were seen before, {len(tree)} are here: it shrank, or this bundle is older than the trust file"
+        what = (
+            f"{known.size} leaves were seen before, {len(tree)} are here: it shrank, or this bundle is older than the trust file;"
+            " take a newer export: if that is shorter too, it was put back"
+        )
         findings.fork("remembered", origin, what)
     elif tree.root(known.size) != known.root:
         findings.fork("remembered", origin, f"the first {known.size} leaves are other ones than were seen before")
@@ -219,12 +232,10 @@ def _check_head(bundle: Bundle, trust: Trust, findings: Findings, history: Histo
         findings.held.append(what)
     check_lines(bundle.cosignatures, trust, history, findings, origin)
     if history.seen:
-        what = (
-            "this history"
-            if history.witnessed == len(tree)
-            else f"its first {many(history.witnessed, 'leaf', 'leaves')}"
-        )
-        findings.held.append(f"{many(len(history.seen), 'trusted site')} cosigned {what}")
+        far = Counter(bundle.cosignatures[client][0] for client in history.seen)
+        for size, count in sorted(far.items(), reverse=True):
+            what = "this history" if size == len(tree) else f"its first {many(size, 'leaf', 'leaves')}"
+            findings.held.append(f"{many(count, 'trusted site')} cosigned {what}")
     else:
         findings.incomplete("no-witness", origin, "no site that the trust file names cosigned this log")
     return True
@@ -274,6 +285,9 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
                     raise ValueError("the card is another site's")
                 _named(trust, key.id.hex(), site, where, findings)
                 _own_card(record, where, findings)
+                if other := [i for i, name in here.items() if name == site and i != key.id.hex()]:
+                    what = f"{site} is enrolled already, under key {other[0][:16]}: one site would be two"
+                    findings.violation("enrolled-twice", where, what)
                 left.pop(key.id.hex(), None)
                 here[key.id.hex()] = history.names[key.id.hex()] = site
             elif kind == "revoke":
@@ -290,6 +304,10 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
             elif kind == "incident" and "clients" in record:
                 run, attempt = hexes(record, "run", 16), integer(record, "round", 1, 1_000_000)
                 history.aborted.append(Aborted(index, run, attempt, _asked(record)))
+                if run not in runs or attempt != runs[run][0] + 1:
+                    what = f"round {attempt} of run {run[:8]} was broken off, which was not the one under way"
+                    findings.violation("rounds", where, what)
+                last[run] = index
                 for one in history.aborted[-1].asked:
                     _named(trust, one.client, one.name, where, findings)
             elif kind == "round_commit":
@@ -308,10 +326,9 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
         except (CloisterError, *MALFORMED) as error:
             findings.violation("leaf", where, f"malformed: {error}"[:300])
     if history.commits:
-        findings.held.append(
-            f"{many(len(history.commits), 'round')} of {many(len({c.run for c in history.commits}), 'run')},"
-            " in order and without gaps"
-        )
+        what = f"{many(len(history.commits), 'round')} of {many(len({c.run for c in history.commits}), 'run')}"
+        wrong = ("rounds", "run", "parent", "base", "leaf", "leaf-order", "leaf-signature")
+        findings.hold(f"{what}, in order and without gaps", *wrong)
 
 
 def called(client: str, trust: Trust, history: History) -> str:
@@ -356,7 +373,7 @@ def _asked(record: dict[str, Any]) -> tuple[Asked, ...]:
     asked = tuple(
         Asked(
             hexes(one, "client", 16),
-            words(one, "name"),
+            check_name(words(one, "name"), "clients"),
             hexes(one, "plan", 32),
             words(one, "verdict"),
             hexes(one, "update", 32, empty=True) if "update" in one else "",
@@ -403,11 +420,13 @@ def check_covered(history: History, findings: Findings) -> None:
     """How far others saw this log: what comes after can still be written anew by whoever has its key."""
     late = [i for i, r in enumerate(history.records) if i >= history.covered and r.get("kind") not in _HARMLESS]
     if late:
-        kind = history.records[late[0]].get("kind")
-        what = f"nobody else saw this {kind} yet, nor {many(len(late) - 1, 'leaf', 'leaves')} after it: they can still be rewritten"
-        findings.incomplete("unwitnessed", f"leaf {late[0]}", what)
+        kind = history.records[late[0]].get("kind") or "leaf, which cannot be read,"
+        after = f", nor {many(len(late) - 1, 'leaf', 'leaves')} after it: they" if len(late) > 1 else ": it"
+        findings.incomplete(
+            "unwitnessed", f"leaf {late[0]}", f"nobody else saw this {kind} yet{after} can still be rewritten"
+        )
     elif history.commits:
         leaves = many(len(history.tree), "leaf", "leaves")
         kept = f", {history.remembered} are remembered{' by the coordinator itself' if history.own_word else ''}"
         seen = f"of its {leaves} {history.witnessed} were seen by sites{kept if history.remembered else ''}"
-        findings.held.append(f"{seen}: every round is among them")
+        findings.hold(f"{seen}: every round is among them", "remembered", "witness", "witnessed", "leaf-signature")

@@ -52,6 +52,11 @@ class Findings:
         """A log that went back or has two histories."""
         self._add("fork", code, where, what)
 
+    def hold(self, what: str, *codes: str) -> None:
+        """Something that was checked and held: nothing of these codes was found."""
+        if not {one.code for one in self.found} & set(codes):
+            self.held.append(what)
+
     def _add(self, kind: Kind, code: str, where: str, what: str) -> None:
         # What a bundle says is in both.
         self.found.append(Finding(kind, code, printable(where), printable(what)))

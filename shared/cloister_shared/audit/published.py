@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from cloister_shared.audit.accountant import Step, covers, epsilon_of
+from cloister_shared.audit.accountant import Step, covers, epsilon_of, sure
 from cloister_shared.audit.budget import TOLERANCE
 from cloister_shared.audit.federation import Aborted, Asked, History
 from cloister_shared.audit.findings import Findings, many
@@ -25,11 +25,11 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
         findings: Where what is found goes.
         of: Sites' own ledgers, by each key that their site had.
     """
-    whole, told, bad = dict[str, Counter[Step]](), set[str](), set[str]()
+    whole, told, bad, mine = dict[str, Counter[Step]](), set[str](), set[str](), set[str]()
     # Charged, though the round came to nothing; a commit of the same round counts these attempts again.
     lost, most = dict[tuple[str, str, int], Counter[Step]](), dict[tuple[str, str, int], int]()
     own = {ledger.client: _Own(ledger, history) for ledger in of.values()}
-    last = dict[str, tuple[Asked, str]]()
+    last, own_names = dict[str, tuple[Asked, str]](), {ledger.client: ledger.name for ledger in of.values()}
     for leaf in history.told:
         for one in leaf.asked:
             where = f"site {one.name}, round {leaf.number} of run {leaf.run[:8]}"
@@ -40,7 +40,7 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
             most[key] = max(one.charged, most.get(key, 0))
             # Under whichever key: a site that joined again has the same text and the same name.
             ledger = of.get(one.client)
-            whose = one.name if ledger is None else ledger.client
+            whose = one.name if ledger is None else ledger.name
             sum_of = whole.setdefault(whose, Counter())
             sum_of.subtract(lost.pop(key, Counter()))
             # An attempt that was charged counts, whatever came of it: its text was used.
@@ -53,23 +53,32 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
                 continue  # nothing is stated of what cost nothing
             if not covers(one.epsilon + TOLERANCE, tuple(sorted((+sum_of).items())), one.delta):
                 least = epsilon_of(+sum_of, one.delta)
-                findings.violation("published", where, f"epsilon {one.epsilon:.4f} was published, {least:.4f} is right")
+                if sure(tuple(sorted((+sum_of).items())), one.delta):
+                    findings.violation(
+                        "published", where, f"epsilon {one.epsilon:.4f} was published, {least:.4f} is right"
+                    )
+                else:
+                    what = f"epsilon {one.epsilon:.4f} was published; it is at most {least:.4f} by RDP, and too large to be worked out"
+                    findings.incomplete("published", where, what)
                 bad.add(one.name)
                 continue
             told.add(one.name)
             if ledger is not None:
+                mine.add(one.name)
                 good = own[ledger.client].check(one.plan, +sum_of, one.epsilon, one.delta, findings, where)
                 bad |= set() if good else {one.name}
                 last[ledger.client] = one, where
     for client, (one, where) in last.items():
         # What no leaf tells of yet counts all the same.
-        good = own[client].check("", +whole[client], one.epsilon, one.delta, findings, where)
+        good = own[client].check("", +whole[own_names[client]], one.epsilon, one.delta, findings, where)
         bad |= set() if good else {one.name}
-    if told - bad:
-        against = " and of their own ledgers" if own else ", by the coordinator's own commits alone"
-        findings.held.append(
-            f"the epsilon published for {many(len(told - bad), 'site')} is not below what dp-accounting makes of their rounds{against}"
-        )
+    for names, against in (
+        (told & mine - bad, " and of their own ledgers"),
+        (told - mine - bad, ", by the coordinator's own commits alone"),
+    ):
+        if names:
+            what = f"the epsilon published for {many(len(names), 'site')} is not below what dp-accounting makes of their rounds"
+            findings.held.append(what + against)
     _whole_clients(history, findings)
 
 

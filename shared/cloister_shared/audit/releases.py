@@ -57,9 +57,8 @@ def check_releases(history: History, findings: Findings) -> None:
     if aliases:
         signed = f", {guarded} signed by the operator who guards the alias" if guarded else ""
         moves = many(sum(last.version for last in aliases.values()), "move")
-        findings.held.append(
-            f"{moves} of {many(len(aliases), 'alias', 'aliases')}, each at a round that the log has{signed}"
-        )
+        what = f"{moves} of {many(len(aliases), 'alias', 'aliases')}, each at a round that the log has{signed}"
+        findings.hold(what, "release", "alias", "operator", "leaf", "leaf-signature")
 
 
 def _move(move: Move, aliases: dict[str, Move], findings: Findings, where: str) -> bool:

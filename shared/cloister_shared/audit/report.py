@@ -18,10 +18,11 @@ from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.reading import MALFORMED, printable, when
 from cloister_shared.audit.sites import Ledger
 from cloister_shared.audit.spends import ledgers_by_client, unsure
-from cloister_shared.audit.tables import Table, caps_table, code_table, enrolled_table, merged, rounds_table
+from cloister_shared.audit.tables import Table, caps_table, code_table, enrolled_table, merged, rounds_table, spans
 from cloister_shared.audit.trust import Trust
 from cloister_shared.cards import site_card_of
 from cloister_shared.errors import CloisterError
+from cloister_shared.witness import log_of_federation
 
 VERDICTS = {0: "PASS", 1: "VIOLATION", 2: "INCOMPLETE", 3: "FORK OR ROLLBACK"}
 # Which findings answer which question.
@@ -50,8 +51,8 @@ ACCOUNTANTS = (
     " The sites charge the larger of PRV's upper bound and PLD, so that their own figures lie up to 0.02 above this PLD: numerical"
     " error, on the safe side."
 )
-_SAMPLED = "Poisson over units, as reservations state and commits repeat."
-_ALONE = "Poisson over units, as reservations state; no commits are here to hold them against."
+_SAMPLED = "Yes: Poisson over units, as reservations state and commits repeat."
+_ALONE = "As far as is here: Poisson over units, as reservations state; no commits are here to hold them against."
 NOT_PROVEN = (
     "That an update of which the coordinator says that it came late, was refused or was left out did not enter an adapter.",
     "Which text is a block, where a site's ledger says that it has several: budgets are of blocks.",
@@ -112,22 +113,37 @@ def _remembering(trust: Trust, history: History) -> str:
     """How far the trust file remembers this log, and whose memory that is."""
     if trust.at_coordinator:
         return (
-            f"The trust file was written at the coordinator, the party that is audited: that it remembers {history.remembered} leaves"
+            "The trust file was written at the coordinator, the party that is audited: what it remembers of this log"
             " shows nothing. Take one from a site or an auditor."
         )
-    whose = trust.written_at or "whoever wrote it by hand"
-    return f"the trust file, of {whose}, remembers the first {history.remembered}"
+    whose, known = (
+        trust.written_at or "whoever wrote it by hand",
+        trust.remembered.get(log_of_federation(trust.federation)),
+    )
+    if known is None:
+        return f"the trust file, of {whose}, remembers nothing of it"
+    same = "" if history.remembered == known.size else ", which are not the first ones here"
+    return f"the trust file, of {whose}, remembers the first {known.size}{same}"
 
 
-def _trusted(trust: Trust, history: History, sums: Sequence[RoundCommit], findings: Findings) -> list[str]:
+def _trusted(
+    trust: Trust, history: History, sums: Sequence[RoundCommit], here: Mapping[str, Ledger], findings: Findings
+) -> list[str]:
     """What the coordinator saw, and on whose word."""
     broken = {(lost.run, lost.number) for lost in history.aborted} - {(c.run, c.number) for c in history.commits}
-    single = [c for c in history.commits if not c.sums or any(one.update for one in c.asked)]
+    bare = {
+        (e.run, e.round)
+        for ledger in here.values()
+        for e in ledger.entries.values()
+        if e.state == "spent" and not e.secure
+    }
+    bare |= {(leaf.run, leaf.number) for leaf in history.told if any(one.update for one in leaf.asked)}
+    single = [c for c in history.commits if not c.sums or (c.run, c.number) in bare]
     lines = [f"The coordinator of {trust.name} saw single noised updates in {many(len(single), 'round')}."]
     if sums:
         checked = not any(f.code in ("no-draw", "draw", "sums") for f in findings.found)
         how = "as the draws of its groups bear out" if checked else "by its own word"
-        lines.append(f"In {many(len(sums), 'round')} it saw sums of groups, {how}; of who is in them no single update.")
+        lines.append(f"In {many(len(sums), 'round')} it saw sums of groups, {how}.")
     if broken:
         lines.append(f"What it saw of {many(len(broken), 'round')} that came to nothing the log does not say.")
     return lines
@@ -151,10 +167,10 @@ def _models(history: History, of: Mapping[str, Ledger]) -> list[str]:
             old = holds.get(commit.start, frozenset()) - new
             holds[commit.adapter] = holds.get(commit.adapter, frozenset()) | new | old
             line = f"round {commit.number} of run {commit.run[:8]}: adapter {commit.adapter[:16]}"
-            line += f" was trained on text of {', '.join(sorted(new)) or 'nobody in this round'}"
-            line += f"; in earlier rounds of {', '.join(sorted(old))}" if old else ""
+            line += f" was trained on text of {merged(sorted(new)) or 'nobody in this round'}"
+            line += f"; in earlier rounds of {merged(sorted(old))}" if old else ""
             left_out = unsure(of, commit)
-            lines.append(line + (f"; by the coordinator's word not in it: {', '.join(left_out)}" if left_out else ""))
+            lines.append(line + (f"; by the coordinator's word not in it: {merged(left_out)}" if left_out else ""))
     return lines
 
 
@@ -174,7 +190,19 @@ def answers(
     here = ledgers_by_client(ledgers, trust)
     asked = [(one.client, one.name) for leaf in history.told for one in leaf.asked if one.took_part]
     silent = sorted({name for client, name in asked if client not in here})
-    unsaid = (f"Of {merged(silent)} this cannot be said: their own logs are not here.",) if silent else ()
+    unsaid = (
+        (
+            f"Of {merged(silent)} this cannot be said: their own logs are not here, or no key that is trusted signed them.",
+        )
+        if silent
+        else ()
+    )
+    unread = (
+        (f"leaf {spans(history.unread)} of the federation's log cannot be read: what it told is not here",)
+        if history.unread
+        else ()
+    )
+    moved = became(history)
     caps, rounded, code, enrolled = (
         caps_table(own),
         rounds_table(history, here),
@@ -268,7 +296,8 @@ def answers(
         Answer(
             "Who was trusted with what?",
             (
-                *_trusted(trust, history, sums, findings),
+                *unread,
+                *_trusted(trust, history, sums, here, findings),
                 "Everybody who sees rounds sees the adapters.",
             )
             if history.commits or history.aborted
@@ -279,13 +308,13 @@ def answers(
         Answer(
             "Did the sampling match the accountant?",
             (
-                *([_SAMPLED if history.commits else _ALONE] if own and not broken else []),
+                *([_SAMPLED if history.commits else _ALONE] if kinds and not broken else []),
                 *broken,
                 *unsaid,
             )
             or none,
         ),
-        Answer("Realised participants and noise?", (*lost, *noise, *unsaid) or none, rounded),
+        Answer("Realised participants and noise?", (*unread, *lost, *noise, *unsaid) or none, rounded),
         Answer(
             "What left without noise, and to whom?",
             (*(releases or (["nothing that a site's ledger here says"] if own else [])), *unsaid) or none,
@@ -295,15 +324,17 @@ def answers(
             tuple(x for x in findings.held if "dp-accounting" in x)
             + tuple(f"{f.where}: {f.what}" for f in findings.found if f.code in ("cap", "published"))
             + ((ACCOUNTANTS,) if blocks else ())
+            + unsaid
             or none,
         ),
-        Answer("Which model holds which text?", tuple(models) or none),
+        Answer("Which model holds which text?", (*unread, *models) or none),
         Answer(
             "Who promoted it, exported it, kept it or gave it up?",
-            (*standing(history), *became(history)) or (absent or "nobody",),
+            (*unread, *standing(history)) or (() if moved.rows else (absent or "nobody",)),
+            moved,
         ),
-        Answer("Which code?", () if code.rows else none, code),
-        Answer("Who was enrolled then?", tuple(members) or none, enrolled),
+        Answer("Which code?", unread or (() if code.rows else none), code),
+        Answer("Who was enrolled then?", (*unread, *members) or none, enrolled),
         Answer("Is the log whole, append-only, seen by others?", tuple(log)),
         Answer("Incidents?", tuple(incidents) or (absent or "none in the logs",)),
         Answer("What does this not prove?", NOT_PROVEN),

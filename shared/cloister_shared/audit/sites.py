@@ -74,6 +74,7 @@ class Ledger:
         name: The site's name.
         origin: The log's name: the same under every key that the site had.
         keys: The site's keys, as the auditor trusts them.
+        own: Which of them signed heads of this very log, by client id.
         size: Its events.
         entries: By number, in order.
         releases: Un-noised numbers that left: their names, round and to whom.
@@ -100,6 +101,7 @@ class Ledger:
     signed: int = 0
     federation: int = 0
     plans: dict[str, list[Entry]] = field(default_factory=dict)
+    own: frozenset[str] = frozenset()
 
     @property
     def cut(self) -> bool:
@@ -149,6 +151,7 @@ def check_site(
     mine = [i for i in trust.sites if trust.names[i] == trust.names[client] and known.get(i, origin) == origin]
     keys = tuple(trust.sites[i] for i in dict.fromkeys([client, *mine]))
     ledger = Ledger(client, name, origin, keys, len(tree))
+    ledger.own = frozenset([client, *(i for i in mine if known.get(i) == origin)])
     _check_heads(ledger, tree, bundle, trust, history, findings, where)
     for index, event in enumerate(log.events):
         at = f"{where} event {index + 1}"
@@ -206,7 +209,7 @@ def _check_heads(
                 findings.fork(
                     "anchored-head", at, f"this log does not begin with the {head.size} events that it was of then"
                 )
-            else:
+            elif head.size <= len(tree):
                 ledger.anchors[commit.index] = head.size
     if ledger.cut:
         what = f"the coordinator has a head of {ledger.signed} events that this site signed, {len(tree)} are here: an older export, or cut"

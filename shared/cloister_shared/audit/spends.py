@@ -57,15 +57,20 @@ def _from_log(of: Mapping[str, Ledger], trust: Trust, history: History, findings
             ledger = of.get(one.client)
             if one.took_part and one.client not in trust.sites:
                 strangers.add(one.name)
-            elif one.took_part and ledger is None:
+            elif one.took_part and (ledger is None or one.client not in ledger.own):
+                # A key of the same name that never signed a head of this log may have another.
                 missing.add(one.name)
             if ledger is not None:
                 _same_terms(one, ledger, findings, where)
             if isinstance(leaf, Aborted):
                 # A round that came to nothing has used the text of those whose updates came.
                 if ledger is not None and one.verdict == "accepted":
-                    _came(one.plan, "", ledger, findings, where)
+                    _came(one.plan, "", leaf, ledger, findings, where)
                 continue
+            if one.update and one.verdict != "accepted" and not one.charged:
+                findings.violation(
+                    "uncharged", where, "its update is named, and the log says that it was charged nothing"
+                )
             if one.verdict == "accepted" and one.plan in plans:
                 findings.violation("plan-twice", where, "this work was accepted before")
             plans |= {one.plan} if one.verdict == "accepted" else set()
@@ -78,7 +83,7 @@ def _from_log(of: Mapping[str, Ledger], trust: Trust, history: History, findings
                     late = " (the last of its run: it may be on its way)" if leaf.number == last[leaf.run] else ""
                     findings.incomplete("no-receipt", where, f"the site has no receipt for it{late}")
             elif ledger is not None and one.took_part and one.update:
-                _came(one.plan, one.update, ledger, findings, where)
+                _came(one.plan, one.update, leaf, ledger, findings, where)
     for commit in history.commits:
         strangers |= _sums(commit, of, trust, findings)
     if matched:
@@ -109,11 +114,19 @@ def _sums(commit: RoundCommit, of: Mapping[str, Ledger], trust: Trust, findings:
                 findings.violation("sums", where, f"a sum has {one.name}, whose own update is named beside it")
             elif (ledger := of.get(client)) is not None and one.verdict != "accepted":
                 found = [e for e in ledger.plans.get(one.plan, ()) if e.state != "void"]
-                if not any(e.secure for e in found) and not ledger.cut:
+                if not any(e.secure for e in found) and not _beyond(commit, ledger):
                     findings.violation("sums", where, f"a sum has {one.name}, which did not answer under masks")
-        if len(group) < LEAST_SUM:
-            findings.violation("sums", f"round {commit.number} of run {commit.run[:8]}", f"a sum of {len(group)} alone")
+        # One site under two keys is one.
+        if (count := len({rows[i].name if i in rows else i for i in group})) < LEAST_SUM:
+            findings.violation(
+                "sums", f"round {commit.number} of run {commit.run[:8]}", f"a sum of {many(count, 'site')} alone"
+            )
     return strangers
+
+
+def _beyond(leaf: RoundCommit | Aborted, ledger: Ledger) -> bool:
+    """Whether what a leaf tells may stand in the end of a ledger that is not here: no head of what is here came with it."""
+    return ledger.cut and leaf.index not in ledger.anchors
 
 
 def _same_terms(one: Asked, ledger: Ledger, findings: Findings, where: str) -> None:
@@ -125,10 +138,10 @@ def _same_terms(one: Asked, ledger: Ledger, findings: Findings, where: str) -> N
             return
 
 
-def _came(plan: str, update: str, ledger: Ledger, findings: Findings, where: str) -> None:
+def _came(plan: str, update: str, leaf: RoundCommit | Aborted, ledger: Ledger, findings: Findings, where: str) -> None:
     """An update came, whatever became of it: its site spent for it."""
     found = [e for e in ledger.plans.get(plan, ()) if e.state != "void"]
-    if not found and ledger.cut:
+    if not found and _beyond(leaf, ledger):
         return  # what is missing of its log is told once
     if not found:
         findings.violation("unspent", where, "an update came that this site's ledger never spent for, or gave back")
@@ -172,7 +185,9 @@ def _from_ledgers(
                     "untold", where, "the site spent for a round whose commit does not say that it was asked"
                 )
             elif not said:
-                findings.incomplete("untold", where, "no leaf tells of this round yet: it runs, or it was broken off")
+                findings.incomplete(
+                    "untold", where, "no leaf that can be read tells of this round: it runs, or it was broken off"
+                )
     for run, names in sorted(elsewhere.items()):
         findings.incomplete(
             "elsewhere",
@@ -201,7 +216,7 @@ def _spent(ledger: Ledger | None, plan: str) -> bool:
 
 def _accepted(one: Asked, commit: RoundCommit, ledger: Ledger, findings: Findings, where: str) -> int:
     found = [e for e in ledger.plans.get(one.plan, ()) if e.state == "spent"]
-    if not found and ledger.cut:
+    if not found and _beyond(commit, ledger):
         return 0
     if not found:
         findings.violation("unspent", where, "an update was accepted that this site's ledger never spent for")
@@ -213,7 +228,7 @@ def _accepted(one: Asked, commit: RoundCommit, ledger: Ledger, findings: Finding
 def _on_terms(entry: Entry, one: Asked, commit: RoundCommit, ledger: Ledger, findings: Findings, where: str) -> None:
     if (entry.run, entry.round) != (commit.run, commit.number):
         findings.violation("terms", where, f"the site spent for round {entry.round} of run {entry.run[:8]}")
-    if entry.closed_at >= ledger.anchors.get(commit.index, 0):
+    if not _beyond(commit, ledger) and entry.closed_at >= ledger.anchors.get(commit.index, 0):
         findings.violation(
             "anchored-head", where, "the head that came with its answer has not this round's spend in it"
         )
