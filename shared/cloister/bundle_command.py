@@ -19,7 +19,7 @@ from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog, write_bund
 from cloister_shared.audit.findings import many
 from cloister_shared.audit.trust import AT_COORDINATOR, read_trust, trust_of, write_trust
 from cloister_shared.cards import read_coordinator_card, read_site_card
-from cloister_shared.errors import CloisterError, InputError, VerificationError
+from cloister_shared.errors import CloisterError, InputError, RollbackError, VerificationError
 from cloister_shared.invitation import Invitation
 from cloister_shared.notes import Checkpoint, claimed
 from cloister_shared.signing import SigningKey, VerifyKey, read_secret
@@ -104,7 +104,7 @@ def export(
         raise InputError("there is a file already", where=str(out), mend="choose another --out")
     made = round(time.time())
     bundle = _federation(made, adapters=adapters) if here else _fetched(made, sites)
-    logs, left_out = dict[str, SiteLog](), list[str]()
+    logs, left_out, put_back = dict[str, SiteLog](), list[str](), 0
     for folder in sites:
         try:
             client, log = _site_log(folder)
@@ -113,6 +113,7 @@ def export(
             if not here:
                 raise
             left_out.append(f"left out: the log of {folder.name}: {error}")
+            put_back = max(put_back, error.exit_code if isinstance(error, RollbackError) else 0)
     bundle = replace(bundle, sites=logs)
     write_bundle(out, bundle)
     console.emit(
@@ -131,6 +132,8 @@ def export(
             "give it to the auditor; the trust file goes another way: cloister audit trust --out TRUST.json",
         ],
     )
+    if put_back:
+        raise typer.Exit(put_back)
 
 
 def fetch(
