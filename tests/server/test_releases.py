@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+from cloister import bundle_command
 from cloister_server.cli import operator_sign, show
 from cloister_server.compare import fields, modules
 from cloister_server.export import export_round
@@ -29,7 +30,7 @@ from cloister_server.upkeep import fsck, gc, unreachable
 from cloister_shared import console
 from cloister_shared.aliases import ALIAS_PURPOSE, alias_move
 from cloister_shared.audit.became import became
-from cloister_shared.audit.bundle import Bundle, SignedLeaf
+from cloister_shared.audit.bundle import Bundle, SignedLeaf, read_bundle
 from cloister_shared.audit.command import audit
 from cloister_shared.audit.trust import trust_of
 from cloister_shared.encoding import canonical
@@ -347,6 +348,20 @@ def test_a_log_that_is_not_what_sites_cosigned_is_signed_no_further(world: World
         with pytest.raises(RollbackError, match="not the one that a site cosigned"):
             deed()
     assert len(world.store.leaves()) == before
+
+
+def test_an_export_without_a_log_that_was_put_back_says_so_by_its_exit_code(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def put_back(_: Path) -> Any:
+        raise RollbackError("the ledger was put back", where="site-1")
+
+    monkeypatch.setattr(bundle_command, "_site_log", put_back)
+    monkeypatch.setattr(console, "site_homes", lambda: [tmp_path / "site-1"])
+    with pytest.raises(typer.Exit) as left:
+        bundle_command.export(tmp_path / "bundle.zip")
+    assert left.value.exit_code == 3
+    assert read_bundle(tmp_path / "bundle.zip").sites == {}
 
 
 def test_a_signature_that_nobody_asked_for_is_not_dropped_silently(world: World, tmp_path: Path) -> None:

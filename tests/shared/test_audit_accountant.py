@@ -97,6 +97,10 @@ def test_what_the_product_charges_is_never_found_too_low(kind: tuple[float, floa
 
 
 def test_what_is_beyond_all_reason_is_bounded_at_once() -> None:
-    steps = history({(1.0, 1e-9): 10**11})
-    assert not accountant.sure(steps, 1e-10)
-    assert by_rdp(steps, 1e-10) == epsilon_of(Counter(dict(steps)), 1e-10)
+    few, many = history({(20.0, 1e-4): 10**6}), history({(20.0, 1e-4): 10**11})
+    assert accountant.sure(few, 1e-5)
+    assert by_rdp(many, 1e-5) < 1000
+    assert not accountant.sure(many, 1e-5)
+    assert by_rdp(many, 1e-5) == epsilon_of(Counter(dict(many)), 1e-5)
+    # Below RDP's bound, and nothing better is known: not covered, and not said to be wrong.
+    assert not accountant.covers(by_rdp(many, 1e-5) - 0.1, many, 1e-5)

@@ -16,7 +16,6 @@ _WIDE, _LEFT, _TOP = 640, 50, 30
 
 def _ticks(most: float, least: float) -> list[float]:
     """Round values from 0 up to ``most``: about five of them, at 1, 2 or 5 times a power of ten, none less than ``least`` apart."""
-    most = max(most, 1e-6)
     power = 10.0 ** math.floor(math.log10(most / 5))
     step = next(power * times for times in (1, 2, 5, 10) if most / (power * times) <= 6)
     step = max(step, least)
