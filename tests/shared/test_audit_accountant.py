@@ -96,6 +96,26 @@ def test_what_the_product_charges_is_never_found_too_low(kind: tuple[float, floa
     assert accountant.covers(stated + 0.005, history({(sigma, rate): steps}), 1e-5)
 
 
+def test_what_dp_accounting_cannot_lay_out_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = history({(0.05, 1 - 1e-15): 1})
+    assert accountant.sure(odd, 1e-5)
+    accountant.forget()
+    monkeypatch.setattr(accountant, "_WHOLE", 2.0)
+    monkeypatch.setattr(accountant, "width", lambda steps, delta: 2.0**-8)
+    assert not accountant.sure(odd, 1e-5)
+    assert accountant.by_both(odd, 1e-5)[0] == accountant.by_both(odd, 1e-5)[1]
+    accountant.forget()
+
+
+def test_of_two_bounds_the_lower_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = history({(2.0, 0.001): 20_000})
+    accountant.forget()
+    monkeypatch.setattr(accountant, "width", lambda steps, delta: 2.0**-8)
+    assert by_pld(steps, 1e-5) > by_rdp(steps, 1e-5)
+    assert accountant.by_both(steps, 1e-5) == (by_rdp(steps, 1e-5),) * 2
+    accountant.forget()
+
+
 def test_what_is_beyond_all_reason_is_bounded_at_once() -> None:
     few, many = history({(20.0, 1e-4): 10**6}), history({(20.0, 1e-4): 10**11})
     assert accountant.sure(few, 1e-5)

@@ -31,7 +31,7 @@ _recent: OrderedDict[tuple[Steps, float], tuple[Any, int]] = OrderedDict()
 def forget() -> None:
     """Forgets every figure that was worked out."""
     _recent.clear()
-    for known in (_rdp_of, by_rdp, by_pld, covers, _one, _times):
+    for known in (_rdp_of, by_rdp, by_pld, covers, sure, _one, _times):
         known.cache_clear()
 
 
@@ -67,9 +67,16 @@ def by_pld(steps: Steps, delta: float) -> float:
     return float(_at(steps, delta).get_epsilon_for_delta(delta))
 
 
+@cache
 def sure(steps: Steps, delta: float) -> bool:
-    """Whether PLD is worked out for such a history; else RDP's bound is all there is, and a figure below it is not known to be wrong."""
-    return by_rdp(steps, delta) < _FAR_ABOVE and sum(count for _, count in steps) <= _MOST
+    """Whether PLD can be worked out for such a history; else RDP's bound is all there is, and what is below it is not known to be wrong."""
+    if by_rdp(steps, delta) >= _FAR_ABOVE or sum(count for _, count in steps) > _MOST:
+        return False
+    try:
+        _at(steps, delta)
+    except ValueError:  # dp-accounting's inversion where a rate is as good as 1
+        return False
+    return True
 
 
 def by_both(steps: Steps, delta: float) -> tuple[float, float]:
