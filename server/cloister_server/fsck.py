@@ -86,7 +86,7 @@ def _read(store: Store, log: _Log) -> Iterator[Wrong]:
             record = _whole(store, leaf)
         except (CloisterError, *MALFORMED) as error:
             record = {}
-            yield Wrong(where, str(error)[:200], f"the log was changed by hand: {_RESTORE}")
+            yield Wrong(where, str(error).removeprefix(f"{where}: ")[:200], f"the log was changed by hand: {_RESTORE}")
         log.records.append(record)
         if record:
             log.kinds[leaf.kind].append(record)
@@ -178,7 +178,8 @@ def check_round(store: Store, run: Run, number: int) -> None:
         try:
             told[run.id] = _without_heads(_whole(store, leaf))
         except (CloisterError, *MALFORMED) as error:
-            wrong.append(Wrong(f"leaf {leaf.index}", str(error)[:200], _RESTORE))
+            at = f"leaf {leaf.index}"
+            wrong.append(Wrong(at, str(error).removeprefix(f"{at}: ")[:200], _RESTORE))
     wrong += _pairs({run.id: says}, told, lambda _: where)
     for one in wrong:
         what = f"the registry is not as its log says: {one.what}"

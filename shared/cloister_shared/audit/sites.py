@@ -166,7 +166,7 @@ def check_site(
         )
         findings.fork("witnessed", where, what)
     if open_ := sum(entry.state == "reserved" for entry in ledger.entries.values()):
-        findings.held.append(f"{where}: {open_} open reservations count as spent")
+        findings.held.append(f"{where}: {many(open_, 'open reservation counts', 'open reservations count')} as spent")
     return ledger
 
 
