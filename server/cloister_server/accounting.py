@@ -67,8 +67,8 @@ def charged_events(asked: Sequence[RoundClient], now: tuple[str, str, int] | Non
     """What a site may have been charged so far; ``now`` is client, run and round in hand, whose open row is not an old one."""
     history = []
     for c in asked:
-        # Another row still open is of a coordinator that died: its attempt may have been charged.
-        times = c.charged if (c.client, c.run, c.number) == now or c.verdict != "open" else max(1, c.charged)
+        # Another row still open is of a coordinator that died: its attempt may have been charged, beside those before it.
+        times = c.charged + int((c.client, c.run, c.number) != now and c.verdict == "open")
         if times:
             history.append(DpSgd(c.noise_multiplier, c.sample_rate, c.steps * times))
             numbers = [NoisedNumber(**number) for number in json.loads(c.core).get("noised", [])]
@@ -93,13 +93,12 @@ def close_abandoned(store: Store, run: str) -> list[tuple[str, int]]:
                 continue
             sent, changes = row.state != PLANNED or row.attempt > 1, dict[str, dict[str, Any]]()
             for c in store.clients(other.id, row.number):
+                # What was charged elsewhere since counts too, whatever became of this row.
+                change: dict[str, Any] = {"epsilon": epsilon(charged_events(store.history_of(c.client)), c.delta)}
                 if c.verdict == "open":
-                    changes[c.client] = {
-                        "verdict": "missing",
-                        "reason": "its coordinator ended before a reply",
-                        "charged": max(int(sent), c.charged),
-                        "epsilon": epsilon(charged_events(store.history_of(c.client)), c.delta),
-                    }
+                    change |= {"verdict": "missing", "reason": "its coordinator ended before a reply"}
+                    change |= {"charged": c.charged + int(sent)}
+                changes[c.client] = change
             store.abort_round(other.id, row.number, changes)
             closed.append((other.id, row.number))
     return closed

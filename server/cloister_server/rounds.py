@@ -45,7 +45,7 @@ from cloister_server.peers import predicted_norm
 from cloister_server.planning import in_round, summed_rate
 from cloister_server.secure import collect, opened_before
 from cloister_server.sending import Shown, receipts_of, seal_closing, seal_plan
-from cloister_server.store import Commit
+from cloister_server.store import Commit, Store
 from cloister_server.tables import (
     AGGREGATING,
     OPEN,
@@ -207,7 +207,7 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
             judgement,
             evidence,
             seen(context, number, cores, intake),
-            {client: one.note for client, one in intake.prefaces.items()},
+            heads_of(store, intake),
             privacy,
         ),
     )
@@ -231,6 +231,13 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
         refused={} if held else {names.get(name, name): reason for name, reason in left_out.items()},
     )
     return held
+
+
+def heads_of(store: Store, intake: Intake) -> dict[str, str]:
+    """The heads of their own logs that clients answered with; of those whose sum an earlier attempt opened, the one that is kept."""
+    known = store.site_heads()
+    kept = {i: known[i] for i, change in intake.changes.items() if change["verdict"] == "accepted" and i in known}
+    return kept | {client: one.note for client, one in intake.prefaces.items()}
 
 
 def gather(

@@ -30,6 +30,7 @@ from cloister_shared.plan import PlanCore
 from cloister_shared.sealing import Codec, OpeningKey
 from cloister_shared.vectors import F32
 
+from cloister_server.accounting import REFUSED
 from cloister_server.context import Context, Exchange, Member
 from cloister_server.groups import LEAST_SURVIVORS
 from cloister_server.intake import WENT_BACK, Prefaced, Reply, said_no
@@ -132,7 +133,9 @@ def collect(
         opening(name, [i for i in sharers[name] if i in masked])
     _open(context, out, talk, name_of, groups, sharers, keys, shares, masked, members, cores)
     for i, reply in talk.refused.items():
-        out.changes.setdefault(i, _change(reply.verdict, reply.reason))
+        # Whoever sent a masked update has spent for it: what it refuses after that is not free any more.
+        verdict = DROPPED if i in masked and reply.verdict == REFUSED else reply.verdict
+        out.changes.setdefault(i, _change(verdict, reply.reason))
     out.changes |= {i: _change(CHEATED, why) for i, why in cheats.items()}
     out.seconds += time.monotonic() - started
     return out

@@ -346,6 +346,12 @@ class Store(Releases):
             self._fenced(session)
             before = {OPEN: PLANNED, AGGREGATING: OPEN}[state]
             _in_state(session, run, number, before).state = state
+            if state == OPEN:
+                # From here on a site may be charged for this attempt: should this process die, its row says that nobody knows.
+                for row in session.exec(
+                    select(RoundClient).where(RoundClient.run == run, RoundClient.number == number)
+                ):
+                    row.verdict = "open"
 
     def commit_round(self, run: str, number: int, commit: Commit) -> None:
         """Commits a round, whole, in one transaction.

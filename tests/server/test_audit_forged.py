@@ -147,7 +147,7 @@ def sums(member: Callable[[Forged, ForgedSite], dict[str, Any]], keys: int = 3) 
     first, *others = made.sites
     own = [site.key for site in others] if keys == 3 else [SigningKey.generate(), SigningKey.generate()]
     draw, group = made.drawn([first.key, *own])
-    made.train(first, RUN, 1, secure=named("members"))
+    made.train(first, RUN, 1, secure=made.masks)
     rows = [made.row(first, RUN, 1, update="")]
     for site in others:
         made.show(site)
@@ -175,7 +175,7 @@ def test_a_sum_is_of_sites_that_took_part_under_masks() -> None:
     assert ("violation", "sums") in check(sums(bare))
 
     def masked(made: Forged, site: ForgedSite) -> dict[str, Any]:
-        made.train(site, RUN, 1, secure=named("members"))
+        made.train(site, RUN, 1, secure=made.masks)
         return made.row(site, RUN, 1, update="")
 
     assert check(sums(masked)) == set()
@@ -191,7 +191,7 @@ def test_a_single_update_beside_a_sum_was_seen() -> None:
     rows = []
     for site in made.sites:
         masked = site is not made.sites[3]
-        plan = made.train(site, RUN, 1, secure=named("members") if masked else "")
+        plan = made.train(site, RUN, 1, secure=made.masks if masked else "")
         rows.append(made.row(site, RUN, 1, update="" if masked else named("update", plan)))
     made.commit(RUN, 1, rows, [group], draw)
     assert check(made) == set()
@@ -371,7 +371,7 @@ def test_a_site_is_not_two_by_two_keys() -> None:
     draw, group = made.drawn([site.key for site in three])
     rows = []
     for site in three:
-        made.train(site, RUN, 1, secure=named("members"))
+        made.train(site, RUN, 1, secure=made.masks)
         rows.append(made.row(site, RUN, 1, update=""))
     made.commit(RUN, 1, rows, [group], draw)
     made.close()
@@ -425,7 +425,7 @@ def test_who_answered_bare_in_a_round_of_sums_was_seen() -> None:
     draw, group = made.drawn([site.key for site in made.sites[:3]])
     rows = []
     for site in made.sites[:3]:
-        made.train(site, RUN, 1, secure=named("members"))
+        made.train(site, RUN, 1, secure=made.masks)
         rows.append(made.row(site, RUN, 1, update=""))
     made.train(made.sites[3], RUN, 1)
     made.commit(RUN, 1, rows, [group], draw)
@@ -441,6 +441,97 @@ def test_odd_figures_and_names_end_no_report() -> None:
     assert "<svg" in as_html([], got.findings, got.blocks, got.history, "x", {})
     made.commit(RUN, 3, [made.row(made.sites[0], RUN, 3, name="n" * 100_000)])
     assert ("violation", "leaf") in check(made)
+
+
+def test_what_a_commit_states_beside_its_rows_is_held_too() -> None:
+    for run, life, delta, seen in (
+        (1.0, 0.0, 0.0, False),
+        (0.01, 0.0, 0.0, True),
+        (1.0, -0.1, 0.0, True),
+        (1.0, 0.0, 1e-6, True),
+    ):
+        made = began(1)
+        rows = []
+        for site in made.sites:
+            made.train(site, RUN, 2)
+            rows.append(made.row(site, RUN, 2))
+        stated = [
+            {
+                "client": r["client"],
+                "unit": "record",
+                "epsilon": run,
+                "lifetime": r["epsilon"] + life,
+                "delta": r["delta"] + delta,
+            }
+            for r in rows
+        ]
+        made.commit(RUN, 2, rows, privacy=stated)
+        assert (("violation", "published") in check(made)) == seen
+    made = began(1)
+    made.commit(RUN, 2, [made.row(made.sites[0], RUN, 2, charged=0, verdict="missing", update="", epsilon=0.01)])
+    assert ("violation", "published") in check(made)
+
+
+def test_sums_have_no_difference_that_is_one_sites_update() -> None:
+    made = Forged(tuple(ForgedSite(f"site-{i}") for i in range(1, 5)))
+    made.begin()
+    draw, group = made.drawn([site.key for site in made.sites])
+    rows = []
+    for site in made.sites:
+        made.train(site, RUN, 1, secure=made.masks)
+        rows.append(made.row(site, RUN, 1, update=""))
+    made.commit(RUN, 1, rows, [group, group[:3]], draw)
+    made.close()
+    assert ("violation", "sums") in found(audit(replace(made.bundle, sites={}), made.trust()))
+
+
+def test_a_site_answered_under_the_masks_of_its_drawn_group() -> None:
+    def masked(made: Forged, site: ForgedSite) -> dict[str, Any]:
+        made.train(site, RUN, 1, secure=named("another group"))
+        return made.row(site, RUN, 1, update="")
+
+    assert ("violation", "sums") in check(sums(masked))
+
+
+def test_a_cap_is_held_against_all_logs_of_a_site() -> None:
+    for cap, seen in ((0.9, True), (5.0, False)):
+        made = Forged()
+        made.begin()
+        old = made.sites[0]
+        for number in (1, 2, 3, 4):
+            if number == 3:
+                made.close()
+                again(made)
+            rows = []
+            for site in made.sites:
+                made.train(site, RUN, number, cap=cap if site.name == "site-1" else 100.0)
+                rows.append(made.row(site, RUN, number))
+            made.commit(RUN, number, rows)
+        made.close()
+        both = replace(made.bundle, sites={**made.bundle.sites, old.id: old.log})
+        assert found(audit(both, made.trust())) == ({("incomplete", "cap")} if seen else set())
+
+
+def test_a_sum_that_an_earlier_attempt_opened_stays_though_somebody_left() -> None:
+    made = Forged()
+    made.begin()
+    draw, group = made.drawn([site.key for site in made.sites])
+    rows = []
+    for site in made.sites:
+        made.train(site, RUN, 1, secure=made.masks)
+        rows.append(made.row(site, RUN, 1, update=""))
+    made.leaf("revoke", site="site-1")
+    made.leaf("incident", run=RUN, round=1, what="too few", clients=[])
+    made.commit(RUN, 1, rows, [group], draw)
+    made.owed.pop(made.sites[0].id)
+    assert check(made) == set()
+
+
+def test_a_root_in_capitals_is_the_same_root() -> None:
+    made = began(1)
+    made.close()
+    lines_of = {i: (size, root.upper(), line) for i, (size, root, line) in made.bundle.cosignatures.items()}
+    assert found(audit(replace(made.bundle, cosignatures=lines_of), made.trust())) == set()
 
 
 @pytest.fixture(scope="module")

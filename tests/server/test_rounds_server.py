@@ -15,11 +15,11 @@ import pytest
 from cloister_client.standing import Limits
 from cloister_flower.frames import frame_of, refusal, reply
 from cloister_model.text import Record
-from cloister_server.accounting import Cost, spending
+from cloister_server.accounting import Cost, close_abandoned, spending
 from cloister_server.export import export_round
 from cloister_server.fsck import check
 from cloister_server.rounds import one_round, run_rounds
-from cloister_server.tables import RoundClient, Run
+from cloister_server.tables import Round, RoundClient, Run
 from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog
 from cloister_shared.audit.command import audit
 from cloister_shared.audit.trust import trust_of
@@ -576,6 +576,52 @@ def test_a_changed_registered_adapter_stops_the_run(world: World) -> None:
     with pytest.raises(Exception, match="blob was changed"):
         run_rounds(world.context(), world.link)
     assert world.link.sent == {}
+
+
+class DyingLink(Loopback):
+    """The coordinator dies after the first reply."""
+
+    def exchange(self, *args: Any, **kwargs: Any) -> Iterator[tuple[int, Any]]:
+        yield from itertools.islice(super().exchange(*args, **kwargs), 1)
+        raise KilledError
+
+
+def test_an_attempt_that_a_coordinator_died_in_counts_whatever_came_before_it(world: World) -> None:
+    """Charged nothing at the first attempt, which came to nothing; trained at the second, in which the coordinator died; then away."""
+    gone, rest = world.id_of(100), world.context(members=world.members[1:])
+    world.link.behaviours = {100: died}
+    with pytest.raises(RefusedError, match="too few"):
+        one_round(world.context(min_clients=3), world.link, 1)
+    with world.store.database.writing() as session:
+        session.get_one(RoundClient, (world.run.id, 1, gone)).charged = 0
+    with pytest.raises(KilledError):
+        one_round(world.context(), DyingLink(world.desks), 1)
+    assert world.charged(100) == 1
+    assert {c.verdict for c in world.store.clients(world.run.id, 1)} == {"open"}
+    one_round(rest, world.link, 1)
+    row = next(c for c in world.store.clients(world.run.id, 1) if c.client == gone)
+    assert (row.verdict, row.charged) == ("missing", 1)
+    assert row.epsilon == world.desks[100].ledger.standing().epsilon > 0
+
+
+def test_a_round_that_is_given_up_states_what_its_clients_came_to_by_then(world: World) -> None:
+    """Its own epsilon of before is too low where another run was charged since."""
+    with pytest.raises(RefusedError, match="too few"):
+        one_round(world.context(members=world.members[1:], min_clients=3), world.link, 1)
+    first = world.store.clients(world.run.id, 1)[0]
+    with world.store.database.writing() as session:
+        session.add(Run(**world.run.model_dump() | {"id": "ff" * 16}))
+        session.flush()
+        for row in world.store.clients(world.run.id, 1):
+            session.add(RoundClient(**row.model_dump() | {"run": "ff" * 16, "charged": 1, "verdict": "accepted"}))
+    world.store.plan_round(Round(run=world.run.id, number=1, opened=1.0), [])
+    close_abandoned(world.store, "ff" * 16)
+    for row in world.store.clients(world.run.id, 1):
+        times = row.charged + 1
+        kind = DpSgd(row.noise_multiplier, row.sample_rate, times * row.steps)
+        assert row.epsilon == epsilon([kind], row.delta) > first.epsilon * int(row.client == first.client)
+    told = json.loads(world.store.leaves()[-1].record)
+    assert {c["epsilon"] for c in told["clients"]} == {c.epsilon for c in world.store.clients(world.run.id, 1)}
 
 
 def test_spending_counts_other_runs_of_the_same_site(world: World) -> None:

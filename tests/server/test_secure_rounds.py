@@ -22,7 +22,7 @@ from cloister_server.rounds import one_round, run_rounds
 from cloister_server.run import drawn
 from cloister_server.unmask import unmasked
 from cloister_shared import console, masks, shamir
-from cloister_shared.audit.bundle import Bundle, SignedLeaf
+from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog
 from cloister_shared.audit.command import audit
 from cloister_shared.audit.trust import trust_of
 from cloister_shared.encoding import canonical, digest
@@ -97,6 +97,26 @@ def means_match(world: World, number: int, nodes: list[int]) -> None:
     step = 2 * fixed.ranges() / fixed.levels
     assert (np.abs(moved - plain) <= step + 1e-6).all()
     assert np.abs(plain).max() > 1e-4
+
+
+def test_who_refuses_after_its_masked_update_stays_charged(world: World) -> None:
+    """Agents that restart between their update and the question who is alive refuse, and have spent: their group is dropped."""
+
+    def restarted(link: Loopback, node: int, frame: bytes, message: Any) -> Any:
+        desk = link.desks[node]
+        if stage_of(link) == "agree":
+            sums = desk.kept.parent / "sums-again"
+            link.desks[node] = replace(
+                desk, sums=Sums(sums, desk.signing, desk.policy.peers, desk.policy.least_cohort, 4, RECORDS)
+            )
+        return reply(link.honest(node, frame), message)
+
+    world.link.behaviours = {200: restarted, 300: restarted, 400: restarted}
+    with pytest.raises(RefusedError, match="too few"):
+        one_round(context_of(world), world.link, 1)
+    assert [world.charged(node) for node in world.desks] == [1] * 4
+    assert {c.charged for c in world.store.clients(world.run.id, 1)} == {1}
+    assert {c.verdict for c in world.store.clients(world.run.id, 1)} == {"group-dropped"}
 
 
 def test_a_run_is_the_run_without_masks(world: World) -> None:
@@ -512,9 +532,14 @@ def test_an_auditor_holds_sums_against_the_draw_of_all_members(tmp_path: Path, t
     other = json.loads(json.dumps(draw))
     other["size"] = 3
     assert codes() == set()
+    logs = {
+        world.id_of(node): SiteLog(tuple(d.ledger.records()), d.ledger.head(d.witness.name).signed(d.signing))
+        for node, d in world.desks.items()
+    }
+    assert codes(sites=logs) == set()
     assert codes(draws={}) == {"incomplete no-draw"}
     assert codes(lambda r: r.update(draw="")) == {"incomplete no-draw"}
-    assert codes(mixed) == {"violation draw"}
+    assert codes(mixed) == {"violation draw", "violation sums"}
     assert codes(draws={named: other}) == {"violation draw"}
     assert codes(draws={named: []}) == {"violation draw"}
     # A draw that the coordinator made up itself: nobody signed it.

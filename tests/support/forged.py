@@ -17,7 +17,7 @@ from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog
 from cloister_shared.audit.trust import Trust, trust_of
 from cloister_shared.cards import SITE_PURPOSE, SiteCard
 from cloister_shared.draw import Transcript, commit, reveal
-from cloister_shared.encoding import canonical
+from cloister_shared.encoding import canonical, digest
 from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import Checkpoint
 from cloister_shared.plan import Receipt
@@ -123,6 +123,7 @@ class Forged:
     adapters: dict[str, str] = field(default_factory=dict)
     spent: dict[str, list[DpSgd]] = field(default_factory=dict)
     owed: dict[str, list[Receipt]] = field(default_factory=dict)
+    masks: str = ""
     at: float = 1.7e9
 
     def __post_init__(self) -> None:
@@ -188,7 +189,13 @@ class Forged:
         return facts | changes
 
     def commit(
-        self, run: str, number: int, rows: list[dict[str, Any]], sums: Iterable[list[str]] = (), draw: str = ""
+        self,
+        run: str,
+        number: int,
+        rows: list[dict[str, Any]],
+        sums: Iterable[list[str]] = (),
+        draw: str = "",
+        **more: Any,
     ) -> int:
         """A round's commit, and its receipts."""
         start, self.adapters[run] = self.adapters[run], named("made", run, number)
@@ -196,7 +203,7 @@ class Forged:
             "run": run, "round": number, "start": start, "adapter": self.adapters[run], "base": named("base"),
             "clients": rows, "sums": [{"clients": json.dumps(one)} for one in sums], "metrics": {"accuracy": 0.5},
         }  # fmt: skip
-        index = self.leaf("round_commit", **facts | ({"draw": draw} if draw else {}))
+        index = self.leaf("round_commit", **facts | more | ({"draw": draw} if draw else {}))
         leaf = leaf_hash(self.leaves[index].record).hex()
         for row in rows:
             update = row["update"] if row["verdict"] == "accepted" else ""
@@ -224,6 +231,7 @@ class Forged:
         shown = {i: reveal(run, 3, nonces[i], made, k) for k in keys for i in [k.verify_key.id.hex()]}
         draw = Transcript(run, 3, made, shown)
         self.draws[draw.digest] = draw.as_dict()
+        self.masks = digest(canonical(sorted(made)))
         return draw.digest, sorted(made)
 
     @property

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cloister_shared.audit.accountant import Step, Steps, by_both, by_rdp, sure
+from cloister_shared.audit.accountant import Step, Steps, by_both, by_rdp, epsilon_of, sure
 from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.sites import Entry, Ledger
 
@@ -102,11 +102,38 @@ def check_budgets(ledgers: Mapping[str, Ledger], findings: Findings) -> list[Blo
         charged += [(ledger, block, of[block]) for block in sorted(of)]
     for ledger, block, entries in charged:
         out.append(_block(ledger, block, entries, max(2, _SURE_POINTS // len(charged)), findings))
+    _together_of_names(ledgers, charged, findings)
     if out:
         worst = max(out, key=lambda b: b.epsilon)
         most = f"{worst.epsilon:.3f} ({worst.site}, block {worst.block})"
         findings.held.append(f"{many(len(out), 'block')} recomputed by dp-accounting; the most is {most}")
     return sorted(out, key=lambda b: (b.site, b.block))
+
+
+def _cost(steps: Mapping[Step, int]) -> float:
+    return epsilon_of(Counter(steps), 1e-5)
+
+
+def _together_of_names(
+    ledgers: Mapping[str, Ledger], charged: list[tuple[Ledger, int, list[Entry]]], findings: Findings
+) -> None:
+    """Several logs of one site may be of the same text: whether they are nobody can see, so that its cap is held against all of them."""
+    for name in {
+        one.name for one in ledgers.values() if [other.name for other in ledgers.values()].count(one.name) > 1
+    }:
+        mine, whole = (
+            [(entries, ledger) for ledger, _, entries in charged if ledger.name == name and entries],
+            Counter[Step](),
+        )
+        # The block that cost most of each log.
+        for ledger in {id(one): one for _, one in mine}.values():
+            each = [sum((e.steps for e in entries), Counter[Step]()) for entries, of in mine if of is ledger]
+            whole.update(max(each, key=_cost))
+        last = max((entries[-1] for entries, _ in mine), key=lambda e: e.at, default=None)
+        if last is None or (total := epsilon_of(whole, last.terms[3])) <= last.cap + TOLERANCE:
+            continue
+        what = f"it has several logs: each is within its cap; if they are of the same text, epsilon is {total:.4f} of a cap of {last.cap:g}"
+        findings.incomplete("cap", f"site {name}", what)
 
 
 def _block(ledger: Ledger, block: int, charged: list[Entry], looks: int, findings: Findings) -> Block:

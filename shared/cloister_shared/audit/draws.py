@@ -11,22 +11,28 @@ from cloister_shared.audit.federation import History
 from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.reading import MALFORMED
 from cloister_shared.draw import Transcript
+from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import CloisterError
 
+_DIFFER = "two of its sums are of one group: their difference is somebody's own update"
 
-def check_draws(bundle: Bundle, history: History, findings: Findings) -> None:
-    """Holds every sum of every commit against its run's draw.
+
+def check_draws(bundle: Bundle, history: History, findings: Findings) -> dict[tuple[int, str], str]:
+    """Holds every sum of every commit against its run's draw; returns the digest of its drawn group, by commit's leaf and client.
 
     Args:
         bundle: The bundle.
         history: The federation's log.
         findings: Where what is found goes.
     """
+    drawn = dict[tuple[int, str], str]()
     groups, of_run, good = dict[tuple[str, str], tuple[frozenset[str], ...]](), dict[str, str](), 0
     for commit in history.commits:
         if not commit.sums:
             continue
         where = f"round {commit.number} of run {commit.run[:8]}"
+        if len(frozenset().union(*commit.sums)) < sum(map(len, commit.sums)):
+            findings.violation("sums", where, _DIFFER)
         if of_run.setdefault(commit.run, commit.draw) != commit.draw:
             findings.violation("draw", where, "its groups are of another draw than its run began with")
             continue
@@ -42,7 +48,17 @@ def check_draws(bundle: Bundle, history: History, findings: Findings) -> None:
             except (CloisterError, *MALFORMED) as error:
                 findings.violation("draw", where, f"the draw of its groups does not hold: {error}"[:300])
                 groups[key] = ()
+        drawn |= {
+            (commit.index, client): digest(canonical(sorted(group)))
+            for group in groups[key]
+            for one in commit.sums
+            if one <= group
+            for client in one
+        }
         inside = [any(one <= group for group in groups[key]) for one in commit.sums]
+        parts = [sum(bool(one & group) for one in commit.sums) for group in groups[key]]
+        if max(parts, default=0) > 1:
+            findings.violation("sums", where, _DIFFER)
         if groups[key] and not all(inside):
             findings.violation("draw", where, "a sum is of sites that were not drawn into one group")
         good += sum(inside)
@@ -50,6 +66,8 @@ def check_draws(bundle: Bundle, history: History, findings: Findings) -> None:
         findings.held.append(
             f"{many(good, 'secure sum is', 'secure sums are each')} of sites that one draw of all members put together"
         )
+
+    return drawn
 
 
 def _groups(bundle: Bundle, run: str, named: str) -> tuple[frozenset[str], ...]:

@@ -84,6 +84,7 @@ class RoundCommit:
         sums: Clients of each sum under secure aggregation.
         draw: Digest of the draw of its groups; empty without secure aggregation.
         metrics: Scores.
+        privacy: What it says that it cost each client: epsilon of the run and of the lifetime, and delta.
     """
 
     index: int
@@ -95,6 +96,7 @@ class RoundCommit:
     sums: tuple[frozenset[str], ...]
     draw: str
     metrics: dict[str, float]
+    privacy: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,7 @@ def check_lines(
             what = f"cosigned {size} leaves, {len(history.tree)} are here: put back, cut, or an older export"
             findings.fork("witness", where, what)
             continue
-        if history.tree.root(size).hex() != root:
+        if history.tree.root(size) != bytes.fromhex(root):
             findings.fork("witness", where, f"cosigned another history of {size} leaves than is here")
             continue
         history.seen[client] = at
@@ -270,7 +272,7 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
     """The leaves in order: who is enrolled, which runs began, which rounds follow which."""
     here, runs = dict[str, str](), dict[str, tuple[int, str, str]]()
     # The last leaf of each run: whoever leaves while a round is under way may be in it.
-    left, last = history.left, dict[str, int]()
+    left, last, begun = history.left, dict[str, int](), dict[str, int]()
     for index, record in enumerate(history.records):
         where, kind = f"leaf {index}", record.get("kind")
         if not record:
@@ -300,7 +302,7 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
                     raise ValueError("this run began before")
                 runs[run] = (0, hexes(record, "adapter", 32), hexes(record, "base", 32))
                 history.runs.add(run)
-                last[run] = index
+                last[run] = begun[run] = index
             elif kind == "incident" and "clients" in record:
                 run, attempt = hexes(record, "run", 16), integer(record, "round", 1, 1_000_000)
                 history.aborted.append(Aborted(index, run, attempt, _asked(record)))
@@ -314,10 +316,14 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
                 commit = _commit(record, index)
                 history.commits.append(commit)
                 _follows(commit, record, runs, findings, where)
-                since, last[commit.run] = last.get(commit.run, index), index
+                # A sum that an earlier attempt opened stays as it is, whoever left since.
+                since, first = last.get(commit.run, index), begun.get(commit.run, index)
+                last[commit.run] = begun[commit.run] = index
+                inside = frozenset().union(*commit.sums)
                 for one in commit.asked:
                     name, at = left.get(one.client, ("", -1))
-                    enrolled = here.get(one.client) == one.name or (name == one.name and at > since)
+                    late = name == one.name and at > (first if one.client in inside else since)
+                    enrolled = here.get(one.client) == one.name or late
                     if one.verdict == "accepted" and not enrolled:
                         findings.violation(
                             "not-enrolled", where, f"{one.name} in round {commit.number} was not enrolled then"
@@ -406,6 +412,14 @@ def _commit(record: dict[str, Any], index: int) -> RoundCommit:
         sums,
         hexes(record, "draw", 32, empty=True) if "draw" in record else "",
         scores,
+        {
+            hexes(one, "client", 16): (
+                number(one, "epsilon", 0, 1e6),
+                number(one, "lifetime", 0, 1e6),
+                number(one, "delta", 1e-10, 0.5),
+            )
+            for one in (rows(record, "privacy") if "privacy" in record else ())
+        },
     )
 
 

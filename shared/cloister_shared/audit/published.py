@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from cloister_shared.audit.accountant import Step, covers, epsilon_of, sure
 from cloister_shared.audit.budget import TOLERANCE
-from cloister_shared.audit.federation import Aborted, History
+from cloister_shared.audit.federation import Aborted, Asked, History
 from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.reading import MALFORMED, number
 from cloister_shared.audit.sites import Ledger
@@ -25,7 +25,7 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
         findings: Where what is found goes.
         of: Sites' own ledgers, by each key that their site had.
     """
-    whole, told, bad, mine = dict[str, Counter[Step]](), set[str](), set[str](), set[str]()
+    whole, told, bad, mine = dict[tuple[str, str], Counter[Step]](), set[str](), set[str](), set[str]()
     # Charged, though the round came to nothing; a commit of the same round counts these attempts again.
     lost, most = dict[tuple[str, str, int], Counter[Step]](), dict[tuple[str, str, int], int]()
     own = {ledger.client: _Own(ledger, history) for ledger in of.values()}
@@ -40,16 +40,23 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
             # Under whichever key: a site that joined again has the same text and the same name.
             ledger = of.get(one.client)
             whose = one.name if ledger is None else ledger.name
-            sum_of = whole.setdefault(whose, Counter())
-            sum_of.subtract(lost.pop(key, Counter()))
+            sum_of, run_of = (whole.setdefault((whose, of_run), Counter()) for of_run in ("", leaf.run))
+            before = lost.pop(key, Counter())
+            sum_of.subtract(before)
+            run_of.subtract(before)
             # An attempt that was charged counts, whatever came of it: its text was used.
             times = max(most[key], int(one.verdict == "accepted"))
             events = Counter({(one.noise_multiplier, one.sample_rate): one.steps * times})
             sum_of.update(events)
+            run_of.update(events)
             if isinstance(leaf, Aborted):
                 lost[key] = events
-            if not times:
-                continue  # nothing is stated of what cost nothing
+                if not times:
+                    continue  # nothing is stated of what cost nothing
+            elif leaf.privacy:
+                _stated(leaf.privacy.get(one.client), one, +run_of, findings, where)
+            if not +sum_of:
+                continue
             if not covers(one.epsilon + TOLERANCE, tuple(sorted((+sum_of).items())), one.delta):
                 least = epsilon_of(+sum_of, one.delta)
                 if sure(tuple(sorted((+sum_of).items())), one.delta):
@@ -74,6 +81,23 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
             what = f"the epsilon published for {many(len(names), 'site')} is not below what dp-accounting makes of their rounds"
             findings.held.append(what + against)
     _whole_clients(history, findings)
+
+
+def _stated(
+    said: tuple[float, float, float] | None, one: Asked, of_run: Counter[Step], findings: Findings, where: str
+) -> None:
+    """What a commit states of its cost beside the clients' rows: the same for the lifetime, and not below what its run came to."""
+    if said is None:
+        findings.violation("published", where, "the commit states what it cost others, and not what it cost this site")
+        return
+    run, lifetime, delta = said
+    if (lifetime, delta) != (one.epsilon, one.delta):
+        what = f"two epsilons are stated for its lifetime: {one.epsilon:.4f} at {one.delta:g} and {lifetime:.4f} at {delta:g}"
+        findings.violation("published", where, what)
+    steps = tuple(sorted(of_run.items()))
+    if steps and sure(steps, delta) and not covers(run + TOLERANCE, steps, delta):
+        what = f"epsilon {run:.4f} was published for its run, {epsilon_of(of_run, delta):.4f} is right"
+        findings.violation("published", where, what)
 
 
 class _Own:

@@ -42,7 +42,7 @@ class Entry:
         steps: Every Gaussian release in it, counted: (noise multiplier, sample rate).
         blocks: What it was charged to.
         cap: Under which cap.
-        secure: Whether its update left under masks.
+        secure: Digest of its group where its update left under masks; empty where it left by itself.
         state: ``reserved``, ``spent``, ``lost`` or ``void``.
         update: Digest of what it was spent for.
         vector: Digest of the update alone, without numbers beside it; empty where the process died between.
@@ -58,7 +58,7 @@ class Entry:
     steps: Counter[Step]
     blocks: tuple[int, ...]
     cap: float
-    secure: bool
+    secure: str
     state: str = "reserved"
     update: str = ""
     vector: str = ""
@@ -294,7 +294,7 @@ def _reserve(ledger: Ledger, record: dict[str, Any], findings: Findings, at: str
         counted,
         tuple(blocks),
         cap,
-        bool(hexes(record, "secure", 32, empty=True)),
+        hexes(record, "secure", 32, empty=True),
     )
     ledger.entries[found] = entry
     ledger.plans.setdefault(entry.plan, []).append(entry)

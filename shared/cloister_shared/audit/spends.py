@@ -24,11 +24,17 @@ def ledgers_by_client(ledgers: Mapping[str, Ledger], trust: Trust) -> dict[str, 
     return {i: ledger for ledger in ledgers.values() for i, key in trust.sites.items() if key in ledger.keys}
 
 
-def check_spends(ledgers: Mapping[str, Ledger], trust: Trust, history: History, findings: Findings) -> None:
-    """Both directions, and who is missing."""
+def check_spends(
+    ledgers: Mapping[str, Ledger],
+    trust: Trust,
+    history: History,
+    drawn: Mapping[tuple[int, str], str],
+    findings: Findings,
+) -> None:
+    """Both directions, and who is missing; ``drawn`` is from ``check_draws``."""
     of = ledgers_by_client(ledgers, trust)
     _plans_of_one(history, findings)
-    _from_log(of, trust, history, findings)
+    _from_log(of, trust, history, drawn, findings)
     _from_ledgers(ledgers, of, history, findings)
 
 
@@ -45,7 +51,13 @@ def _plans_of_one(history: History, findings: Findings) -> None:
                 findings.violation("plan-twice", _at(leaf, one), "this work stands under another client too")
 
 
-def _from_log(of: Mapping[str, Ledger], trust: Trust, history: History, findings: Findings) -> None:
+def _from_log(
+    of: Mapping[str, Ledger],
+    trust: Trust,
+    history: History,
+    drawn: Mapping[tuple[int, str], str],
+    findings: Findings,
+) -> None:
     missing, strangers, plans, matched = set[str](), set[str](), set[str](), 0
     last = {commit.run: commit.number for commit in history.commits}
     newest = {
@@ -85,7 +97,7 @@ def _from_log(of: Mapping[str, Ledger], trust: Trust, history: History, findings
             elif ledger is not None and one.took_part and one.update:
                 _came(one.plan, one.update, leaf, ledger, findings, where)
     for commit in history.commits:
-        strangers |= _sums(commit, of, trust, findings)
+        strangers |= _sums(commit, of, trust, drawn, findings)
     if matched:
         findings.held.append(
             f"{matched} accepted updates are each in their site's own ledger, reserved before they were spent"
@@ -100,7 +112,13 @@ def _from_log(of: Mapping[str, Ledger], trust: Trust, history: History, findings
         )
 
 
-def _sums(commit: RoundCommit, of: Mapping[str, Ledger], trust: Trust, findings: Findings) -> set[str]:
+def _sums(
+    commit: RoundCommit,
+    of: Mapping[str, Ledger],
+    trust: Trust,
+    drawn: Mapping[tuple[int, str], str],
+    findings: Findings,
+) -> set[str]:
     """Whoever is in a sum was asked, took part under masks, and is somebody; returns those that nobody here knows."""
     rows, strangers = {one.client: one for one in commit.asked}, set[str]()
     for group in commit.sums:
@@ -112,10 +130,15 @@ def _sums(commit: RoundCommit, of: Mapping[str, Ledger], trust: Trust, findings:
                 findings.violation("sums", where, f"a sum has {client[:16]}, who took no part by the same commit")
             elif one.update:
                 findings.violation("sums", where, f"a sum has {one.name}, whose own update is named beside it")
-            elif (ledger := of.get(client)) is not None and one.verdict != "accepted":
-                found = [e for e in ledger.plans.get(one.plan, ()) if e.state != "void"]
-                if not any(e.secure for e in found) and not _beyond(commit, ledger):
+            elif (ledger := of.get(client)) is not None:
+                under = {e.secure for e in ledger.plans.get(one.plan, ()) if e.state != "void"}
+                group_of = drawn.get((commit.index, client))
+                if one.verdict != "accepted" and not any(under) and not _beyond(commit, ledger):
                     findings.violation("sums", where, f"a sum has {one.name}, which did not answer under masks")
+                elif group_of is not None and any(under) and group_of not in under:
+                    findings.violation(
+                        "sums", where, f"{one.name} answered under the masks of another group than was drawn"
+                    )
         # One site under two keys is one.
         if (count := len({rows[i].name if i in rows else i for i in group})) < LEAST_SUM:
             findings.violation(
