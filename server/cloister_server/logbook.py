@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -88,16 +88,21 @@ class LogBook:
         Raises:
             RollbackError: It does not.
         """
+        for row in self.unlike():
+            raise RollbackError(
+                "the log is not the one that a site cosigned: it was put back or changed by hand, and nothing more is signed",
+                where=str(self.home),
+                expected=f"the {row.size} leaves that the site of key {row.client[:16]} saw",
+                got=f"{len(self._tree)} leaves",
+                mend="cloister registry fsck names what is wrong; restore the registry from a copy",
+            )
+
+    def unlike(self) -> Iterator[Witnessed]:
+        """Sites whose cosigned head is not where this log was: it has fewer leaves now, or others."""
         tree = self.tree()
         for row in self.witnessed().values():
-            if row.root and (row.size > len(tree) or tree.root(row.size).hex() != row.root):
-                raise RollbackError(
-                    "the log is not the one that a site cosigned: it was put back or changed by hand, and nothing more is signed",
-                    where=str(self.home),
-                    expected=f"the {row.size} leaves that the site of key {row.client[:16]} saw",
-                    got=f"{len(tree)} leaves",
-                    mend="cloister registry fsck names what is wrong; restore the registry from a copy",
-                )
+            if row.size > len(tree) or (row.root and tree.root(row.size).hex() != row.root):
+                yield row
 
     def signed_checkpoint(self, at: Checkpoint) -> str:
         """A head as a signed note.

@@ -55,11 +55,13 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
                     continue  # nothing is stated of what cost nothing
             elif leaf.privacy:
                 _stated(leaf.privacy.get(one.client), one, +run_of, findings, where)
-            if not +sum_of:
+            so_far = +sum_of
+            steps = tuple(sorted(so_far.items()))
+            if not steps:
                 continue
-            if not covers(one.epsilon + TOLERANCE, tuple(sorted((+sum_of).items())), one.delta):
-                least = epsilon_of(+sum_of, one.delta)
-                if sure(tuple(sorted((+sum_of).items())), one.delta):
+            if not covers(one.epsilon + TOLERANCE, steps, one.delta):
+                least = epsilon_of(so_far, one.delta)
+                if sure(steps, one.delta):
                     findings.violation(
                         "published", where, f"epsilon {one.epsilon:.4f} was published, {least:.4f} is right"
                     )
@@ -71,7 +73,7 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
             told.add(one.name)
             if ledger is not None:
                 mine.add(one.name)
-                good = own[ledger.client].check(one.plan, +sum_of, one.epsilon, one.delta, findings, where)
+                good = own[ledger.client].check(one.plan, so_far, one.epsilon, one.delta, findings, where)
                 bad |= set() if good else {one.name}
     for names, against in (
         (told & mine - bad, " and of their own ledgers"),
