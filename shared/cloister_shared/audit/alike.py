@@ -83,4 +83,4 @@ def _whole(note: str, records: list[bytes], key: VerifyKey, origin: str) -> Chec
 
 
 def _site_head(log: SiteLog, key: VerifyKey) -> Checkpoint | None:
-    return _whole(log.note, list(log.events), key, log.note.split("\n", 1)[0])
+    return _whole(log.note, list(log.events), key, origin_of(log.note))

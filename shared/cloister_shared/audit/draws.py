@@ -49,8 +49,9 @@ def check_draws(bundle: Bundle, history: History, findings: Findings) -> dict[tu
                 findings.violation("draw", where, f"the draw of its groups does not hold: {error}"[:300])
                 groups[key] = ()
         drawn |= {
-            (commit.index, client): digest(canonical(sorted(group)))
+            (commit.index, client): name
             for group in groups[key]
+            for name in [digest(canonical(sorted(group)))]
             for one in commit.sums
             if one <= group
             for client in one

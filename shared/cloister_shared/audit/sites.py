@@ -14,6 +14,7 @@ from cloister_shared.audit.accountant import Step
 from cloister_shared.audit.bundle import Bundle, SiteLog
 from cloister_shared.audit.federation import History, called
 from cloister_shared.audit.findings import Findings, many
+from cloister_shared.audit.heads import origin_of
 from cloister_shared.audit.reading import MALFORMED, hexes, integer, number, record_of, words
 from cloister_shared.audit.trust import Trust
 from cloister_shared.encoding import canonical
@@ -135,7 +136,7 @@ def check_site(
         findings.incomplete("unknown-site", where, "the trust file does not name this site: nothing of it is believed")
         return None
     tree = Tree(map(leaf_hash, log.events))
-    origin = log.note.split("\n", 1)[0]
+    origin = origin_of(log.note)
     try:
         head = read_checkpoint(log.note, key, origin, f"{where} head").checkpoint
         if not origin.startswith(SITE_LOGS):

@@ -121,9 +121,10 @@ def _sums(
 ) -> set[str]:
     """Whoever is in a sum was asked, took part under masks, and is somebody; returns those that nobody here knows."""
     rows, strangers = {one.client: one for one in commit.asked}, set[str]()
+    where = f"round {commit.number} of run {commit.run[:8]}"
     for group in commit.sums:
         for client in sorted(group):
-            one, where = rows.get(client), f"round {commit.number} of run {commit.run[:8]}"
+            one = rows.get(client)
             if client not in trust.sites:
                 strangers.add(one.name if one is not None else client[:16])
             if one is None or not one.took_part:
@@ -141,9 +142,7 @@ def _sums(
                     )
         # One site under two keys is one.
         if (count := len({rows[i].name if i in rows else i for i in group})) < LEAST_SUM:
-            findings.violation(
-                "sums", f"round {commit.number} of run {commit.run[:8]}", f"a sum of {many(count, 'site')} alone"
-            )
+            findings.violation("sums", where, f"a sum of {many(count, 'site')} alone")
     return strangers
 
 
