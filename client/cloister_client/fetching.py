@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from cloister_shared.aliases import Move, newest_move
 from cloister_shared.cards import CoordinatorCard
 from cloister_shared.encoding import digest, parse_record
@@ -19,7 +18,7 @@ from cloister_shared.invitation import Invitation
 from cloister_shared.merkle import Tree, check_consistency, check_inclusion, leaf_hash
 from cloister_shared.notes import Checkpoint, claimed, read_checkpoint
 from cloister_shared.v1 import registry_pb2
-from cloister_shared.vectors import Schema, from_safetensors
+from cloister_shared.vectors import Schema, check_bounded, from_safetensors, most_bytes
 from cloister_shared.witness import LEAF_PURPOSE, log_of_federation
 
 from cloister_client.registry import CALL_SECONDS, LONG_SECONDS, certified, registry_as, registry_of
@@ -84,7 +83,7 @@ def _whole_log(stub: Any) -> tuple[list[SignedRecord], Any]:
         before, page = len(leaves), stub.Log(registry_pb2.LogRequest(start=len(leaves)), timeout=LONG_SECONDS)
         for one in page:
             leaves.append((one.record, one.key, one.signature))
-            held += len(one.record)
+            held += len(one.record) + len(one.key) + len(one.signature)
             if len(leaves) == size or held > _LOG_BYTES:
                 page.cancel()
                 break
@@ -212,14 +211,26 @@ def fetch_release(site: Site, alias: str, seen: Sequence[Checkpoint]) -> Release
             for name in ("task", "tensors", "config")
         }
         asked = registry_pb2.AdapterRequest(digest=move.adapter)
-        data = b"".join(one.data for one in stub.Adapter(asked, timeout=LONG_SECONDS))
+        schema = Schema.from_list(parts["tensors"], where)
+        data = _adapter(stub.Adapter(asked, timeout=LONG_SECONDS), most_bytes(schema), where)
     if (got := digest(data)) != move.adapter:
         raise VerificationError("the adapter has another digest", where=where, expected=move.adapter[:16], got=got[:16])
-    schema = Schema.from_list(parts["tensors"], where)
-    if not np.isfinite(from_safetensors(data, schema, where)).all():
-        raise VerificationError("the adapter has numbers that are none", where=where)
+    check_bounded(from_safetensors(data, schema, where), schema, where)
     record = {"alias": move.record, "commit": commit, "head": answer.note} | parts
     return Release(move.run, move.number, data, move.guard, record)
+
+
+def _adapter(pieces: Any, most: int, where: str) -> bytes:
+    """The pieces as one, no more of them than an adapter of the run's tensors can have."""
+    found = bytearray()
+    for one in pieces:
+        found += one.data
+        if len(found) > most:
+            pieces.cancel()
+            raise VerificationError(
+                "the adapter is larger than its tensors", where=where, expected=f"<= {most} bytes", got="more"
+            )
+    return bytes(found)
 
 
 def _own(data: bytes, index: int, origin: str, where: str) -> dict[str, Any]:

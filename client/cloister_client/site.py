@@ -33,6 +33,8 @@ from cloister_client.policy import Policy
 SOCKET = "agent.sock"
 UP_LOCK = "up.lock"
 AGAIN = "again"
+# Cards of keys that this site had before it joined again.
+EARLIER = "earlier"
 MAX_SOCKET_PATH = 104
 
 
@@ -295,12 +297,21 @@ def begin_again(home: Path, card: CoordinatorCard, policy: Policy) -> Path:
     return again
 
 
+def earlier_cards(home: Path) -> list[SiteCard]:
+    """Cards of the keys that a site had before."""
+    return [read_site_card(path) for path in sorted((home / EARLIER).glob("*.json"))]
+
+
 def take_over(home: Path) -> SiteCard:
     """Puts the keys of ``begin_again`` in the old ones' place; the ledger, its counter, the text and the policy stay.
 
     What breaks off is finished by calling it again: the certificate is the last to go.
     """
-    again = home / AGAIN
+    again, own = home / AGAIN, read_site_card(home / "card.json")
+    if (again / "card.json").exists():
+        # What an auditor needs to know this site's earlier words by.
+        (home / EARLIER).mkdir(mode=0o755, exist_ok=True)
+        write_durably(home / EARLIER / f"{own.verify_key.id.hex()}.json", (home / "card.json").read_bytes(), mode=0o644)
     for name in (
         "agent/sign.key",
         "agent/seal.key",

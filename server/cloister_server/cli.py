@@ -18,7 +18,7 @@ from cloister_shared.processes import Group, check_port
 from cloister_shared.signing import SigningKey, VerifyKey
 
 from cloister_server import export_commands, keeping_commands, release_commands, upkeep
-from cloister_server.accounting import client_level_line, client_level_statement
+from cloister_server.accounting import client_level_line, client_level_statement, stated_epsilon
 from cloister_server.federation import admit_site, open_coordinator, read_federation
 from cloister_server.federation import init as make_coordinator
 from cloister_server.fsck import check_round
@@ -382,7 +382,7 @@ def round_rows(store: Store, run_id: str) -> list[dict[str, Any]]:
                 "participants": sum(c.verdict == "accepted" for c in clients),
                 "refused": sum(c.verdict not in ("accepted", "missing", "open") for c in clients),
                 "missing": sum(c.verdict == "missing" for c in clients),
-                "epsilon": {c.name: c.epsilon for c in clients},
+                "epsilon": {c.name: stated_epsilon(store, c) for c in clients},
                 "sent_bytes": row.sent_bytes,
                 "received_bytes": row.received_bytes,
                 "client_level": [s.model_dump(exclude={"run", "number"}) for s in sums if s.number == row.number],
@@ -493,7 +493,9 @@ def show(
             expected=f"0 to {store.rounds(found.id)[-1].number}",
             got=str(number),
         )
-    clients = [c.model_dump(exclude={"core"}) for c in store.clients(found.id, number)]
+    clients = [
+        c.model_dump(exclude={"core"}) | {"epsilon": stated_epsilon(store, c)} for c in store.clients(found.id, number)
+    ]
     gone = store.tombstones().get(row["adapter"] or "")
     state, damaged = "digest checked" if gone is None else f"given up: {gone.why}", None
     if row["adapter"] and gone is None:

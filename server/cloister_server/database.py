@@ -1,6 +1,6 @@
 """The registry's database: SQLite in the coordinator's folder, or PostgreSQL by URL; transactions, and the version of its tables.
 
-Whoever writes takes the registry's lock with the transaction's first statement (BEGIN IMMEDIATE; an advisory lock), so that what it reads
+Whoever writes takes the registry's lock before anything else (BEGIN IMMEDIATE; an advisory lock), so that what it reads
 stays so until it commits: leaves get their places and budgets are priced there. Readers take none and see what was committed.
 
 A database with nothing in it is made; one of an older version is changed by ``cloister registry migrate`` alone, in one transaction
@@ -145,6 +145,8 @@ class Database:
             StateError: The database refuses or fails.
         """
         with self._as_state_error(), Session(self._writing, expire_on_commit=False) as session:
+            # Else the lock would be taken with the first statement, and what was looked at before it could have changed since.
+            session.connection()
             yield session
             session.commit()
 
@@ -225,6 +227,8 @@ class Database:
                 if self.sqlite
                 else "does PostgreSQL run there, and may this user and host in?",
             ) from error
+        except OverflowError as error:
+            raise StateError("the registry refused", where=self.where, got=str(error)) from error
         except OSError as error:
             raise StateError("the registry cannot be opened", where=self.where, got=str(error)) from error
 

@@ -9,6 +9,7 @@ Written into a temporary folder beside the target and renamed, so that a crash l
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from cloister_model.build import lora_config
 from cloister_shared.encoding import digest, write_durably
-from cloister_shared.errors import InputError, VerificationError
+from cloister_shared.errors import InputError, StateError, VerificationError
 from cloister_shared.frozen_a import FORMAT as FROZEN_FORMAT
 from cloister_shared.frozen_a import frozen_digest, frozen_tensors
 from cloister_shared.plan import TaskSpec, centre_and_spread
@@ -26,7 +27,7 @@ from cloister_shared.vectors import F32, Schema, from_safetensors, to_safetensor
 
 from cloister_server.accounting import client_level_of
 from cloister_server.export_card import card_text
-from cloister_server.fsck import check_round
+from cloister_server.fsck import check_charges, check_round
 from cloister_server.store import Store
 from cloister_server.tables import COMMITTED, Round, RoundClient, Run
 
@@ -62,7 +63,8 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
 
     Raises:
         InputError: No such committed round, or the folder is there.
-        VerificationError: The blob is missing or changed, or a frozen A cannot be recomputed.
+        VerificationError: The blob is missing or changed, rows are not what the log says, or a frozen A cannot be recomputed.
+        StateError: The folder cannot be written.
     """
     row = next((r for r in store.rounds(run.id) if r.number == number and r.state == COMMITTED), None)
     if row is None or row.adapter is None:
@@ -74,9 +76,11 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
         )
     if (grave := store.tombstones().get(row.adapter)) is not None:
         raise InputError("its adapter was given up", where=f"run {run.id[:8]} round {number}", got=grave.why)
-    # What is signed of the round are rows: they must be what its leaf says.
-    check_round(store, run, number)
-    if out.exists():
+    # What is signed of the round are rows, and those of the rounds before it: they must be what their leaves say.
+    for earlier in range(number + 1):
+        check_round(store, run, earlier)
+    check_charges(store)
+    if os.path.lexists(out):
         raise InputError("the folder is there already", where=str(out), mend="choose another --out")
     schema = Schema.from_list(json.loads(run.tensors), "registry")
     registered = store.adapter(row.adapter)
@@ -84,8 +88,11 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
     vector = from_safetensors(registered, schema, "registered adapter")
     files, proof = peft_files(run, task, schema, vector), store.proof(run.id, number)
     stated = statement_of(store, run, row, proof) | {"vector": digest(vector.tobytes())}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temp = Path(tempfile.mkdtemp(prefix=f".{out.name[:40]}.", dir=out.parent))
+    except OSError as error:
+        raise StateError("no folder can be made there", where=str(out), got=error.strerror or "") from error
     try:
         card, short = card_text(stated, task.labels).encode(), _short(stated, task)
         files |= {REGISTERED: registered, "README.md": card, "cloister.json": short}
@@ -96,6 +103,9 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
         temp.chmod(0o755)
         store.add_statement(run.id, number, statement, store.signing.verify_key.raw.hex())
         temp.rename(out)
+    except OSError as error:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise StateError("the folder cannot be written", where=str(out), got=error.strerror or "") from error
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise

@@ -17,6 +17,8 @@ from cloister_shared.aliases import newest_move
 from cloister_shared.audit.reading import MALFORMED, record_of
 from cloister_shared.encoding import digest, parse_record
 from cloister_shared.errors import CloisterError, VerificationError
+from cloister_shared.notes import Checkpoint, claimed, read_checkpoint, read_cosignature
+from cloister_shared.signing import VerifyKey
 from cloister_shared.witness import LEAF_PURPOSE
 
 from cloister_server import rules
@@ -51,8 +53,19 @@ class _Log:
     kinds: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
 
 
-def check(store: Store) -> Iterator[Wrong]:
-    """Everything that is wrong, first what everything else rests on."""
+def check(store: Store) -> list[Wrong]:
+    """Everything that is wrong, first what everything else rests on.
+
+    What is found beside somebody who writes is looked for again under the registry's lock: rows and leaves are read one after the other.
+    """
+    found = list(_check(store))
+    if not found:
+        return []
+    with store.database.writing():
+        return list(_check(store))
+
+
+def _check(store: Store) -> Iterator[Wrong]:
     if missing := sorted(rules.expected(store.database.dialect) ^ store.database.rules()):
         yield Wrong(
             "database",
@@ -62,7 +75,7 @@ def check(store: Store) -> Iterator[Wrong]:
     log = _Log()
     parts: list[tuple[str, Callable[[], Iterator[Wrong]]]] = [
         ("log", lambda: _read(store, log)),
-        ("witnesses", lambda: _witnesses(store)),
+        ("witnesses", lambda: _witnesses(store, log)),
         ("rounds", lambda: _runs(store, log)),
         ("releases", lambda: _releases(store, log)),
         ("charges", lambda: _charges(store, log)),
@@ -92,8 +105,9 @@ def _read(store: Store, log: _Log) -> Iterator[Wrong]:
             log.kinds[leaf.kind].append(record)
 
 
-def _witnesses(store: Store) -> Iterator[Wrong]:
-    """What sites cosigned is where this log was, and its present has it."""
+def _witnesses(store: Store, log: _Log) -> Iterator[Wrong]:
+    """What sites cosigned is where this log was, and its present has it; the heads that they signed are kept as commits have them."""
+    yield from _kept_heads(store, log)
     size = len(store.tree())
     for row in store.unlike():
         where = f"site of key {row.client}"
@@ -102,6 +116,34 @@ def _witnesses(store: Store) -> Iterator[Wrong]:
             yield Wrong(where, what, _RESTORE)
         else:
             yield Wrong(where, f"it cosigned other leaves than the first {row.size} that are here", _RESTORE)
+
+
+def _kept_heads(store: Store, log: _Log) -> Iterator[Wrong]:
+    keys, newest = dict[str, VerifyKey](), dict[str, int]()
+    for record in log.kinds["enrol"]:
+        key = VerifyKey.from_hex(str(record["card"]["key"]), "enrol")
+        keys[key.id.hex()] = key
+    for record in log.kinds["round_commit"]:
+        for one in record["clients"]:
+            if one.get("head"):
+                newest[one["client"]] = max(newest.get(one["client"], 0), claimed(one["head"], "commit").size)
+    rows = store.witnessed()
+    for client in sorted({*newest, *rows}):
+        where, row = f"site of key {client}", rows.get(client)
+        if row is None or row.head_size < newest.get(client, 0):
+            yield Wrong(where, "the newest head of its own log, which commits have, is not kept beside them", _RESTORE)
+        if row is None or client not in keys:
+            continue
+        try:
+            if row.head:
+                own = read_checkpoint(row.head, keys[client], claimed(row.head, where).origin, where).checkpoint
+                if own.size != row.head_size:
+                    raise VerificationError("the head is of another size", where=where)
+            if row.line:
+                seen = Checkpoint(store.origin, row.size, bytes.fromhex(row.root)).text
+                read_cosignature(row.line, seen, client, keys[client], where)
+        except (CloisterError, ValueError):
+            yield Wrong(where, "what is kept of its heads and cosignatures is not what it signed", _RESTORE)
 
 
 def _pairs(
@@ -182,6 +224,28 @@ def check_round(store: Store, run: Run, number: int) -> None:
             wrong.append(Wrong(at, str(error).removeprefix(f"{at}: ")[:200], _RESTORE))
     wrong += _pairs({run.id: says}, told, lambda _: where)
     for one in wrong:
+        what = f"the registry is not as its log says: {one.what}"
+        raise VerificationError(what, where=one.where, mend=f"cloister registry fsck; {one.mend}")
+
+
+def check_charges(store: Store) -> None:
+    """Sees that what was charged to whole clients is what signed leaves say.
+
+    Args:
+        store: The registry.
+
+    Raises:
+        VerificationError: It is not, or a leaf of it was changed.
+    """
+    log = _Log()
+    try:
+        log.kinds["spend"] = [_whole(store, leaf) for leaf in store.leaves() if leaf.kind == "spend"]
+        found = list(_charges(store, log))
+    except (VerificationError, *MALFORMED) as error:
+        raise VerificationError(
+            "a charge's leaf was changed", where="log", got=str(error)[:200], mend=f"cloister registry fsck; {_RESTORE}"
+        ) from error
+    for one in found:
         what = f"the registry is not as its log says: {one.what}"
         raise VerificationError(what, where=one.where, mend=f"cloister registry fsck; {one.mend}")
 
@@ -298,7 +362,8 @@ def _charges(store: Store, log: _Log) -> Iterator[Wrong]:
         {(r.get("run"), r.get("number"), r.get("attempt")): r for r in log.kinds["spend"]},
         lambda key: f"charge of {_place(key[:2])}, attempt {key[2]}",
     )
-    newest = {(s.run, s.number): (s.epsilon, s.delta) for s in sums}
+    # By attempt: a clock may have gone back between two.
+    newest = {(s.run, s.number): (s.epsilon, s.delta) for s in sorted(sums, key=lambda s: s.attempt)}
     for run in store.runs():
         for p in store.privacy(run.id):
             if p.scope == "client" and (p.lifetime, p.delta) != newest.get((p.run, p.number)):

@@ -21,7 +21,7 @@ from cloister_shared.errors import InputError, VerificationError
 from cloister_shared.plan import TaskSpec
 from cloister_shared.signing import VerifyKey
 from cloister_shared.statement import FILE, check_statement
-from cloister_shared.vectors import Schema, from_safetensors
+from cloister_shared.vectors import Schema, check_bounded, from_safetensors
 
 from cloister_server.export import REGISTERED, peft_files
 from cloister_server.store import Origin, Store
@@ -75,6 +75,7 @@ def import_round(store: Store, folder: Path, key: VerifyKey, federation: str, ba
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise VerificationError("its task or its tensors cannot be read", where=where, got=str(error)[:120]) from error
     vector = from_safetensors(adapter, schema, f"{folder}/{REGISTERED}")
+    check_bounded(vector, schema, f"{folder}/{REGISTERED}")
     frozen = {"fan_in_fan_out": stated["fan_in_fan_out"], "frozen": stated["frozen"]}
     run = Run(
         id=secrets.token_hex(16),

@@ -132,16 +132,28 @@ def read_preface(preface: Preface, card: SiteCard, at: Checkpoint, before: str, 
     return Prefaced(preface.head, head, preface.cosignature)
 
 
-def said_no(said: dict[str, Any]) -> Reply:
-    """What a site's refusal comes to."""
+# Rules that certainly come before a plan's reservation; whatever else a site says may have been charged: a plan that comes a second time
+# is refused by one that has spent for it.
+BEFORE_SPENDING = (
+    "policy.",
+    "budget.",
+    "secure.draw",
+    "secure.group",
+    "secure.shares",
+    "secure.batch",
+    "plan.invalid",
+    "train.un",
+)
+
+
+def said_no(said: dict[str, Any], free: tuple[str, ...] = BEFORE_SPENDING) -> Reply:
+    """What a site's refusal comes to; by a rule that begins with one of ``free`` it was charged nothing."""
     reason = "; ".join(
         f"{k} {str(said[k])[:200]}" if k in ("expected", "got") else str(said[k])[:200]
         for k in ("rule", "what", "expected", "got")
         if said.get(k)
     )
-    # Only these rules certainly come before the reservation; whatever else a site says may have been charged.
-    free = str(said.get("rule", "")).startswith(("policy.", "budget.", "secure.", "plan.invalid", "train.un"))
-    return Reply(REFUSED if free else FAILED, _printable(reason))
+    return Reply(REFUSED if str(said.get("rule", "")).startswith(free) else FAILED, _printable(reason))
 
 
 def answering(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from cloister_shared.cards import SiteCard
@@ -45,7 +46,7 @@ class LogBook:
         self.home = home
         storage = read_storage(home)
         self.blobs, self.database = Blobs(storage.blobs), Database(storage.database)
-        self._tree = Tree()
+        self._tree, self._growing = Tree(), Lock()
 
     def close(self) -> None:
         """Closes every connection."""
@@ -72,10 +73,12 @@ class LogBook:
             return leaves(session, start, end)
 
     def tree(self) -> Tree:
-        """The log's tree, as far as it goes now."""
-        for leaf in self.leaves(len(self._tree)):
-            self._tree.append(leaf.hash)
-        return self._tree
+        """The log's tree, as far as it goes now: the caller's own."""
+        # Services answer in several threads: two that grew it at once would sign a log that is nowhere.
+        with self._growing:
+            for leaf in self.leaves(len(self._tree)):
+                self._tree.append(leaf.hash)
+            return self._tree.copy()
 
     def checkpoint(self) -> Checkpoint:
         """The log's head now."""
@@ -93,14 +96,16 @@ class LogBook:
                 "the log is not the one that a site cosigned: it was put back or changed by hand, and nothing more is signed",
                 where=str(self.home),
                 expected=f"the {row.size} leaves that the site of key {row.client[:16]} saw",
-                got=f"{len(self._tree)} leaves",
+                got=f"{len(self.tree())} leaves",
                 mend="cloister registry fsck names what is wrong; restore the registry from a copy",
             )
 
     def unlike(self) -> Iterator[Witnessed]:
         """Sites whose cosigned head is not where this log was: it has fewer leaves now, or others."""
+        # What was seen first: a head that is cosigned after this log was read would be of more than that.
+        seen = self.witnessed().values()
         tree = self.tree()
-        for row in self.witnessed().values():
+        for row in seen:
             if row.size > len(tree) or (row.root and tree.root(row.size).hex() != row.root):
                 yield row
 
@@ -114,10 +119,16 @@ class LogBook:
         return at.signed(self.signing)
 
     def log_members(self, cards: Sequence[SiteCard]) -> None:
-        """Sees that the log has exactly these sites as enrolled; what is missing is added, so that a crash between leaves no gap."""
+        """Sees that the log has exactly these sites as enrolled; what is missing is added, so that a crash between leaves no gap.
+
+        Raises:
+            RollbackError: Something is missing, and the log is not the one that sites cosigned.
+        """
         with self.database.writing() as session:
             known, now = membership(leaves(session)), {card.name: asdict(card) for card in cards}
             named = {name: digest(canonical(card)) for name, card in now.items()}
+            if known != named:
+                self.check_history()
             for name in sorted(known):
                 if named.get(name) != known[name]:
                     append(session, "revoke", {"site": name}, self.signing)

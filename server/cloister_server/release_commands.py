@@ -24,7 +24,7 @@ from cloister_shared.signing import SigningKey, VerifyKey
 from cloister_shared.vectors import Schema, from_safetensors
 
 from cloister_server.compare import fields, modules
-from cloister_server.here import Home, Json, RunName, registry, registry_to_change
+from cloister_server.here import Home, Json, RunName, because, registry, registry_to_change
 from cloister_server.operators import signed, with_key, with_signature
 from cloister_server.store import Store
 from cloister_server.tables import Alias, AliasEvent, Round, Run
@@ -56,6 +56,10 @@ def _committed(store: Store, run: Run, number: int, gone: Container[str] = ()) -
             raise StateError("its adapter was given up", where=f"run {run.id[:8]} round {number}", got=grave.why)
         store.adapter(row.adapter)  # digest checked before anything points at it
     return row
+
+
+def _said(why: str) -> str:
+    return because(why) if why else ""
 
 
 def promote(
@@ -90,7 +94,7 @@ def promote(
             {"alias": alias, "run": run.id, "round": number, "adapter": row.adapter, "version": now.version}, line
         )
         return
-    move = Wanted(alias, run.id, number, row.adapter or "", 0 if now is None else now.version, why)
+    move = Wanted(alias, run.id, number, row.adapter or "", 0 if now is None else now.version, _said(why))
     if (made := _moved(store, move, key, ask, signature)) is None:
         return
     untrained = (
@@ -129,7 +133,7 @@ def rollback(
         raise StateError("there is nothing to go back to", where=alias, got="its first round")
     run, number, adapter = stack[-2]
     store.adapter(adapter)
-    move = Wanted(alias, run, number, adapter, now.version, why, rollback=True)
+    move = Wanted(alias, run, number, adapter, now.version, _said(why), rollback=True)
     if (made := _moved(store, move, key, ask, signature)) is None:
         return
     console.emit(
@@ -173,7 +177,7 @@ def protect(
         raise StateError(
             "this changes nothing", where=alias, got=f"guarded by key {_id(guard)} already" if guard else "no key"
         )
-    move = Wanted(alias, now.run, now.number, now.adapter, now.version, why, guard=guard)
+    move = Wanted(alias, now.run, now.number, now.adapter, now.version, _said(why), guard=guard)
     if (made := _moved(store, move, key, ask, signature)) is None:
         return
     whose = f"only with key {_id(guard)}" if guard else "without a key"

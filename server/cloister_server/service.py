@@ -37,6 +37,7 @@ from cloister_shared.processes import die_with_parent
 from cloister_shared.v1 import registry_pb2, registry_pb2_grpc
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from cloister_server.accounting import stated_epsilon
 from cloister_server.enrolment import (
     Auditor,
     Caller,
@@ -313,7 +314,7 @@ class Registry(registry_pb2_grpc.RegistryServicer):  # type: ignore[misc]
                 state=states[c.run, c.number],
                 verdict=c.verdict,
                 reason=c.reason,
-                epsilon=c.epsilon,
+                epsilon=stated_epsilon(self._store, c),
                 delta=c.delta,
             )
             for c in sorted(mine, key=lambda c: (c.run, c.number))[-_MOST_ROUNDS:]

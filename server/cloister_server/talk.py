@@ -14,7 +14,7 @@ from cloister_shared.errors import CloisterError, VerificationError
 from cloister_shared.sealing import Codec, OpeningKey, open_envelope
 
 from cloister_server.context import Context, Exchange, Member
-from cloister_server.intake import Reply, answering, said_no
+from cloister_server.intake import BEFORE_SPENDING, Reply, answering, said_no
 from cloister_server.sending import sealed
 
 # A message of the protocol is answered at once: nothing is trained for it.
@@ -65,7 +65,8 @@ class Talk:
             if codec == Codec.SECURE:
                 yield member.id, said
             else:
-                self.refused[member.id] = said_no(said)
+                # Stages beside the plan's spend nothing.
+                self.refused[member.id] = said_no(said, (*BEFORE_SPENDING, "secure."))
 
     def opened(
         self, frame: bytes, member: Member, codec: Codec, where: str, plan: str = "00" * 32

@@ -7,6 +7,7 @@ federation's log alone, and remembers its head.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import replace
@@ -100,7 +101,7 @@ def export(
         raise InputError(
             "nothing to export here", where=str(console.OUTPUT.home), mend="--home, at a site or a coordinator"
         )
-    if out.exists():
+    if os.path.lexists(out):
         raise InputError("there is a file already", where=str(out), mend="choose another --out")
     made = round(time.time())
     bundle = _federation(made, adapters=adapters) if here else _fetched(made, sites)
@@ -151,7 +152,7 @@ def fetch(
     from cloister_client.fetching import fetch_as_auditor
     from cloister_client.registry import look
 
-    if out.exists():
+    if os.path.lexists(out):
         raise InputError("there is a file already", where=str(out), mend="choose another --out")
     known = read_trust(trust) if trust.exists() else None
     if sys.stdin.isatty():
@@ -199,7 +200,7 @@ def trust(
 ) -> None:
     """Write the keys that this site or operator pinned at enrolment, and the heads of logs that it remembers."""
     console.choose(json, home)
-    if out.exists():
+    if os.path.lexists(out):
         # It may be the only memory of a head that the log has gone behind since.
         raise InputError("there is a file already", where=str(out), mend="choose another --out, and keep the old one")
     coordinator, heads = console.coordinator_home(), list[Checkpoint]()
@@ -218,14 +219,14 @@ def trust(
         from cloister_client.data import open_ledger
         from cloister_client.fetching import pulled_head
         from cloister_client.policy import read_policy
-        from cloister_client.site import act_as_agent, read_site
+        from cloister_client.site import act_as_agent, earlier_cards, read_site
 
         own = read_site(console.site_home(site))
         card, mine = own.coordinator(), read_site_card(own.home / "card.json")
         written_at = f"site {mine.name}"
         peers = [VerifyKey.from_hex(text, "policy.toml peers") for text in read_policy(own.home / "policy.toml").peers]
         known = {key.id.hex(): (key.id.hex()[:16], key) for key in peers}
-        known[mine.verify_key.id.hex()] = (mine.name, mine.verify_key)
+        known |= {c.verify_key.id.hex(): (c.name, c.verify_key) for c in (*earlier_cards(own.home), mine)}
         act_as_agent(own)
         ledger = open_ledger(own)
         heads.append(ledger.head(log_of_site(read_secret(own.agent_home / "unit.key", 32))))

@@ -42,6 +42,12 @@ class Tree:
     def __len__(self) -> int:
         return len(self._levels[0])
 
+    def copy(self) -> Tree:
+        """The same, which stays as it is when this one grows."""
+        other = Tree()
+        other._levels = [list(level) for level in self._levels]
+        return other
+
     def append(self, leaf: bytes) -> None:
         """Adds a leaf's hash."""
         height, node = 0, leaf

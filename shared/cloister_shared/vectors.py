@@ -212,6 +212,11 @@ def to_safetensors(vector: F32, schema: Schema, metadata: dict[str, str]) -> byt
     return struct.pack("<Q", len(header)) + header + vector_to_bytes(vector)
 
 
+def most_bytes(schema: Schema) -> int:
+    """The most that a safetensors file of these tensors may have."""
+    return 8 + MAX_HEADER_BYTES + 4 * schema.size
+
+
 def from_safetensors(data: bytes, schema: Schema, where: str) -> F32:
     """Reads a safetensors file that must hold exactly the schema's tensors.
 

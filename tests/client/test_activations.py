@@ -39,6 +39,12 @@ def made(request: pytest.FixtureRequest) -> tuple[Trainer, Encoded]:
     return make_trainer(request.getfixturevalue(fixture), task)
 
 
+@pytest.fixture(autouse=True)
+def plenty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else this machine does."""
+    monkeypatch.setattr(activations, "spare_bytes", lambda: None)
+
+
 def _kept(trainer: Trainer) -> Activations:
     assert trainer.activations is not None
     return trainer.activations

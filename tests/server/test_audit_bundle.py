@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from cloister_server.rounds import run_rounds
 from cloister_shared.audit.accountant import by_pld
+from cloister_shared.audit.alike import merged
 from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog, read_bundle, write_bundle
-from cloister_shared.audit.command import Audit, audit, merged, verify
+from cloister_shared.audit.command import Audit, audit, verify
 from cloister_shared.audit.federation import Aborted, Asked, History, RoundCommit
 from cloister_shared.audit.findings import Findings
 from cloister_shared.audit.page import as_csv, as_html
@@ -587,12 +588,12 @@ def test_bundles_of_several_make_one(case: Case, tmp_path: Path) -> None:
     """The coordinator has the log, each site its own: together they pass, each alone is incomplete."""
     parts = [replace(case.bundle, sites={}), *(Bundle(1.0, sites={i: log}) for i, log in case.bundle.sites.items())]
     assert [audit(part, case.trust).findings.exit_code for part in parts] == [2, 2, 2, 2]
-    assert audit(merged(parts), case.trust).findings.exit_code == 0
-    assert replace(merged([*parts[::-1], case.bundle]), others=()) == case.bundle
+    assert audit(merged(parts, case.trust), case.trust).findings.exit_code == 0
+    assert replace(merged([*parts[::-1], case.bundle], case.trust), others=()) == case.bundle
     short = case.bundle.sites[site_of(case)]
     older = replace(parts[1], sites={site_of(case): SiteLog(short.events[:2], short.note)})
-    assert replace(merged([older, *parts]), others=()) == case.bundle
-    assert found(audit(merged([older, *parts]), case.trust)) == {"other-bundle"}
+    assert replace(merged([older, *parts], case.trust), others=()) == case.bundle
+    assert found(audit(merged([older, *parts], case.trust), case.trust)) == {"other-bundle"}
 
 
 def test_an_edited_file_accuses_nobody_of_a_fork(case: Case) -> None:
@@ -717,14 +718,14 @@ def test_two_histories_that_one_key_signed_are_a_fork_in_whatever_bundle(case: C
     other = replace(rewritten(case, records), sites={}, cosignatures={})
     assert audit(other, replace(case.trust, remembered={})).findings.exit_code != 0
     for order in ([case.bundle, other], [other, case.bundle]):
-        assert "two-histories" in found(audit(merged(order), case.trust), "fork")
+        assert "two-histories" in found(audit(merged(order, case.trust), case.trust), "fork")
     # A shorter one that the longer begins with is none; nor does a bundle accuse whose own head does not hold.
     store, size = case.world.store, len(case.bundle.leaves) - 1
     short = Checkpoint(store.origin, size, store.tree().root(size)).signed(case.log)
     earlier = Bundle(1.0, case.bundle.leaves[:-1], short)
-    assert found(audit(merged([case.bundle, earlier]), case.trust)) == set()
+    assert found(audit(merged([case.bundle, earlier], case.trust), case.trust)) == set()
     broken = replace(other, note=short)
-    assert found(audit(merged([case.bundle, broken]), case.trust)) == {"other-bundle"}
+    assert found(audit(merged([case.bundle, broken], case.trust), case.trust)) == {"other-bundle"}
 
 
 def test_a_site_with_two_histories_is_a_fork_and_an_older_export_is_told(case: Case) -> None:
@@ -733,7 +734,7 @@ def test_a_site_with_two_histories_is_a_fork_and_an_older_export_is_told(case: C
     doctored = with_events(case, (*events, case.bundle.sites[site].events[-1]))
     only = Bundle(1.0, sites={site: doctored.sites[site]})
     for order in ([case.bundle, only], [only, case.bundle]):
-        assert "two-histories" in found(audit(merged(order), case.trust), "fork")
+        assert "two-histories" in found(audit(merged(order, case.trust), case.trust), "fork")
     # Its end cut off: the coordinator's newest head of it says so.
     heads = {site: case.bundle.sites[site].note}
     cut = replace(with_events(case, case.bundle.sites[site].events[:-1]), heads=heads)

@@ -14,40 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cloister_shared.audit.alike import merged
 from cloister_shared.audit.bundle import Bundle, read_bundle, write_bundle
-from cloister_shared.audit.command import Audit, audit, merged
+from cloister_shared.audit.command import audit
 from cloister_shared.audit.page import as_html
-from cloister_shared.audit.report import answers
-from cloister_shared.audit.trust import Trust, write_trust
+from cloister_shared.audit.trust import write_trust
 from cloister_shared.errors import InputError
 from cloister_shared.notes import ED25519, key_hash
 from cloister_shared.privacy import DpSgd, epsilon
 from cloister_shared.signing import SigningKey
 
-from support.forged import HUGE, RUN, RUN2, TERMS, Forged, ForgedSite, head_of, named
-
-
-def found(got: Audit) -> set[tuple[str, str]]:
-    return {(f.kind, f.code) for f in got.findings.found}
-
-
-def check(made: Forged) -> set[tuple[str, str]]:
-    made.close()
-    return found(audit(made.bundle, made.trust()))
-
-
-def began(rounds: int = 2, sites: int = 3) -> Forged:
-    made = Forged(tuple(ForgedSite(f"site-{i}") for i in range(1, sites + 1)))
-    made.begin()
-    for number in range(1, rounds + 1):
-        made.round(number)
-    return made
-
-
-def lines(bundle: Bundle, trust: Trust, question: str) -> str:
-    got = audit(bundle, trust)
-    said = answers(bundle, trust, got.history, got.ledgers, got.blocks, got.findings)
-    return "\n".join(line for one in said if question in one.question for line in one.lines)
+from support.forged import HUGE, RUN, RUN2, TERMS, Forged, ForgedSite, again, began, check, found, head_of, lines, named
 
 
 def test_an_honest_history_passes() -> None:
@@ -208,7 +185,7 @@ def test_a_second_log_of_a_site_is_not_looked_past() -> None:
     whole = made.bundle
     assert found(audit(whole, made.trust(head))) == {("incomplete", "remembered-log")}
     assert found(audit(replace(whole, heads={first.id: hidden.note}), made.trust())) == {("fork", "two-logs")}
-    two = merged([whole, Bundle(1.0, sites={first.id: hidden.log})])
+    two = merged([whole, Bundle(1.0, sites={first.id: hidden.log})], made.trust())
     assert ("fork", "two-logs") in found(audit(two, made.trust()))
     row = made.row(first, RUN, 3, head=hidden.note, charged=0, verdict="missing", update="")
     made.commit(RUN, 3, [row])
@@ -226,7 +203,7 @@ def test_a_site_that_joins_again_is_one_site() -> None:
     made.close()
     assert found(audit(made.bundle, made.trust())) == set()
     for several in ([made.bundle, early], [early, made.bundle]):
-        assert found(audit(merged(several), made.trust())) == set()
+        assert found(audit(merged(several, made.trust()), made.trust())) == set()
     # What it was told to have spent before counts for what is published later.
     made.spent["site-1"].clear()
     made.round(2, RUN2)
@@ -318,17 +295,6 @@ def test_an_update_that_is_named_was_made_of_somebodys_text() -> None:
     without = replace(made.bundle, sites={i: log for i, log in made.bundle.sites.items() if i != fourth.id})
     assert {("violation", "uncharged"), ("incomplete", "no-site-log")} <= found(audit(without, made.trust()))
     assert {("violation", "uncharged"), ("violation", "unspent")} <= check(made)
-
-
-def again(made: Forged) -> tuple[ForgedSite, ForgedSite]:
-    """The first site is put out and comes again with another key and another log; the old one and the new one."""
-    old = made.sites[0]
-    made.leaf("revoke", site=old.name)
-    made.cosigned.pop(old.id, None)
-    new = ForgedSite(old.name, origin="cloister/site/" + "ab" * 16)
-    made.sites = (new, *made.sites[1:])
-    made.enrol(new)
-    return old, new
 
 
 def test_a_key_whose_log_nobody_knows_is_not_taken_for_another_log_of_its_name() -> None:
@@ -470,6 +436,72 @@ def test_what_a_commit_states_beside_its_rows_is_held_too() -> None:
     made = began(1)
     made.commit(RUN, 2, [made.row(made.sites[0], RUN, 2, charged=0, verdict="missing", update="", epsilon=0.01)])
     assert ("violation", "published") in check(made)
+
+
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [
+        (lambda rows: rows, False),
+        (lambda rows: [dict(rows[0], epsilon=0.0, lifetime=0.0), *rows], True),
+        (lambda rows: [*rows, dict(rows[0], client="ff" * 16)], True),
+        (lambda rows: [dict(row, unit="person") for row in rows], True),
+        (lambda rows: rows[1:], True),
+    ],
+)
+def test_each_client_that_was_asked_has_its_cost_stated_once_in_its_own_unit(
+    change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]], seen: bool
+) -> None:
+    made = began(1)
+    rows = []
+    for site in made.sites:
+        made.train(site, RUN, 2)
+        rows.append(made.row(site, RUN, 2))
+    each = [{"client": r["client"], "unit": "record", "delta": r["delta"]} for r in rows]
+    stated = [one | {"epsilon": 1.0, "lifetime": r["epsilon"]} for one, r in zip(each, rows, strict=True)]
+    made.commit(RUN, 2, rows, privacy=change(stated))
+    assert bool(check(made)) == seen
+
+
+@pytest.mark.parametrize(
+    ("change", "attempt", "seen"),
+    [
+        ({}, 1, set()),
+        ({"noise_std": 0.0}, 1, {("violation", "published")}),
+        ({"clients": "[]"}, 1, {("violation", "published")}),
+        ({"clients": '["x"]'}, 1, {("violation", "published")}),
+        ({"clients": "5"}, 1, {("violation", "leaf")}),
+        ({"epsilon": 0.01}, 1, {("violation", "published")}),
+        ({}, 2, set()),
+    ],
+)
+def test_noise_of_whole_clients_is_of_the_sum_that_was_committed(
+    change: dict[str, Any], attempt: int, seen: set[tuple[str, str]]
+) -> None:
+    made = Forged()
+    made.begin()
+    rows = []
+    for site in made.sites:
+        made.train(site, RUN, 1)
+        rows.append(made.row(site, RUN, 1))
+    facts: dict[str, Any] = {
+        "scope": "client", "run": RUN, "number": 1, "attempt": 1, "noise_multiplier": 10.0, "clipping_norm": 0.5,
+        "noise_std": 5.0, "planned": 3, "participants": 3, "clients": json.dumps([site.id for site in made.sites]),
+        "delta": 1e-5, "epsilon": epsilon([DpSgd(10.0, 1.0, 1)], 1e-5),
+    }  # fmt: skip
+    made.leaf("spend", **facts | change)
+    made.commit(RUN, 1, rows, attempt=attempt)
+    assert check(made) == seen
+    if not change:
+        said = lines(made.bundle, made.trust(), "Epsilon and delta")
+        assert "with the noise of attempt 1 at round 1 of run aaaaaaaa" in said
+        assert ("no such noise in rounds 1 of run aaaaaaaa" in said) == (attempt == 2)
+
+
+def test_an_entry_has_no_more_blocks_than_can_be_looked_at() -> None:
+    made = began(1)
+    first = made.sites[0]
+    first.reserve(named("p"), RUN, 2, blocks=list(range(1, 20_001)), admitted=[0.5] * 20_000)
+    assert ("violation", "event") in check(made)
 
 
 def test_sums_have_no_difference_that_is_one_sites_update() -> None:

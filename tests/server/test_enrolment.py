@@ -45,6 +45,7 @@ from cloister_shared.errors import CloisterError, InputError, RefusedError, Roll
 from cloister_shared.invitation import PREFIX, Invitation
 from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import Checkpoint
+from cloister_shared.privacy import DpSgd, epsilon
 from cloister_shared.processes import free_port
 from cloister_shared.signing import SigningKey
 from cloister_shared.tls import certify, make_request, make_site_ca, make_tls
@@ -307,7 +308,9 @@ def test_nobody_sees_anybody_elses_rounds(served: Coordinator, tmp_path: Path) -
                           weight=1.0, noise_multiplier=1.0, sample_rate=0.1, steps=1, delta=1e-5, epsilon=number)  # fmt: skip
         planned(store, run, 1, [row], upto="open")
     store.close()
-    assert [(r["run"], r["epsilon"], r["state"]) for r in client.rounds(one)] == [(f"{1:032x}", 1.0, "open")]
+    (own,) = client.rounds(one)
+    # As if it were charged: nobody knows.
+    assert (own["run"], own["epsilon"], own["state"]) == (f"{1:032x}", epsilon([DpSgd(1.0, 0.1, 1)], 1e-5), "open")
     assert [r["run"] for r in client.rounds(two)] == [f"{2:032x}"]
     for site, foreign in ((one, f"{2:032x}"), (two, f"{1:032x}")):
         with pytest.raises(RefusedError, match="no such run"):
@@ -359,7 +362,7 @@ def test_what_is_released_is_fetched_and_nothing_else_can_be_shown(served: Coord
     site, operator = joined(served, tmp_path / "s", "phi"), SigningKey.generate()
     store, run = Store(served.home), "df" * 16
     schema = Schema((("x.lora_A.weight", (2, 3)),))
-    adapters = [to_safetensors(np.full(6, n, np.float32), schema, {}) for n in range(4)]
+    adapters = [to_safetensors(np.full(6, n / 20, np.float32), schema, {}) for n in range(4)]
     told: dict[str, Any] = {"task": '{"labels": []}', "tensors": json.dumps(schema.as_list()), "config": '{"r": 2}'}
     store.start_run(Run(id=run, federation="fed", created=9e9, rounds=3, base="11" * 32, rule="average", code="", **told),
                     adapters[0], a_model())  # fmt: skip
@@ -466,7 +469,7 @@ def test_whatever_a_registry_feigns_is_a_plain_refusal(
     served: Coordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     site, run = joined(served, tmp_path / "s", f"site-{name.replace(' ', '-').lower()}"), "ab" * 16
-    values = np.full(6, np.nan if name == "no number" else 1, np.float32)
+    values = np.full(6, np.nan if name == "no number" else 0.2, np.float32)
     parts = {"task": b'{"labels":[]}', "tensors": json.dumps(SCHEMA.as_list()).encode(), "config": b"{}"}
     parts |= {"adapter": to_safetensors(values, SCHEMA, {})}
     odd = {

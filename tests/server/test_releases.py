@@ -309,13 +309,10 @@ def by_hand(world: World, table: str, statement: str) -> None:
 
 
 def test_rows_that_are_not_as_the_log_says_are_signed_by_nobody(world: World, tmp_path: Path, capsys: Any) -> None:
-    for number, (table, statement) in enumerate(
-        (
-            ("metric", "INSERT INTO metric SELECT run, number, 'accuracy', 0.99 FROM round WHERE number = 1"),
-            ("privacy", "UPDATE privacy SET epsilon = 1.0 WHERE number = 2"),
-            ("round_client", "UPDATE round_client SET noise_multiplier = 99 WHERE number = 3"),
-        ),
-        1,
+    for number, table, statement in (
+        (3, "round_client", "UPDATE round_client SET noise_multiplier = 99 WHERE number = 3"),
+        (2, "privacy", "UPDATE privacy SET epsilon = 1.0 WHERE number = 2"),
+        (1, "metric", "INSERT INTO metric SELECT run, number, 'accuracy', 0.99 FROM round WHERE number = 1"),
     ):
         export_round(world.store, world.run, number, tmp_path / f"before-{number}")
         by_hand(world, table, statement)

@@ -540,7 +540,9 @@ def test_an_auditor_holds_sums_against_the_draw_of_all_members(tmp_path: Path, t
     assert codes(draws={}) == {"incomplete no-draw"}
     assert codes(lambda r: r.update(draw="")) == {"incomplete no-draw"}
     assert codes(mixed) == {"violation draw", "violation sums"}
-    assert codes(draws={named: other}) == {"violation draw"}
-    assert codes(draws={named: []}) == {"violation draw"}
-    # A draw that the coordinator made up itself: nobody signed it.
+    assert codes(draws={named: other}) == {"incomplete no-draw"}
+    assert codes(draws={named: []}) == {"incomplete no-draw"}
+    # Draws that the coordinator made up itself: nobody signed them.
     assert codes(chosen, draws={digest(canonical(other)): other}) == {"violation draw"}
+    nothing = digest(canonical([]))
+    assert codes(lambda r: r.update(draw=nothing), draws={nothing: []}) == {"violation draw"}

@@ -14,6 +14,8 @@ from hashlib import sha256
 from typing import Any
 
 from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog
+from cloister_shared.audit.command import Audit, audit
+from cloister_shared.audit.report import answers
 from cloister_shared.audit.trust import Trust, trust_of
 from cloister_shared.cards import SITE_PURPOSE, SiteCard
 from cloister_shared.draw import Transcript, commit, reveal
@@ -201,7 +203,7 @@ class Forged:
         start, self.adapters[run] = self.adapters[run], named("made", run, number)
         facts: dict[str, Any] = {
             "run": run, "round": number, "start": start, "adapter": self.adapters[run], "base": named("base"),
-            "clients": rows, "sums": [{"clients": json.dumps(one)} for one in sums], "metrics": {"accuracy": 0.5},
+            "clients": rows, "sums": [{"clients": json.dumps(one)} for one in sums], "metrics": {"accuracy": 0.5}, "attempt": 1,
         }  # fmt: skip
         index = self.leaf("round_commit", **facts | more | ({"draw": draw} if draw else {}))
         leaf = leaf_hash(self.leaves[index].record).hex()
@@ -245,3 +247,41 @@ class Forged:
         """Every key, and the log's first two leaves remembered."""
         early = head_of(self.origin, [leaf.record for leaf in self.leaves[:2]])
         return trust_of("fed", self.key.verify_key, self.trusted, [early, *more], "site site-2")
+
+
+def found(got: Audit) -> set[tuple[str, str]]:
+    """What an audit found: kinds and codes."""
+    return {(f.kind, f.code) for f in got.findings.found}
+
+
+def check(made: Forged) -> set[tuple[str, str]]:
+    """What is found once every site has its last receipts."""
+    made.close()
+    return found(audit(made.bundle, made.trust()))
+
+
+def began(rounds: int = 2, sites: int = 3) -> Forged:
+    """Honest rounds of some sites."""
+    made = Forged(tuple(ForgedSite(f"site-{i}") for i in range(1, sites + 1)))
+    made.begin()
+    for number in range(1, rounds + 1):
+        made.round(number)
+    return made
+
+
+def lines(bundle: Bundle, trust: Trust, question: str) -> str:
+    """A report's answer to a question."""
+    got = audit(bundle, trust)
+    said = answers(bundle, got.trust, got.history, got.ledgers, got.blocks, got.findings)
+    return "\n".join(line for one in said if question in one.question for line in one.lines)
+
+
+def again(made: Forged) -> tuple[ForgedSite, ForgedSite]:
+    """The first site is put out and comes again with another key and another log; the old one and the new one."""
+    old = made.sites[0]
+    made.leaf("revoke", site=old.name)
+    made.cosigned.pop(old.id, None)
+    new = ForgedSite(old.name, origin="cloister/site/" + "ab" * 16)
+    made.sites = (new, *made.sites[1:])
+    made.enrol(new)
+    return old, new

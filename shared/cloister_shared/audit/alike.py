@@ -1,19 +1,22 @@
 """Several bundles of the same logs: whatever any of them shows signed must be of one history.
 
 Of two histories that one key signed the shorter must be the beginning of the longer; else that is a fork, and both are its proof. A bundle
-whose own head does not hold accuses nobody: anybody can write one.
+whose own head does not hold accuses nobody: anybody can write one. What one bundle has damaged is taken from another that has it whole.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from cloister_shared.audit.bundle import Bundle, SiteLog
-from cloister_shared.audit.federation import History, called, check_lines
+from cloister_shared.audit.federation import History, check_lines
 from cloister_shared.audit.findings import Findings
-from cloister_shared.audit.heads import origin_of
+from cloister_shared.audit.heads import head_of_site, origin_of, whole_head
 from cloister_shared.audit.trust import Trust
-from cloister_shared.errors import VerificationError
+from cloister_shared.encoding import canonical, digest
 from cloister_shared.merkle import Tree, leaf_hash
-from cloister_shared.notes import Checkpoint, read_checkpoint
+from cloister_shared.notes import Checkpoint
 from cloister_shared.signing import VerifyKey
 from cloister_shared.witness import log_of_federation
 
@@ -30,9 +33,9 @@ def check_alike(bundle: Bundle, trust: Trust, history: History, findings: Findin
     origin = log_of_federation(trust.federation)
     trees = dict[str, Tree]()
     for other in bundle.others:
-        if other.note and other.note != bundle.note and history.records:
+        if other.note and (other.note, other.leaves) != (bundle.note, bundle.leaves) and history.records:
             leaves = [leaf.record for leaf in other.leaves]
-            head = _whole(other.note, leaves, trust.federation, origin)
+            head = whole_head(other.note, leaves, trust.federation, origin)
             if head is None and origin_of(other.note) != origin:
                 what = f"one of the bundles is of another federation's log, {origin_of(other.note)[:80]}: leave it out"
                 findings.incomplete("other-bundle", origin, what)
@@ -47,8 +50,8 @@ def check_alike(bundle: Bundle, trust: Trust, history: History, findings: Findin
             key, own = trust.sites.get(client), _kept(client, log, bundle, trust)
             if key is None or own is None or log == bundle.sites[own]:
                 continue
-            where = f"site {called(client, trust, history)}"
-            head = _site_head(log, key)
+            where = f"site {trust.called(client)}"
+            head = head_of_site(log, key)
             if own not in trees:
                 trees[own] = Tree(map(leaf_hash, bundle.sites[own].events))
             if head is None:
@@ -56,6 +59,52 @@ def check_alike(bundle: Bundle, trust: Trust, history: History, findings: Findin
             elif not _begins(trees[own], head):
                 what = f"this site's key signed two histories: {head.size} events of one bundle are not the first of the other"
                 findings.fork("two-histories", where, what)
+
+
+def merged(bundles: list[Bundle], trust: Trust) -> Bundle:
+    """Several bundles as one: the longest of what two of them have, of those whose own head holds; all stay beside it.
+
+    Args:
+        bundles: At least one.
+        trust: What is trusted.
+    """
+    if len(bundles) == 1:
+        return bundles[0]
+    origin = log_of_federation(trust.federation)
+
+    def holds(one: Bundle) -> bool:
+        return whole_head(one.note, [leaf.record for leaf in one.leaves], trust.federation, origin) is not None
+
+    by_length = sorted(bundles, key=lambda one: -len(one.leaves))
+    whole = next(filter(holds, by_length), by_length[0])
+    found, sites, lines = dict[str, list[SiteLog]](), dict[str, SiteLog](), dict[str, tuple[int, str, str]]()
+    for one in bundles:
+        for client, log in one.sites.items():
+            found.setdefault(client, []).append(log)
+        for client, line in one.cosignatures.items():
+            lines[client] = max(lines.get(client, line), line)
+    for client, logs in found.items():
+        sites[client] = longest(logs, trust.sites.get(client))
+    adapters, draws = dict[str, bytes](), dict[str, Any]()
+    for one in bundles:
+        adapters |= {name: data for name, data in one.adapters.items() if name not in adapters or digest(data) == name}
+        draws |= {name: draw for name, draw in one.draws.items() if name not in draws or named_so(name, draw)}
+    return replace(whole, sites=sites, cosignatures=lines, adapters=adapters, draws=draws, others=tuple(bundles))
+
+
+def longest(logs: list[SiteLog], key: VerifyKey | None) -> SiteLog:
+    """The longest of those whose head holds; where none does, of all."""
+    by_length = sorted(logs, key=lambda log: -len(log.events))
+    whole = (log for log in by_length if key is not None and len(logs) > 1 and head_of_site(log, key) is not None)
+    return next(whole, by_length[0])
+
+
+def named_so(name: str, draw: object) -> bool:
+    """Whether a draw is the one of this digest."""
+    try:
+        return digest(canonical(draw)) == name
+    except (ValueError, TypeError):
+        return False
 
 
 def _kept(client: str, log: SiteLog, bundle: Bundle, trust: Trust) -> str | None:
@@ -70,17 +119,3 @@ def _kept(client: str, log: SiteLog, bundle: Bundle, trust: Trust) -> str | None
 
 def _begins(tree: Tree, head: Checkpoint) -> bool:
     return head.size <= len(tree) and tree.root(head.size) == head.root
-
-
-def _whole(note: str, records: list[bytes], key: VerifyKey, origin: str) -> Checkpoint | None:
-    """The head of a log that is all there; None where it is not, or nobody signed it."""
-    tree = Tree(map(leaf_hash, records))
-    try:
-        head = read_checkpoint(note, key, origin, "other bundle").checkpoint
-    except VerificationError:
-        return None
-    return head if (head.size, head.root) == (len(tree), tree.root()) else None
-
-
-def _site_head(log: SiteLog, key: VerifyKey) -> Checkpoint | None:
-    return _whole(log.note, list(log.events), key, origin_of(log.note))

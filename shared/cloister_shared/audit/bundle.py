@@ -179,12 +179,12 @@ def _bundle_of(parts: dict[str, bytes]) -> Bundle:
         raise ValueError(f"format {about['format']!r}")
     leaves = tuple(
         SignedLeaf(str(one["record"]).encode(), str(one["key"]), str(one["signature"]))
-        for one in map(_json, parts["federation/leaves.jsonl"].splitlines())
+        for one in map(_json, _lines(parts["federation/leaves.jsonl"]))
     )
     sites = dict[str, SiteLog]()
     for name in sorted(parts):
         if (match := _SITE.fullmatch(name)) and match[2] == "events.jsonl":
-            lines = map(_json, parts[name].splitlines())
+            lines = map(_json, _lines(parts[name]))
             events = tuple(str(one["record"]).encode() for one in lines)
             sites[match[1]] = SiteLog(events, parts[f"sites/{match[1]}/head.note"].decode())
     return Bundle(
@@ -200,6 +200,11 @@ def _bundle_of(parts: dict[str, bytes]) -> Bundle:
         {str(name): draw for name, draw in _json(parts.get("federation/draws.json", b"{}")).items()},
         {str(client): str(note) for client, note in _json(parts.get("federation/heads.json", b"{}")).items()},
     )
+
+
+def _lines(data: bytes) -> list[bytes]:
+    # As they were counted: splitlines would part them at other breaks too.
+    return data.removesuffix(b"\n").split(b"\n") if data else []
 
 
 def _json(data: bytes) -> Any:

@@ -7,9 +7,10 @@ Exit codes: 0 pass, 1 violation, 2 incomplete, 3 fork or rollback. Without keys 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -17,11 +18,11 @@ from typing import Annotated
 import typer
 
 from cloister_shared import __version__, console
-from cloister_shared.audit.alike import check_alike
+from cloister_shared.audit.alike import check_alike, merged
 from cloister_shared.audit.budget import Block, check_budgets
-from cloister_shared.audit.bundle import Bundle, SiteLog, read_bundle
+from cloister_shared.audit.bundle import Bundle, read_bundle
 from cloister_shared.audit.draws import check_draws
-from cloister_shared.audit.federation import History, called, check_covered, check_federation
+from cloister_shared.audit.federation import History, check_covered, check_federation
 from cloister_shared.audit.findings import Findings
 from cloister_shared.audit.heads import check_remembered, logs_of_keys, one_of_each
 from cloister_shared.audit.page import as_csv, as_html
@@ -43,12 +44,14 @@ class Audit:
 
     Attributes:
         findings: What was found, and what held.
+        trust: What was trusted, with names for the keys that had none.
         history: The federation's log.
         ledgers: Sites' ledgers by client id.
         blocks: Budgets, recomputed.
     """
 
     findings: Findings
+    trust: Trust
     history: History
     ledgers: dict[str, Ledger]
     blocks: list[Block]
@@ -56,12 +59,14 @@ class Audit:
 
 def audit(bundle: Bundle, trust: Trust) -> Audit:
     """Checks a bundle against what is trusted; pure, and never trusts what the bundle brings."""
-    findings, bundle = Findings(), one_of_each(bundle, trust)
+    findings = Findings()
     history = check_federation(bundle, trust, findings)
     if history.foreign:
-        return Audit(findings, history, {}, [])
+        return Audit(findings, trust, history, {}, [])
+    trust = trust.naming(history.names)
+    bundle = one_of_each(bundle, trust)
     known, ledgers = logs_of_keys(bundle, trust, history, findings), dict[str, Ledger]()
-    for client, log in sorted(bundle.sites.items(), key=lambda one: called(one[0], trust, history)):
+    for client, log in sorted(bundle.sites.items(), key=lambda one: trust.called(one[0])):
         found = check_site(client, log, bundle, trust, history, known, findings)
         if found is not None:
             ledgers[client] = found
@@ -80,22 +85,7 @@ def audit(bundle: Bundle, trust: Trust) -> Audit:
     made = {commit.adapter for commit in history.commits} | {str(r.get("adapter")) for r in history.records}
     for name in set(bundle.adapters) - made:
         findings.violation("adapter", f"adapter {name[:16]}", "no round in the log has it")
-    return Audit(findings, history, ledgers, blocks)
-
-
-def merged(bundles: list[Bundle]) -> Bundle:
-    """Several bundles as one: the longest of what two of them have; all of them stay beside it, to be held against it."""
-    whole = max(bundles, key=lambda one: len(one.leaves))
-    sites, lines = dict[str, SiteLog](), dict[str, tuple[int, str, str]]()
-    for one in bundles:
-        for client, log in one.sites.items():
-            sites[client] = max(sites.get(client, log), log, key=lambda kept: len(kept.events))
-        for client, line in one.cosignatures.items():
-            lines[client] = max(lines.get(client, line), line)
-    adapters = {name: data for one in bundles for name, data in one.adapters.items()}
-    draws = {name: draw for one in bundles for name, draw in one.draws.items()}
-    others = tuple(bundles) if len(bundles) > 1 else ()
-    return replace(whole, sites=sites, cosignatures=lines, adapters=adapters, draws=draws, others=others)
+    return Audit(findings, trust, history, ledgers, blocks)
 
 
 def verify(
@@ -116,14 +106,13 @@ def verify(
         raise InputError(
             "no such form of report", where=str(report), expected=".html, .json or .csv", got=report.suffix
         )
-    if report is not None and report.exists():
+    if report is not None and os.path.lexists(report):
         raise InputError("there is a file already", where=str(report), mend="choose another --report")
     if trust and len(trust) > 1:
         raise InputError(
             "one trust file", where="--trust", got=f"{len(trust)} of them", mend="put what you trust into one"
         )
     read = [read_bundle(path) for path in bundle]
-    own = merged(read)
     if not trust:
         nothing, mend = (
             "nobody's keys are trusted, so nothing can be checked",
@@ -136,8 +125,9 @@ def verify(
         console.emit(as_record((), findings, ()), lines)
         raise typer.Exit(2)
     keys = read_trust(trust[0])
+    own = merged(read, keys)
     done = audit(own, keys)
-    said = answers(own, keys, done.history, done.ledgers, done.blocks, done.findings)
+    said = answers(own, done.trust, done.history, done.ledgers, done.blocks, done.findings)
     about = {
         "verified": f"{when(time.time())} by cloister {__version__}, dp-accounting {version('dp-accounting')}",
         "federation": f"{keys.name}, key {keys.federation.id.hex()}",

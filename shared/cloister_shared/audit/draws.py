@@ -6,6 +6,9 @@ sum nobody can tell from it: that is what it is for.
 
 from __future__ import annotations
 
+from collections import Counter
+
+from cloister_shared.audit.alike import named_so
 from cloister_shared.audit.bundle import Bundle
 from cloister_shared.audit.federation import History
 from cloister_shared.audit.findings import Findings, many
@@ -37,9 +40,13 @@ def check_draws(bundle: Bundle, history: History, findings: Findings) -> dict[tu
             findings.violation("draw", where, "its groups are of another draw than its run began with")
             continue
         if commit.draw not in bundle.draws:
-            findings.incomplete(
-                "no-draw", where, "the draw of its groups is not here: ask the coordinator for its export"
-            )
+            what = "the draw of its groups is not here: ask the coordinator for its export"
+            findings.incomplete("no-draw", where, what)
+            continue
+        if not named_so(commit.draw, bundle.draws[commit.draw]):
+            # Anybody can put something under its name.
+            what = "what is here as the draw of its groups is another: ask the coordinator for its export"
+            findings.incomplete("no-draw", where, what)
             continue
         key = commit.run, commit.draw
         if key not in groups:
@@ -48,17 +55,14 @@ def check_draws(bundle: Bundle, history: History, findings: Findings) -> dict[tu
             except (CloisterError, *MALFORMED) as error:
                 findings.violation("draw", where, f"the draw of its groups does not hold: {error}"[:300])
                 groups[key] = ()
-        drawn |= {
-            (commit.index, client): name
-            for group in groups[key]
-            for name in [digest(canonical(sorted(group)))]
-            for one in commit.sums
-            if one <= group
-            for client in one
-        }
-        inside = [any(one <= group for group in groups[key]) for one in commit.sums]
-        parts = [sum(bool(one & group) for one in commit.sums) for group in groups[key]]
-        if max(parts, default=0) > 1:
+        group_of = {client: place for place, group in enumerate(groups[key]) for client in group}
+        touched = [{group_of.get(client, -1) for client in one} for one in commit.sums]
+        inside = [len(places) == 1 and -1 not in places for places in touched]
+        for one, places, good_one in zip(commit.sums, touched, inside, strict=True):
+            if good_one:
+                name = digest(canonical(sorted(groups[key][min(places)])))
+                drawn |= {(commit.index, client): name for client in one}
+        if max(Counter(place for places in touched for place in places - {-1}).values(), default=0) > 1:
             findings.violation("sums", where, _DIFFER)
         if groups[key] and not all(inside):
             findings.violation("draw", where, "a sum is of sites that were not drawn into one group")

@@ -14,7 +14,7 @@ from typing import Any
 from cloister_shared.audit.bundle import Bundle
 from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.reading import MALFORMED, hexes, integer, number, record_of, rows, words
-from cloister_shared.audit.trust import Trust
+from cloister_shared.audit.trust import Trust, bare
 from cloister_shared.cards import check_name, site_card_of
 from cloister_shared.errors import CloisterError, VerificationError
 from cloister_shared.merkle import Tree, leaf_hash
@@ -84,7 +84,8 @@ class RoundCommit:
         sums: Clients of each sum under secure aggregation.
         draw: Digest of the draw of its groups; empty without secure aggregation.
         metrics: Scores.
-        privacy: What it says that it cost each client: epsilon of the run and of the lifetime, and delta.
+        privacy: What it says that it cost each client: epsilon of the run and of the lifetime, delta, and the unit.
+        attempt: Which attempt at the round it is.
     """
 
     index: int
@@ -96,7 +97,13 @@ class RoundCommit:
     sums: tuple[frozenset[str], ...]
     draw: str
     metrics: dict[str, float]
-    privacy: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    privacy: dict[str, tuple[float, float, float, str]] = field(default_factory=dict)
+    attempt: int = 1
+
+    @property
+    def accepted(self) -> frozenset[str]:
+        """Clients whose updates entered, by its own word."""
+        return frozenset(one.client for one in self.asked if one.verdict == "accepted")
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,7 @@ class History:
         seen: When each witness cosigned it, by client id.
         runs: Runs that began.
         names: What the log's enrolments call sites, by client id.
+        units: What they declared as their privacy unit, by client id.
         left: Sites that were put out and are not back under this key: their name and the leaf, by client id.
         witnessed: How many leaves a trusted site cosigned, or has the signed head of in its own log.
         remembered: How many leaves the trust file remembers.
@@ -141,6 +149,7 @@ class History:
     aborted: list[Aborted] = field(default_factory=list)
     seen: dict[str, int] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
+    units: dict[str, str] = field(default_factory=dict)
     runs: set[str] = field(default_factory=set)
     left: dict[str, tuple[str, int]] = field(default_factory=dict)
     witnessed: int = 0
@@ -190,7 +199,7 @@ def check_federation(bundle: Bundle, trust: Trust, findings: Findings) -> Histor
                 "leaf-order", where, f"says that it is leaf {record.get('index')} of {record.get('log')}"
             )
         history.records.append(record)
-    if len(unsigned) == len(bundle.leaves):
+    if bundle.leaves and len(unsigned) == len(bundle.leaves):
         said = sorted({leaf.key[:32] for leaf in bundle.leaves})
         what = f"none of its {len(bundle.leaves)} leaves is signed by the key that the trust file names"
         more = f"they say that they are of key {', '.join(said[:3])}: take the trust file of that federation, or the bundle of this one"
@@ -270,7 +279,9 @@ def check_lines(
 
 def _tell(findings: Findings, history: History, trust: Trust) -> None:
     """The leaves in order: who is enrolled, which runs began, which rounds follow which."""
-    here, runs = dict[str, str](), dict[str, tuple[int, str, str]]()
+    here, runs, whose = dict[str, str](), dict[str, tuple[int, str, str]](), dict[str, set[str]]()
+    # Adapters that runs began with and no round had made then, and the run; what rounds made.
+    brought, made = dict[str, str](), set[str]()
     # The last leaf of each run: whoever leaves while a round is under way may be in it.
     left, last, begun = history.left, dict[str, int](), dict[str, int]()
     for index, record in enumerate(history.records):
@@ -285,17 +296,20 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
                 site, key = words(record, "site"), VerifyKey.from_hex(str(record["card"]["key"]), where)
                 if record["card"]["name"] != site:
                     raise ValueError("the card is another site's")
-                _named(trust, key.id.hex(), site, where, findings)
+                mine = key.id.hex()
+                history.names[mine], history.units[mine] = site, str(record["card"].get("unit"))
+                _named(trust, history, mine, site, where, findings)
                 _own_card(record, where, findings)
-                if other := [i for i, name in here.items() if name == site and i != key.id.hex()]:
+                if other := sorted(whose.setdefault(site, set()) - {mine}):
                     what = f"{site} is enrolled already, under key {other[0][:16]}: one site would be two"
                     findings.violation("enrolled-twice", where, what)
-                left.pop(key.id.hex(), None)
-                here[key.id.hex()] = history.names[key.id.hex()] = site
+                left.pop(mine, None)
+                here[mine] = site
+                whose[site].add(mine)
             elif kind == "revoke":
                 gone = words(record, "site")
-                left |= {i: (name, index) for i, name in here.items() if name == gone}
-                here = {i: name for i, name in here.items() if name != gone}
+                for mine in whose.pop(gone, set()):
+                    left[mine] = (here.pop(mine), index)
             elif kind == "policy":
                 run = hexes(record, "run", 16)
                 if run in runs:
@@ -303,6 +317,8 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
                 runs[run] = (0, hexes(record, "adapter", 32), hexes(record, "base", 32))
                 history.runs.add(run)
                 last[run] = begun[run] = index
+                if runs[run][1] not in made:
+                    brought.setdefault(runs[run][1], run)
             elif kind == "incident" and "clients" in record:
                 run, attempt = hexes(record, "run", 16), integer(record, "round", 1, 1_000_000)
                 history.aborted.append(Aborted(index, run, attempt, _asked(record)))
@@ -311,11 +327,17 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
                     findings.violation("rounds", where, what)
                 last[run] = index
                 for one in history.aborted[-1].asked:
-                    _named(trust, one.client, one.name, where, findings)
+                    _named(trust, history, one.client, one.name, where, findings)
             elif kind == "round_commit":
                 commit = _commit(record, index)
                 history.commits.append(commit)
+                began = runs.get(commit.run, (0, "", ""))[1]
                 _follows(commit, record, runs, findings, where)
+                first_of = brought.get(commit.adapter, commit.run)
+                if commit.adapter not in made and commit.adapter != began and first_of != commit.run:
+                    what = f"it makes the adapter that run {first_of[:8]} had begun with: whose text that held was not told then"
+                    findings.violation("parent", where, what)
+                made.add(commit.adapter)
                 # A sum that an earlier attempt opened stays as it is, whoever left since.
                 since, first = last.get(commit.run, index), begun.get(commit.run, index)
                 last[commit.run] = begun[commit.run] = index
@@ -328,7 +350,7 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
                         findings.violation(
                             "not-enrolled", where, f"{one.name} in round {commit.number} was not enrolled then"
                         )
-                    _named(trust, one.client, one.name, where, findings)
+                    _named(trust, history, one.client, one.name, where, findings)
         except (CloisterError, *MALFORMED) as error:
             findings.violation("leaf", where, f"malformed: {error}"[:300])
     if history.commits:
@@ -337,16 +359,11 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
         findings.hold(f"{what}, in order and without gaps", *wrong)
 
 
-def called(client: str, trust: Trust, history: History) -> str:
-    """What to call a site: as the trust file does; where that has its key alone, as the log does, with the key's beginning."""
-    known = trust.names.get(client, client[:16])
-    return f"{history.names[client]} ({client[:8]})" if known == client[:16] and client in history.names else known
-
-
-def _named(trust: Trust, client: str, name: str, where: str, findings: Findings) -> None:
-    known = trust.names.get(client, client[:16])
-    # Peers that a site pinned by key alone have no name there.
-    if client in trust.sites and known not in (name, client[:16]):
+def _named(trust: Trust, history: History, client: str, name: str, where: str, findings: Findings) -> None:
+    # Peers that a site pinned by key alone have no name there: what they signed at enrolment is theirs.
+    known = trust.called(client)
+    known = history.names.get(client, name) if known == bare(client) else known
+    if known != name:
         findings.violation("name", where, f"the key of {known} stands under the name {name}")
 
 
@@ -402,24 +419,30 @@ def _commit(record: dict[str, Any], index: int) -> RoundCommit:
     sums = tuple(frozenset(map(str, _ids(one))) for one in rows(record, "sums"))
     metrics = record.get("metrics")
     scores = {str(k): float(v) for k, v in metrics.items() if type(v) is float} if isinstance(metrics, dict) else {}
+    asked, costs = _asked(record), rows(record, "privacy") if "privacy" in record else []
+    stated = [hexes(one, "client", 16) for one in costs]
+    if len(set(stated)) != len(stated):
+        raise ValueError("it states the cost of a client twice")
     return RoundCommit(
         index,
         hexes(record, "run", 16),
         integer(record, "round", 1, 1_000_000),
         hexes(record, "adapter", 32),
         hexes(record, "start", 32),
-        _asked(record),
+        asked,
         sums,
         hexes(record, "draw", 32, empty=True) if "draw" in record else "",
         scores,
         {
-            hexes(one, "client", 16): (
+            client: (
                 number(one, "epsilon", 0, 1e6),
                 number(one, "lifetime", 0, 1e6),
                 number(one, "delta", 1e-10, 0.5),
+                words(one, "unit"),
             )
-            for one in (rows(record, "privacy") if "privacy" in record else ())
+            for client, one in zip(stated, costs, strict=True)
         },
+        integer(record, "attempt", 1, 1_000_000),
     )
 
 

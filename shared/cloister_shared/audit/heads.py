@@ -6,15 +6,18 @@ that joins again takes its log along under a new key, or begins another log with
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from cloister_shared.audit.bundle import Bundle, SiteLog
-from cloister_shared.audit.federation import History, called
+from cloister_shared.audit.federation import History
 from cloister_shared.audit.findings import Findings
 from cloister_shared.audit.trust import Trust
 from cloister_shared.errors import VerificationError
-from cloister_shared.notes import read_checkpoint
+from cloister_shared.merkle import Tree, leaf_hash
+from cloister_shared.notes import Checkpoint, read_checkpoint
+from cloister_shared.signing import VerifyKey
 from cloister_shared.witness import SITE_LOGS
 
 
@@ -45,21 +48,49 @@ def logs_of_keys(bundle: Bundle, trust: Trust, history: History, findings: Findi
     for client, logs in signed.items():
         if len(logs) > 1:
             what = f"its key signed heads of {len(logs)} logs: a site has one, so that nothing is spent beside it"
-            findings.fork("two-logs", f"site {called(client, trust, history)}", what)
+            findings.fork("two-logs", f"site {trust.called(client)}", what)
     return {client: max(logs, key=lambda one: (_is_of(bundle, client, one), one)) for client, logs in signed.items()}
 
 
 def one_of_each(bundle: Bundle, trust: Trust) -> Bundle:
-    """The same with each site's log once, the longest, where it is there under several keys of the site; the rest goes to the others."""
+    """The same with each site's log once, the longest whose head holds, where several of its keys have it; the rest go to the others."""
     kept, beside = dict[tuple[str, str], str](), dict[str, SiteLog]()
-    for client, log in sorted(bundle.sites.items(), key=lambda one: -len(one[1].events)):
-        which = (trust.names.get(client, client), origin_of(log.note))
+    same = Counter(_which(client, log, trust) for client, log in bundle.sites.items())
+
+    def order(one: tuple[str, SiteLog]) -> tuple[bool, int]:
+        client, log = one
+        key = trust.sites.get(client)
+        return same[_which(client, log, trust)] > 1 and (key is None or head_of_site(log, key) is None), -len(
+            log.events
+        )
+
+    for client, log in sorted(bundle.sites.items(), key=order):
+        which = _which(client, log, trust)
         if kept.setdefault(which, client) != client:
             beside[client] = log
     if not beside:
         return bundle
     sites = {client: log for client, log in bundle.sites.items() if client not in beside}
     return replace(bundle, sites=sites, others=(*bundle.others, Bundle(bundle.made, sites=beside)))
+
+
+def whole_head(note: str, records: list[bytes], key: VerifyKey, origin: str) -> Checkpoint | None:
+    """The head of a log that is all there; None where it is not, or nobody signed it."""
+    tree = Tree(map(leaf_hash, records))
+    try:
+        head = read_checkpoint(note, key, origin, "other bundle").checkpoint
+    except VerificationError:
+        return None
+    return head if (head.size, head.root) == (len(tree), tree.root()) else None
+
+
+def head_of_site(log: SiteLog, key: VerifyKey) -> Checkpoint | None:
+    """The same of a site's log."""
+    return whole_head(log.note, list(log.events), key, origin_of(log.note))
+
+
+def _which(client: str, log: SiteLog, trust: Trust) -> tuple[str, str]:
+    return trust.names.get(client, client), origin_of(log.note)
 
 
 def check_remembered(known: Mapping[str, str], seen: set[str], trust: Trust, findings: Findings) -> None:

@@ -6,15 +6,43 @@ a run of this log, block by block, noised numbers included. Of whole clients: ev
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from cloister_shared.audit.accountant import Step, covers, epsilon_of, sure
+from cloister_shared.audit.accountant import Stated, Step, Steps, epsilon_of, sure, too_low
 from cloister_shared.audit.budget import TOLERANCE
-from cloister_shared.audit.federation import Aborted, Asked, History
+from cloister_shared.audit.federation import Aborted, Asked, History, RoundCommit
 from cloister_shared.audit.findings import Findings, many
-from cloister_shared.audit.reading import MALFORMED, number
+from cloister_shared.audit.reading import MALFORMED, hexes, integer, number, words
 from cloister_shared.audit.sites import Ledger
+
+# What a coordinator states of a client whose card it has no more.
+_NO_UNIT = "not said"
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a leaf states of one client's cost.
+
+    Attributes:
+        where: Site, round and run, in words.
+        row: The client's row.
+        epsilon: As stated.
+        steps: All releases that it is of.
+    """
+
+    where: str
+    row: Asked
+    epsilon: float
+    steps: Steps
+
+    @property
+    def stated(self) -> Stated:
+        """The figure alone."""
+        return Stated(self.epsilon, self.steps, self.row.delta)
 
 
 def check_published(history: History, findings: Findings, of: Mapping[str, Ledger]) -> None:
@@ -25,11 +53,15 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
         findings: Where what is found goes.
         of: Sites' own ledgers, by each key that their site had.
     """
-    whole, told, bad, mine = dict[tuple[str, str], Counter[Step]](), set[str](), set[str](), set[str]()
+    whole = dict[tuple[str, str], Counter[Step]]()
+    # In the order of the log, of each site, and of each site's part of a run.
+    lifetimes, runs = dict[str, list[_Said]](), dict[tuple[str, str], list[_Said]]()
     # Charged, though the round came to nothing; a commit of the same round counts these attempts again.
     lost, most = dict[tuple[str, str, int], Counter[Step]](), dict[tuple[str, str, int], int]()
-    own = {ledger.client: _Own(ledger, history) for ledger in of.values()}
     for leaf in history.told:
+        if isinstance(leaf, RoundCommit) and not {one.client for one in leaf.asked} >= set(leaf.privacy):
+            where = f"round {leaf.number} of run {leaf.run[:8]}"
+            findings.violation("published", where, "the commit states the cost of a site that was not asked")
         for one in leaf.asked:
             where = f"site {one.name}, round {leaf.number} of run {leaf.run[:8]}"
             key = one.client, leaf.run, leaf.number
@@ -54,27 +86,45 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
                 if not times:
                     continue  # nothing is stated of what cost nothing
             elif leaf.privacy:
-                _stated(leaf.privacy.get(one.client), one, +run_of, findings, where)
-            so_far = +sum_of
-            steps = tuple(sorted(so_far.items()))
-            if not steps:
+                said = _of_run(leaf.privacy.get(one.client), one, history.units.get(one.client), findings, where)
+                if said is not None and +run_of:
+                    mine = _Said(where, one, said, tuple(sorted((+run_of).items())))
+                    runs.setdefault((whose, leaf.run), []).append(mine)
+            if +sum_of:
+                mine = _Said(where, one, one.epsilon, tuple(sorted((+sum_of).items())))
+                lifetimes.setdefault(whose, []).append(mine)
+    _lifetimes(list(lifetimes.values()), findings, of, history)
+    for each in runs.values():
+        for said_of in [each[place] for place in too_low([one.stated for one in each], TOLERANCE)]:
+            _tell(said_of, " for its run", findings)
+    _whole_clients(history, findings)
+
+
+def _tell(said: _Said, whose: str, findings: Findings) -> None:
+    least = epsilon_of(Counter(dict(said.steps)), said.row.delta)
+    if sure(said.steps, said.row.delta):
+        what = f"epsilon {said.epsilon:.4f} was published{whose}, {least:.4f} is right"
+        findings.violation("published", said.where, what)
+    else:
+        what = f"epsilon {said.epsilon:.4f} was published{whose}; it is at most {least:.4f} by RDP, and too large to be worked out"
+        findings.incomplete("published", said.where, what)
+
+
+def _lifetimes(lifetimes: list[list[_Said]], findings: Findings, of: Mapping[str, Ledger], history: History) -> None:
+    told, bad, mine = set[str](), set[str](), set[str]()
+    own = {ledger.client: _Own(ledger, history) for ledger in of.values()}
+    for each in lifetimes:
+        low = set(too_low([one.stated for one in each], TOLERANCE))
+        for place, said in enumerate(each):
+            if place in low:
+                _tell(said, "", findings)
+                bad.add(said.row.name)
                 continue
-            if not covers(one.epsilon + TOLERANCE, steps, one.delta):
-                least = epsilon_of(so_far, one.delta)
-                if sure(steps, one.delta):
-                    findings.violation(
-                        "published", where, f"epsilon {one.epsilon:.4f} was published, {least:.4f} is right"
-                    )
-                else:
-                    what = f"epsilon {one.epsilon:.4f} was published; it is at most {least:.4f} by RDP, and too large to be worked out"
-                    findings.incomplete("published", where, what)
-                bad.add(one.name)
-                continue
-            told.add(one.name)
+            told.add(said.row.name)
+            ledger = of.get(said.row.client)
             if ledger is not None:
-                mine.add(one.name)
-                good = own[ledger.client].check(one.plan, so_far, one.epsilon, one.delta, findings, where)
-                bad |= set() if good else {one.name}
+                mine.add(said.row.name)
+                bad |= set() if own[ledger.client].check(said, findings) else {said.row.name}
     for names, against in (
         (told & mine - bad, " and of their own ledgers"),
         (told - mine - bad, ", by the coordinator's own commits alone"),
@@ -82,24 +132,23 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
         if names:
             what = f"the epsilon published for {many(len(names), 'site')} is not below what dp-accounting makes of their rounds"
             findings.held.append(what + against)
-    _whole_clients(history, findings)
 
 
-def _stated(
-    said: tuple[float, float, float] | None, one: Asked, of_run: Counter[Step], findings: Findings, where: str
-) -> None:
-    """What a commit states of its cost beside the clients' rows: the same for the lifetime, and not below what its run came to."""
+def _of_run(
+    said: tuple[float, float, float, str] | None, one: Asked, declared: str | None, findings: Findings, where: str
+) -> float | None:
+    """What a commit states of its run's cost beside the clients' rows; what it states of the lifetime there must be the same as theirs."""
     if said is None:
         findings.violation("published", where, "the commit states what it cost others, and not what it cost this site")
-        return
-    run, lifetime, delta = said
+        return None
+    run, lifetime, delta, unit = said
+    if unit not in (declared, _NO_UNIT):
+        findings.violation("published", where, f"the commit states a cost per {unit}; the site declared {declared}")
     if (lifetime, delta) != (one.epsilon, one.delta):
         what = f"two epsilons are stated for its lifetime: {one.epsilon:.4f} at {one.delta:g} and {lifetime:.4f} at {delta:g}"
         findings.violation("published", where, what)
-    steps = tuple(sorted(of_run.items()))
-    if steps and sure(steps, delta) and not covers(run + TOLERANCE, steps, delta):
-        what = f"epsilon {run:.4f} was published for its run, {epsilon_of(of_run, delta):.4f} is right"
-        findings.violation("published", where, what)
+        return None
+    return run
 
 
 class _Own:
@@ -111,10 +160,9 @@ class _Own:
         self._last = {e.plan: place for place, e in enumerate(charged)}
         self._sure, self._all = dict[int, Counter[Step]](), dict[int, Counter[Step]]()
 
-    def check(
-        self, plan: str, told: Counter[Step], epsilon: float, delta: float, findings: Findings, where: str
-    ) -> bool:
+    def check(self, said: _Said, findings: Findings) -> bool:
         """Whether what was published after a work is not below the ledger's entries up to it."""
+        plan, told, epsilon, where = said.row.plan, Counter(dict(said.steps)), said.epsilon, said.where
         while self._at <= self._last.get(plan, -1):
             entry = self._entries[self._at]
             for block in entry.blocks:
@@ -124,7 +172,9 @@ class _Own:
             self._at += 1
         for kinds, lost in ((self._sure, False), (self._all, True)):
             # What the log tells as well, or more of it, was looked at above.
-            worst = max((epsilon_of(steps, delta) for steps in kinds.values() if not steps <= told), default=0.0)
+            worst = max(
+                (epsilon_of(steps, said.row.delta) for steps in kinds.values() if not steps <= told), default=0.0
+            )
             if epsilon >= worst - TOLERANCE:
                 continue
             if not lost:
@@ -140,9 +190,7 @@ class _Own:
 
 
 def _whole_clients(history: History, findings: Findings) -> None:
-    sums, committed = Counter[Step](), dict[tuple[object, object], int]()
-    for commit in history.commits:
-        committed[commit.run, commit.number] = commit.index
+    sums, committed = Counter[Step](), {(c.run, c.number): c for c in history.commits}
     for index, record in enumerate(history.records):
         if record.get("kind") != "spend":
             continue
@@ -153,7 +201,16 @@ def _whole_clients(history: History, findings: Findings) -> None:
             said = number(record, "epsilon", 0, 1e6)
             if said < mine - TOLERANCE:
                 findings.violation("published", where, f"client level: {said:.4f} was published, {mine:.4f} is right")
-            if index > committed.get((record.get("run"), record.get("number")), len(history.records)):
+            sigma, clip = number(record, "noise_multiplier", 0.05, 1e6), number(record, "clipping_norm", 0, 1e9)
+            if not math.isclose(number(record, "noise_std", 0, 1e15), sigma * clip, rel_tol=1e-9):
+                findings.violation("published", where, "client level: its noise is not its multiplier times the clip")
+            commit = committed.get((hexes(record, "run", 16), integer(record, "number", 1, 1_000_000)))
+            if commit is None or integer(record, "attempt", 1, 1_000_000) != commit.attempt:
+                continue
+            if index > commit.index:
                 findings.violation("order", where, "noise was charged after its round was committed")
+            if sorted(json.loads(words(record, "clients"))) != sorted(commit.accepted):
+                what = "client level: noise was charged for a sum of others than those whose updates entered"
+                findings.violation("published", where, what)
         except MALFORMED as error:
             findings.violation("leaf", where, f"malformed: {error}"[:300])

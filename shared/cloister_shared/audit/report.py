@@ -13,7 +13,7 @@ from typing import Any
 from cloister_shared.audit.became import became, imported, round_of, standing
 from cloister_shared.audit.budget import Block
 from cloister_shared.audit.bundle import Bundle
-from cloister_shared.audit.federation import History, RoundCommit, called
+from cloister_shared.audit.federation import History, RoundCommit
 from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.reading import MALFORMED, printable, when
 from cloister_shared.audit.sites import Ledger
@@ -55,6 +55,8 @@ _SAMPLED = "Yes: Poisson over units, as reservations state and commits repeat."
 _ALONE = "As far as is here: Poisson over units, as reservations state; no commits are here to hold them against."
 NOT_PROVEN = (
     "That an update of which the coordinator says that it came late, was refused or was left out did not enter an adapter.",
+    "That the coordinator really added the noise of a client-level statement: it alone draws it.",
+    "Which text an adapter holds that a run began with and no round here made: its coordinator brought it.",
     "Which text is a block, where a site's ledger says that it has several: budgets are of blocks.",
     "That a client really added the noise that its ledger says: short of attestation of its machine nobody outside can see that.",
     "That a site registered all of its text, or that two units are not the same person under two names.",
@@ -248,12 +250,13 @@ def answers(
     )
     units = sorted({_unit(r.get("card")) for r in of["enrol"]})
     whole = [
-        f"client level: epsilon {r['epsilon']:.4f} at delta {r['delta']:g} after {round_of(r, 'number')}"
+        f"client level: epsilon {r['epsilon']:.4f} at delta {r['delta']:g} with the noise of attempt {r['attempt']}"
+        f" at {round_of(r, 'number')}"
         for r in of["spend"]
-        if _figures(r, "epsilon", "delta")
+        if _figures(r, "epsilon", "delta", "attempt")
     ]
-    drawn = {(str(r.get("run")), str(r.get("number"))) for r in of["spend"]}
-    if whole and (without := [c for c in history.commits if (c.run, str(c.number)) not in drawn]):
+    drawn = {(str(r.get("run")), str(r.get("number")), str(r.get("attempt"))) for r in of["spend"]}
+    if whole and (without := [c for c in history.commits if (c.run, str(c.number), str(c.attempt)) not in drawn]):
         told = merged([f"{c.number} of run {c.run[:8]}" for c in without])
         whole.append(f"client level: no such noise in rounds {told}: of their updates it says nothing")
     absent = (
@@ -278,7 +281,7 @@ def answers(
         for r in records
         if r.get("kind") in ("enrol", "revoke")
     ]
-    by = ", ".join(sorted(called(i, trust, history) for i in history.seen)) or "nobody who is trusted"
+    by = ", ".join(sorted(trust.called(i) for i in history.seen)) or "nobody who is trusted"
     log = [
         f"{many(len(history.tree), 'leaf', 'leaves')}; the first {history.witnessed} were seen by sites; cosigned by {by}",
         _remembering(trust, history),

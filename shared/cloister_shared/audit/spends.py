@@ -35,7 +35,7 @@ def check_spends(
     of = ledgers_by_client(ledgers, trust)
     _plans_of_one(history, findings)
     _from_log(of, trust, history, drawn, findings)
-    _from_ledgers(ledgers, of, history, findings)
+    _from_ledgers(ledgers, of, trust, history, findings)
 
 
 def _at(leaf: RoundCommit | Aborted, one: Asked) -> str:
@@ -172,7 +172,7 @@ def _came(plan: str, update: str, leaf: RoundCommit | Aborted, ledger: Ledger, f
 
 
 def _from_ledgers(
-    ledgers: Mapping[str, Ledger], of: Mapping[str, Ledger], history: History, findings: Findings
+    ledgers: Mapping[str, Ledger], of: Mapping[str, Ledger], trust: Trust, history: History, findings: Findings
 ) -> None:
     """Whatever was spent is told, in its round, of this very site, as charged."""
     if not history.records:
@@ -190,6 +190,7 @@ def _from_ledgers(
             if entry.state == "void":
                 continue
             said = [one for one in told.get(key, ()) if of.get(one.client) is ledger]
+            unknown = [i for one in told.get(key, ()) for i in [one.client] if i not in trust.sites]
             if entry.run not in history.runs:
                 elsewhere[entry.run].add(ledger.name)
             elif said and not any(one.took_part for one in said):
@@ -202,6 +203,9 @@ def _from_ledgers(
                 )
                 findings.incomplete("charged", where, what)
                 counted[key] = 0
+            elif not said and any(history.names.get(i) == ledger.name for i in unknown):
+                what = f"the log tells of it under key {unknown[0][:16]} of this site's name, which the trust file does not name"
+                findings.incomplete("untold", where, f"{what}: is that a key that it had before?")
             elif not said and (entry.run, entry.round) in done:
                 findings.violation(
                     "untold", where, "the site spent for a round whose commit does not say that it was asked"

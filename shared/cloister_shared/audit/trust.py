@@ -14,7 +14,7 @@ Who wrote it is for the reader to know: what a coordinator remembers of its own 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cloister_shared.encoding import canonical, read_json, write_durably
@@ -47,10 +47,23 @@ class Trust:
     remembered: Mapping[str, Checkpoint] = field(default_factory=dict)
     written_at: str = ""
 
+    def naming(self, names: Mapping[str, str]) -> Trust:
+        """The same, where keys that are trusted without a name have the one that their sites signed at enrolment, by client id."""
+        return replace(self, names={i: names.get(i, n) if n == bare(i) else n for i, n in self.names.items()})
+
+    def called(self, client: str) -> str:
+        """What to call a site."""
+        return self.names.get(client, bare(client))
+
     @property
     def at_coordinator(self) -> bool:
         """Whether whoever is audited wrote it."""
         return self.written_at == AT_COORDINATOR
+
+
+def bare(client: str) -> str:
+    """What stands for the name of a key that is trusted without one."""
+    return client[:16]
 
 
 def trust_of(
