@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 from cloister_shared import privacy
 from cloister_shared.audit import accountant
-from cloister_shared.audit.accountant import Stated, Step, Steps, by_pld, by_rdp, epsilon_of
+from cloister_shared.audit.accountant import Step, Steps, by_pld, by_rdp, epsilon_of
+from cloister_shared.audit.stated import Stated, too_low
 from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
@@ -65,57 +66,6 @@ def test_a_long_history_drifts_nowhere() -> None:
     assert found == pytest.approx(theirs(history({(1.1, 0.01): 3000}), 1e-5), abs=1e-6)
 
 
-@given(
-    st.lists(
-        st.tuples(
-            st.dictionaries(st.sampled_from(KINDS[:2]), st.integers(1, 30)),
-            # What is stated is this much above the truth.
-            st.sampled_from((0.0, 0.004, 0.03, -0.015, -0.021, -0.5, 3.0)),
-            st.sampled_from((1e-5,) * 12 + (1e-6,)),
-            st.sampled_from((True,) * 12 + (False,)),
-        ),
-        max_size=40,
-    )
-)
-@settings(max_examples=40, deadline=None)
-def test_those_that_are_too_low_are_found_as_one_by_one(
-    told: list[tuple[dict[Step, int], float, float, bool]],
-) -> None:
-    stated, whole = list[Stated](), Counter[Step]({KINDS[0]: 1})
-    for more, above, delta, grows in told:
-        (whole.update if grows else whole.subtract)(more)
-        whole = +whole or Counter({KINDS[1]: 2})
-        steps = history(whole)
-        stated.append(Stated(epsilon_of(whole, delta) + above, steps, delta))
-    one_by_one = [
-        place
-        for place, one in enumerate(stated)
-        if epsilon_of(Counter(dict(one.steps)), one.delta) - one.epsilon > 0.02
-    ]
-    assert accountant.too_low(stated, 0.02) == one_by_one
-
-
-def test_a_long_history_is_looked_at_once_for_each_tolerance_of_growth(monkeypatch: pytest.MonkeyPatch) -> None:
-    stated, looked = list[Stated](), list[Steps]()
-    for n in range(1, 201):
-        steps = history({(1.1, 0.01): 10 * n})
-        stated.append(Stated(by_pld(steps, 1e-5) + 0.004, steps, 1e-5))
-    accountant.forget()
-    real = accountant.by_both
-
-    def counted(steps: Steps, delta: float) -> tuple[float, float]:
-        looked.append(steps)
-        return real(steps, delta)
-
-    monkeypatch.setattr(accountant, "by_both", counted)
-    assert accountant.too_low(stated, 0.02) == []
-    grew = stated[-1].epsilon - stated[0].epsilon
-    assert 10 < len(set(looked)) < 2 * grew / 0.02
-    # One that is too low in the middle of all is found.
-    stated[100] = Stated(stated[100].epsilon - 0.03, stated[100].steps, 1e-5)
-    assert accountant.too_low(stated, 0.02) == [100]
-
-
 @given(st.dictionaries(st.sampled_from(KINDS), st.integers(1, 1000), min_size=1))
 @settings(max_examples=20, deadline=None)
 def test_rdp_is_theirs_and_bounds_pld(counts: dict[Step, int]) -> None:
@@ -126,9 +76,9 @@ def test_rdp_is_theirs_and_bounds_pld(counts: dict[Step, int]) -> None:
     least = epsilon_of(Counter(counts), 1e-5)
     assert least <= bound + 1e-3
     for far in (1e-4, 0.02, 1.0):
-        assert not accountant.too_low([Stated(least + far, steps, 1e-5)], 0)
-        assert accountant.too_low([Stated(least - far, steps, 1e-5)], 0) == [0]
-        assert not accountant.too_low([Stated(least - far, steps, 1e-5)], far + 1e-6)
+        assert not too_low([Stated(least + far, steps, 1e-5)], 0)
+        assert too_low([Stated(least - far, steps, 1e-5)], 0) == [0]
+        assert not too_low([Stated(least - far, steps, 1e-5)], far + 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +95,7 @@ def test_what_the_product_charges_is_never_found_too_low(kind: tuple[float, floa
     found, bound = accountant.by_both(history({(sigma, rate): steps}), 1e-5)
     assert found <= min(stated + 0.005, bound)
     assert found >= stated - max(0.02, stated / 100)
-    assert not accountant.too_low([Stated(stated, history({(sigma, rate): steps}), 1e-5)], 0.005)
+    assert not too_low([Stated(stated, history({(sigma, rate): steps}), 1e-5)], 0.005)
 
 
 def test_what_dp_accounting_cannot_lay_out_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,4 +125,4 @@ def test_what_is_beyond_all_reason_is_bounded_at_once() -> None:
     assert not accountant.sure(many, 1e-5)
     assert by_rdp(many, 1e-5) == epsilon_of(Counter(dict(many)), 1e-5)
     # Below RDP's bound, and nothing better is known: not covered, and not said to be wrong.
-    assert accountant.too_low([Stated(by_rdp(many, 1e-5) - 0.1, many, 1e-5)], 0.02) == [0]
+    assert too_low([Stated(by_rdp(many, 1e-5) - 0.1, many, 1e-5)], 0.02) == [0]

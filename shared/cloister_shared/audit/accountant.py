@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
@@ -30,25 +28,10 @@ _KEPT = 32
 _recent: OrderedDict[tuple[Steps, float], tuple[Any, int]] = OrderedDict()
 
 
-@dataclass(frozen=True)
-class Stated:
-    """An epsilon that somebody stated.
-
-    Attributes:
-        epsilon: The figure.
-        steps: The releases that it is of; not empty.
-        delta: At which.
-    """
-
-    epsilon: float
-    steps: Steps
-    delta: float
-
-
 def forget() -> None:
     """Forgets every figure that was worked out."""
     _recent.clear()
-    for known in (_rdp_of, by_rdp, by_pld, sure, _one, _times):
+    for known in (_rdp_of, by_rdp, by_pld, sure, one_release, _times):
         known.cache_clear()
 
 
@@ -87,7 +70,7 @@ def by_pld(steps: Steps, delta: float) -> float:
 @cache
 def sure(steps: Steps, delta: float) -> bool:
     """Whether PLD can be worked out for such a history; else RDP's bound is all there is, and what is below it is not known to be wrong."""
-    if _beyond(steps, delta):
+    if beyond(steps, delta):
         return False
     try:
         _at(steps, delta)
@@ -96,7 +79,8 @@ def sure(steps: Steps, delta: float) -> bool:
     return True
 
 
-def _beyond(steps: Steps, delta: float) -> bool:
+def beyond(steps: Steps, delta: float) -> bool:
+    """Whether PLD would take its time, for what nobody allows."""
     return by_rdp(steps, delta) >= _FAR_ABOVE or sum(count for _, count in steps) > _MOST
 
 
@@ -109,54 +93,6 @@ def by_both(steps: Steps, delta: float) -> tuple[float, float]:
 def epsilon_of(steps: Counter[Step], delta: float) -> float:
     """Epsilon of these releases, as ``by_both``."""
     return by_both(tuple(sorted(steps.items())), delta)[0]
-
-
-def too_low(stated: Sequence[Stated], tolerance: float) -> list[int]:
-    """Places of those that are more than ``tolerance`` below their releases' epsilon, or that cannot be known not to be.
-
-    By RDP where that is enough, else by PLD. Epsilon never falls as releases are added, so that what covers a history covers all that it
-    grew from: where figures grow from round to round PLD is worked out about once for each ``tolerance`` of growth, not for each of them.
-
-    Args:
-        stated: In the order in which they were stated.
-        tolerance: In epsilon, 0 or more.
-    """
-    found, first, above = list[int](), 0, 0.0
-    while first < len(stated):
-        last, enough = first, stated[first].epsilon + tolerance
-        if by_rdp(stated[first].steps, stated[first].delta) <= enough:
-            first += 1
-            continue
-        # As far as the truth will probably go, if it stays as far below what is stated as it was.
-        for after in stated[first + 1 :]:
-            if after.epsilon > enough + above or not _grew(stated[last], after) or _beyond(after.steps, after.delta):
-                break
-            last += 1
-        if not sure(stated[last].steps, stated[last].delta):
-            last = first
-        above = stated[last].epsilon - by_both(stated[last].steps, stated[last].delta)[0]
-        found += _too_low(stated, first, last, tolerance)
-        first = last + 1
-    return found
-
-
-def _too_low(stated: Sequence[Stated], first: int, last: int, tolerance: float) -> list[int]:
-    """Of a history that grew, from its end."""
-    found = list[int]()
-    while last >= first:
-        one, least = stated[last], stated[last].epsilon
-        truth = by_both(one.steps, one.delta)[0]
-        if least + tolerance < truth:
-            found.append(last)
-            last -= 1
-            continue
-        while last >= first and (least := min(least, stated[last].epsilon)) + tolerance >= truth:
-            last -= 1
-    return found[::-1]
-
-
-def _grew(before: Stated, after: Stated) -> bool:
-    return before.delta == after.delta and Counter(dict(before.steps)) <= Counter(dict(after.steps))
 
 
 def width(steps: Steps, delta: float) -> float:
@@ -176,7 +112,8 @@ def _bounded(rate: float) -> float:
 
 
 @lru_cache(maxsize=64)
-def _one(step: Step, wide: float) -> Any:
+def one_release(step: Step, wide: float) -> Any:
+    """dp-accounting's distribution of one release's losses, on dots of this width."""
     from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 
     sigma, rate = step
@@ -185,7 +122,7 @@ def _one(step: Step, wide: float) -> Any:
 
 @lru_cache(maxsize=64)
 def _times(step: Step, count: int, wide: float) -> Any:
-    return _one(step, wide).self_compose(count)
+    return one_release(step, wide).self_compose(count)
 
 
 def _at(steps: Steps, delta: float) -> Any:

@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cloister_shared.audit.accountant import Stated, Step, Steps, epsilon_of, sure, too_low
+from cloister_shared.audit.accountant import Step, Steps, epsilon_of, sure
 from cloister_shared.audit.budget import TOLERANCE
 from cloister_shared.audit.federation import Aborted, Asked, History, RoundCommit
 from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.reading import MALFORMED, hexes, integer, number, words
 from cloister_shared.audit.sites import Ledger
+from cloister_shared.audit.stated import Stated, too_low
 
 # What a coordinator states of a client whose card it has no more.
 _NO_UNIT = "not said"
