@@ -22,6 +22,7 @@ from cloister_shared.audit.trust import AT_COORDINATOR, read_trust, trust_of, wr
 from cloister_shared.cards import read_coordinator_card, read_site_card
 from cloister_shared.errors import CloisterError, InputError, RollbackError, VerificationError
 from cloister_shared.invitation import Invitation
+from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import Checkpoint, claimed
 from cloister_shared.signing import SigningKey, VerifyKey, read_secret
 from cloister_shared.witness import log_of_federation, log_of_site
@@ -44,8 +45,10 @@ def _site_log(home: Path) -> tuple[str, SiteLog]:
     site = read_site(home)
     act_as_agent(site)
     ledger, signing = open_ledger(site), SigningKey.load(site.agent_home / "sign.key")
-    origin = log_of_site(read_secret(site.agent_home / "unit.key", 32))
-    return signing.verify_key.id.hex(), SiteLog(tuple(ledger.records()), ledger.head(origin).signed(signing))
+    origin, events = log_of_site(read_secret(site.agent_home / "unit.key", 32)), tuple(ledger.records())
+    # Of exactly what was read: a round may go on beside this.
+    head = Checkpoint(origin, len(events), Tree(map(leaf_hash, events)).root())
+    return signing.verify_key.id.hex(), SiteLog(events, head.signed(signing))
 
 
 def _federation(made: float, *, adapters: bool) -> Bundle:
@@ -103,9 +106,8 @@ def export(
         )
     if os.path.lexists(out):
         raise InputError("there is a file already", where=str(out), mend="choose another --out")
-    made = round(time.time())
-    bundle = _federation(made, adapters=adapters) if here else _fetched(made, sites)
-    logs, left_out, put_back = dict[str, SiteLog](), list[str](), 0
+    made, logs, left_out, put_back = round(time.time()), dict[str, SiteLog](), list[str](), 0
+    # Sites first: what they saw of the federation's log is then in what is read of it.
     for folder in sites:
         try:
             client, log = _site_log(folder)
@@ -115,7 +117,7 @@ def export(
                 raise
             left_out.append(f"left out: the log of {folder.name}: {error}")
             put_back = max(put_back, error.exit_code if isinstance(error, RollbackError) else 0)
-    bundle = replace(bundle, sites=logs)
+    bundle = replace(_federation(made, adapters=adapters) if here else _fetched(made, sites), sites=logs)
     write_bundle(out, bundle)
     console.emit(
         {

@@ -14,6 +14,7 @@ from cloister_client.site import (
     MAX_SOCKET_PATH,
     Site,
     begin_again,
+    earlier_cards,
     enrol,
     held_up,
     is_up,
@@ -189,17 +190,21 @@ def test_joining_again_changes_keys_and_cards_and_nothing_else(site: Site) -> No
     changed = {str(p) for p in before if after[p] != before[p]}
     keys = {"agent/sign.key", "agent/seal.key", "link/node.key", "link/ca.crt", "coordinator.json", "card.json"}
     assert changed == keys
-    assert {str(p) for p in set(after) - set(before)} == {"identity.pem"}
+    (earlier,) = earlier_cards(site.home)
+    kept = Path("earlier") / f"{earlier.verify_key.id.hex()}.json"
+    assert set(after) - set(before) == {Path("identity.pem"), kept}
+    assert after[kept] == before[Path("card.json")]
     assert own.verify_key == SigningKey.load(site.agent_home / "sign.key").verify_key
     assert (own.records, own.unit) == (7, "record")
     assert site.coordinator() == card
 
 
-@pytest.mark.parametrize("moved", range(7))
+@pytest.mark.parametrize("moved", range(8))
 def test_a_joining_again_that_broke_off_is_finished(site: Site, moved: int, monkeypatch: pytest.MonkeyPatch) -> None:
     again = begin_again(site.home, CARD, read_policy(site.home / "policy.toml"))
     (again / "identity.pem").write_bytes(b"pem")
     card, real, calls = (again / "card.json").read_bytes(), os.replace, list[Path]()
+    old = read_site_card(site.home / "card.json")
 
     def breaks(source: Path, target: Path) -> None:
         if len(calls) == moved:
@@ -209,13 +214,14 @@ def test_a_joining_again_that_broke_off_is_finished(site: Site, moved: int, monk
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", breaks)
-        with pytest.raises(OSError, match="out of power"):
+        with pytest.raises((OSError, StateError), match="out of power"):
             take_over(site.home)
     assert (again / "identity.pem").exists()
     own = take_over(site.home)
     assert (site.home / "card.json").read_bytes() == card
     assert own.verify_key == SigningKey.load(site.agent_home / "sign.key").verify_key
     assert not again.exists()
+    assert earlier_cards(site.home) == [old]
 
 
 def test_what_ends_soon_is_started_later_each_time_and_the_owner_is_told(

@@ -32,7 +32,8 @@ def test_sites_join_by_token_and_one_is_put_out_while_a_run_goes_on(tiny_bert: P
         lab.done("rounds", "promote", "production", "1")
         pulled = lab.done("site", "pull", "production", "--site", "site-1")
         assert sorted(p.name for p in Path(pulled["path"]).iterdir()) == ["adapter.safetensors", "release.json"]
-        assert lab.command("site", "pull", "production", "--site", "site-3").returncode == 1
+        # Refused, or no connection where its certificate is over by now.
+        assert lab.command("site", "pull", "production", "--site", "site-3").returncode in (1, 2)
         assert lab.command("site", "pull", "nothing", "--site", "site-1").returncode == 1
         alone = lab.home / "alone"
         (alone / "sites").mkdir(parents=True)

@@ -452,7 +452,10 @@ def _all(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 @pytest.mark.parametrize("verdict", ["refused-by-peers", "accepted ", "held"])
 def test_who_was_charged_must_show_its_log(case: Case, verdict: str) -> None:
-    got = commits_changed(case, _all("verdict", verdict), whole=False)
+    def change(record: dict[str, Any]) -> None:
+        record["clients"][0]["verdict"] = verdict
+
+    got = commits_changed(case, change, whole=False)
     assert (got.findings.exit_code, "no-site-log" in found(got)) == (2, True)
 
 

@@ -14,14 +14,7 @@ from cloister_shared.encoding import canonical
 from cloister_shared.errors import InputError
 from cloister_shared.plan import VOID_PURPOSE
 
-from support.forged import RUN, RUN2, Forged, ForgedSite, again, began, check, found, lines, named
-
-
-def by_key(made: Forged, *without: str) -> Trust:
-    """As a site writes it of its peers: keys alone, but for its own."""
-    known = made.trust()
-    names = {i: n if n == "site-2" else i[:16] for i, n in known.names.items() if i not in without}
-    return replace(known, names=names, sites={i: key for i, key in known.sites.items() if i not in without})
+from support.forged import RUN, RUN2, Forged, ForgedSite, again, began, by_key, check, found, lines, named
 
 
 def without(made: Forged, client: str) -> Trust:

@@ -111,7 +111,7 @@ def test_the_same_of_many_places_is_one_row() -> None:
 def block(name: str, *spent: float) -> Block:
     points = tuple(Point(0.0, n, e, e) for n, e in enumerate(spent, 1))
     last = spent[-1] if spent else 0.0
-    return Block("i", name, 1, last, last, 1e-5, 8.0, len(spent), 3, points, (), ())
+    return Block("i", name, 1, last, last, 1e-5, 8.0, len(spent), 3, points, (), (), True)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 1000])

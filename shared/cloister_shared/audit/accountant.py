@@ -35,7 +35,7 @@ def forget() -> None:
         known.cache_clear()
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1 << 16)
 def _rdp_of(step: Step) -> Any:
     """What one release costs, at each order."""
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent

@@ -9,16 +9,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from cloister_shared.audit.bundle import Bundle, SiteLog
+from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog
 from cloister_shared.audit.federation import History, check_lines
 from cloister_shared.audit.findings import Findings
 from cloister_shared.audit.heads import head_of_site, origin_of, whole_head
 from cloister_shared.audit.trust import Trust
 from cloister_shared.encoding import canonical, digest
+from cloister_shared.errors import VerificationError
 from cloister_shared.merkle import Tree, leaf_hash
-from cloister_shared.notes import Checkpoint
+from cloister_shared.notes import Checkpoint, read_checkpoint
 from cloister_shared.signing import VerifyKey
-from cloister_shared.witness import log_of_federation
+from cloister_shared.witness import LEAF_PURPOSE, log_of_federation
 
 
 def check_alike(bundle: Bundle, trust: Trust, history: History, findings: Findings) -> None:
@@ -35,8 +36,15 @@ def check_alike(bundle: Bundle, trust: Trust, history: History, findings: Findin
     for other in bundle.others:
         if other.note and (other.note, other.leaves) != (bundle.note, bundle.leaves) and history.records:
             leaves = [leaf.record for leaf in other.leaves]
-            head = whole_head(other.note, leaves, trust.federation, origin)
-            if head is None and origin_of(other.note) != origin:
+            head, signed = (
+                whole_head(other.note, leaves, trust.federation, origin),
+                _signed(other.note, trust.federation, origin),
+            )
+            if signed is not None and signed.size <= len(history.tree) and not _begins(history.tree, signed):
+                # Its signature proves that, whatever leaves came with it.
+                what = f"the federation's key signed two histories: a head of {signed.size} other leaves than the first here"
+                findings.fork("two-histories", origin, what)
+            elif head is None and origin_of(other.note) != origin:
                 what = f"one of the bundles is of another federation's log, {origin_of(other.note)[:80]}: leave it out"
                 findings.incomplete("other-bundle", origin, what)
             elif head is None:
@@ -50,15 +58,16 @@ def check_alike(bundle: Bundle, trust: Trust, history: History, findings: Findin
             key, own = trust.sites.get(client), _kept(client, log, bundle, trust)
             if key is None or own is None or log == bundle.sites[own]:
                 continue
-            where = f"site {trust.called(client)}"
+            where, sure = f"site {trust.called(client)}", {client, own} <= trust.surely(trust.called(client)) | {own}
             head = head_of_site(log, key)
             if own not in trees:
                 trees[own] = Tree(map(leaf_hash, bundle.sites[own].events))
             if head is None:
                 findings.incomplete("other-bundle", where, "one of the bundles has a log of it that its head is not of")
             elif not _begins(trees[own], head):
-                what = f"this site's key signed two histories: {head.size} events of one bundle are not the first of the other"
-                findings.fork("two-histories", where, what)
+                whose = "this site's key" if sure else f"key {client[:16]}, which the log alone calls this site's,"
+                what = f"{whose} signed two histories: {head.size} events of one bundle are not the first of the other"
+                (findings.fork if sure else findings.incomplete)("two-histories", where, what)
 
 
 def merged(bundles: list[Bundle], trust: Trust) -> Bundle:
@@ -77,6 +86,13 @@ def merged(bundles: list[Bundle], trust: Trust) -> Bundle:
 
     by_length = sorted(bundles, key=lambda one: -len(one.leaves))
     whole = next(filter(holds, by_length), by_length[0])
+    same = [
+        whole,
+        *(one for one in by_length if len(one.leaves) == len(whole.leaves) and one is not whole and holds(one)),
+    ]
+    if len({one.leaves for one in same}) > 1:
+        # Whose head holds has the right records; signatures beside them may be spoilt in one.
+        whole = max(same, key=lambda one: sum(_is_signed(leaf, trust) for leaf in one.leaves))
     found, sites, lines = dict[str, list[SiteLog]](), dict[str, SiteLog](), dict[str, tuple[int, str, str]]()
     for one in bundles:
         for client, log in one.sites.items():
@@ -90,6 +106,21 @@ def merged(bundles: list[Bundle], trust: Trust) -> Bundle:
         adapters |= {name: data for name, data in one.adapters.items() if name not in adapters or digest(data) == name}
         draws |= {name: draw for name, draw in one.draws.items() if name not in draws or named_so(name, draw)}
     return replace(whole, sites=sites, cosignatures=lines, adapters=adapters, draws=draws, others=tuple(bundles))
+
+
+def _is_signed(leaf: SignedLeaf, trust: Trust) -> bool:
+    try:
+        trust.federation.verify(LEAF_PURPOSE, leaf.record, bytes.fromhex(leaf.signature), "leaf")
+    except (VerificationError, ValueError):
+        return False
+    return True
+
+
+def _signed(note: str, key: VerifyKey, origin: str) -> Checkpoint | None:
+    try:
+        return read_checkpoint(note, key, origin, "other bundle").checkpoint
+    except VerificationError:
+        return None
 
 
 def longest(logs: list[SiteLog], key: VerifyKey | None) -> SiteLog:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cloister_shared.audit.accountant import Step, Steps, by_both, by_rdp, epsilon_of, sure
 from cloister_shared.audit.findings import Findings, many
@@ -18,6 +18,8 @@ from cloister_shared.audit.sites import Entry, Ledger
 
 # A published figure may be above this accountant's, never below it by more than the two's numerical error.
 TOLERANCE = 0.02
+# Kinds of release (noise multiplier and rate) of one site: a text that grew three hundred times.
+MOST_KINDS = 300
 # How often PLD is worked out for the way there, over all blocks: each takes about 0.1 s.
 _SURE_POINTS = 60
 
@@ -49,6 +51,7 @@ class Period:
         epsilon: Of the month alone, by PLD.
         lifetime: Of everything up to its end.
         sure: Whether that is by PLD; else by RDP, an upper bound.
+        alone_sure: The same of the month alone.
     """
 
     month: str
@@ -56,6 +59,7 @@ class Period:
     epsilon: float
     lifetime: float
     sure: bool
+    alone_sure: bool
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Block:
         client: The site's key id.
         site: Its name.
         block: The block's number.
-        epsilon: By PLD, of all that is charged.
+        epsilon: By PLD, of all that is charged; by RDP where that is not ``sure``.
         rdp: By RDP.
         delta: At which.
         cap: The cap of its last reservation.
@@ -75,6 +79,7 @@ class Block:
         points: Its way there.
         periods: What each month cost.
         alone: Epsilon of each round by itself, by PLD: terms and how many rounds had them.
+        sure: Whether ``epsilon`` is by PLD.
     """
 
     client: str
@@ -89,6 +94,7 @@ class Block:
     points: tuple[Point, ...]
     periods: tuple[Period, ...]
     alone: tuple[tuple[float, int], ...]
+    sure: bool
 
 
 def check_budgets(ledgers: Mapping[str, Ledger], findings: Findings) -> list[Block]:
@@ -100,8 +106,13 @@ def check_budgets(ledgers: Mapping[str, Ledger], findings: Findings) -> list[Blo
             for block in entry.blocks:
                 of.setdefault(block, []).extend([entry] if entry.state != "void" else [])
         charged += [(ledger, block, of[block]) for block in sorted(of)]
+    known = dict[tuple[str, tuple[int, ...]], Block]()
     for ledger, block, entries in charged:
-        out.append(_block(ledger, block, entries, max(2, _SURE_POINTS // len(charged)), findings))
+        # Blocks that always were in the same rounds are one history.
+        same = ledger.client, tuple(entry.number for entry in entries)
+        if same not in known:
+            known[same] = _block(ledger, block, entries, max(2, _SURE_POINTS // len(charged)), findings)
+        out.append(replace(known[same], block=block))
     _together_of_names(ledgers, charged, findings)
     if out:
         worst = max(out, key=lambda b: b.epsilon)
@@ -140,20 +151,31 @@ def _block(ledger: Ledger, block: int, charged: list[Entry], looks: int, finding
     # Of all that were stated, the least: an epsilon at a larger delta says less.
     delta = min((e.terms[3] for e in charged), default=1e-5)
     whole, points, where = Counter[Step](), list[Point](), f"site {ledger.name} block {block}"
+    if len({step for entry in charged for step in entry.steps}) > MOST_KINDS:
+        findings.incomplete("cap", where, f"its releases are of more than {MOST_KINDS} kinds: they were not worked out")
+        bound = by_rdp(_together(charged), delta)
+        return Block(
+            *(ledger.client, ledger.name, block, bound, bound, delta, charged[-1].cap, len(charged)),
+            *(sum(sum(entry.steps.values()) for entry in charged), (), (), (), False),
+        )
     sure_at = {round(i * (len(charged) - 1) / (looks - 1)) for i in range(looks)}
     for place, entry in enumerate(charged):
         whole += entry.steps
         so_far = tuple(sorted(whole.items()))
         bound = by_rdp(so_far, delta)
         known = by_both(so_far, delta)[0] if place in sure_at or bound > entry.cap else None
-        points.append(Point(entry.at, entry.number, bound, known))
+        points.append(Point(entry.at, entry.number, bound, known if sure(so_far, delta) else None))
         # Its cap was for the delta that its owner stated then.
         if known is not None and known > entry.cap + TOLERANCE:
             own = known if entry.terms[3] == delta else by_both(so_far, entry.terms[3])[0]
             if own > entry.cap + TOLERANCE:
-                what = f"epsilon {own:.4f} at delta {entry.terms[3]:g} is above the cap {entry.cap:g}"
-                tell = findings.violation if sure(so_far, entry.terms[3]) else findings.incomplete
-                tell("cap", f"{where} entry {entry.number}", what)
+                at, sure_of_it = f"{where} entry {entry.number}", sure(so_far, entry.terms[3])
+                if sure_of_it:
+                    what = f"epsilon {own:.4f} at delta {entry.terms[3]:g} is above the cap {entry.cap:g}"
+                    findings.violation("cap", at, what)
+                else:
+                    what = f"epsilon at delta {entry.terms[3]:g} is at most {own:.4f} by RDP, too much for PLD; the cap is {entry.cap:g}"
+                    findings.incomplete("cap", at, what)
     final, bound = by_both(tuple(sorted(whole.items())), delta) if whole else (0.0, 0.0)
     cap = charged[-1].cap if charged else 0.0
     months, kinds = dict[str, list[Entry]](), Counter[Steps]()
@@ -162,12 +184,14 @@ def _block(ledger: Ledger, block: int, charged: list[Entry], looks: int, finding
         kinds[tuple(sorted(entry.steps.items()))] += 1
     ends = {_month(point.at): (point.rdp, False) if point.pld is None else (point.pld, True) for point in points}
     periods = tuple(
-        Period(month, len(found), by_both(_together(found), delta)[0], *ends[month]) for month, found in months.items()
+        Period(month, len(found), by_both(of_month, delta)[0], *ends[month], sure(of_month, delta))
+        for month, found in months.items()
+        for of_month in [_together(found)]
     )
     alone = tuple((by_both(steps, delta)[0], count) for steps, count in kinds.items())
     return Block(
         *(ledger.client, ledger.name, block, final, bound, delta, cap, len(charged), sum(whole.values())),
-        *(tuple(points), periods, alone),
+        *(tuple(points), periods, alone, not whole or sure(tuple(sorted(whole.items())), delta)),
     )
 
 

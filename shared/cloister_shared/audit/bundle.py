@@ -34,7 +34,7 @@ MAX_RECORDS = 1_000_000
 # What a packed file may unpack to: records of digests pack to a quarter, the most regular ones to a fiftieth.
 _SMALL, MAX_RATIO = 1 << 20, 100
 # What is read as one piece of JSON, and how many values it may have: each takes some sixty bytes once it is read.
-_MAX_PART, MAX_VALUES = 64 << 20, 2_000_000
+_MAX_PART, MAX_VALUES, MAX_ALL_VALUES = 64 << 20, 2_000_000, 10_000_000
 _SITE = re.compile(r"sites/([0-9a-f]{32})/(events\.jsonl|head\.note)")
 _ADAPTER = re.compile(r"adapters/([0-9a-f]{64})\.safetensors")
 _FIXED = (
@@ -164,6 +164,11 @@ def read_bundle(path: Path) -> Bundle:
     count = sum(data.count(b"\n") for name, data in parts.items() if name.endswith(".jsonl"))
     if count > MAX_RECORDS:
         raise InputError("a bundle has too many records", where=str(path), expected=f"<= {MAX_RECORDS}", got=str(count))
+    values = sum(data.count(sign) for data in parts.values() if data[:1] == b"{" for sign in (b",", b"[", b"{"))
+    if values > MAX_ALL_VALUES:
+        raise InputError(
+            "a bundle has too many values", where=str(path), expected=f"<= {MAX_ALL_VALUES}", got=str(values)
+        )
     try:
         return _bundle_of(parts)
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError, OverflowError, VerificationError) as error:

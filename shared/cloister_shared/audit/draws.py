@@ -29,6 +29,7 @@ def check_draws(bundle: Bundle, history: History, findings: Findings) -> dict[tu
         findings: Where what is found goes.
     """
     drawn = dict[tuple[int, str], str]()
+    whole = dict[str, bool]()
     groups, of_run, good = dict[tuple[str, str], tuple[frozenset[str], ...]](), dict[str, str](), 0
     for commit in history.commits:
         if not commit.sums:
@@ -43,7 +44,9 @@ def check_draws(bundle: Bundle, history: History, findings: Findings) -> dict[tu
             what = "the draw of its groups is not here: ask the coordinator for its export"
             findings.incomplete("no-draw", where, what)
             continue
-        if not named_so(commit.draw, bundle.draws[commit.draw]):
+        if commit.draw not in whole:
+            whole[commit.draw] = named_so(commit.draw, bundle.draws[commit.draw])
+        if not whole[commit.draw]:
             # Anybody can put something under its name.
             what = "what is here as the draw of its groups is another: ask the coordinator for its export"
             findings.incomplete("no-draw", where, what)

@@ -134,6 +134,8 @@ class History:
         aborted: Rounds that came to nothing.
         seen: When each witness cosigned it, by client id.
         runs: Runs that began.
+        committed_at: The commits, by leaf.
+        spans: From which leaf to which each key was enrolled, by client id.
         names: What the log's enrolments call sites, by client id.
         units: What they declared as their privacy unit, by client id.
         left: Sites that were put out and are not back under this key: their name and the leaf, by client id.
@@ -151,6 +153,8 @@ class History:
     names: dict[str, str] = field(default_factory=dict)
     units: dict[str, str] = field(default_factory=dict)
     runs: set[str] = field(default_factory=set)
+    committed_at: dict[int, RoundCommit] = field(default_factory=dict)
+    spans: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     left: dict[str, tuple[str, int]] = field(default_factory=dict)
     witnessed: int = 0
     remembered: int = 0
@@ -280,8 +284,8 @@ def check_lines(
 def _tell(findings: Findings, history: History, trust: Trust) -> None:
     """The leaves in order: who is enrolled, which runs began, which rounds follow which."""
     here, runs, whose = dict[str, str](), dict[str, tuple[int, str, str]](), dict[str, set[str]]()
-    # Adapters that runs began with and no round had made then, and the run; what rounds made.
-    brought, made = dict[str, str](), set[str]()
+    # Adapters that leaves named so far: all of them, and each run's own.
+    named, chains = set[str](), dict[str, set[str]]()
     # The last leaf of each run: whoever leaves while a round is under way may be in it.
     left, last, begun = history.left, dict[str, int](), dict[str, int]()
     for index, record in enumerate(history.records):
@@ -305,11 +309,14 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
                     findings.violation("enrolled-twice", where, what)
                 left.pop(mine, None)
                 here[mine] = site
+                if mine not in whose[site]:
+                    history.spans.setdefault(mine, []).append((index, _FAR))
                 whose[site].add(mine)
             elif kind == "revoke":
                 gone = words(record, "site")
                 for mine in whose.pop(gone, set()):
                     left[mine] = (here.pop(mine), index)
+                    history.spans[mine][-1] = (history.spans[mine][-1][0], index)
             elif kind == "policy":
                 run = hexes(record, "run", 16)
                 if run in runs:
@@ -317,8 +324,7 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
                 runs[run] = (0, hexes(record, "adapter", 32), hexes(record, "base", 32))
                 history.runs.add(run)
                 last[run] = begun[run] = index
-                if runs[run][1] not in made:
-                    brought.setdefault(runs[run][1], run)
+                named.add(runs[run][1])
             elif kind == "incident" and "clients" in record:
                 run, attempt = hexes(record, "run", 16), integer(record, "round", 1, 1_000_000)
                 history.aborted.append(Aborted(index, run, attempt, _asked(record)))
@@ -331,13 +337,18 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
             elif kind == "round_commit":
                 commit = _commit(record, index)
                 history.commits.append(commit)
-                began = runs.get(commit.run, (0, "", ""))[1]
+                history.committed_at[index] = commit
+                chains.setdefault(commit.run, set()).add(runs.get(commit.run, (0, commit.start, ""))[1])
                 _follows(commit, record, runs, findings, where)
-                first_of = brought.get(commit.adapter, commit.run)
-                if commit.adapter not in made and commit.adapter != began and first_of != commit.run:
-                    what = f"it makes the adapter that run {first_of[:8]} had begun with: whose text that held was not told then"
+                # An adapter's file has its run and round in it: one that was there before holds none of these updates.
+                if commit.accepted and commit.adapter in named:
+                    what = "it says of an adapter that leaves before it name that it was made here: whose text that held was told otherwise"
                     findings.violation("parent", where, what)
-                made.add(commit.adapter)
+                elif not commit.accepted and commit.adapter not in chains[commit.run]:
+                    findings.violation(
+                        "parent", where, "no update entered, and the adapter is another than its run had"
+                    )
+                named.add(commit.adapter)
                 # A sum that an earlier attempt opened stays as it is, whoever left since.
                 since, first = last.get(commit.run, index), begun.get(commit.run, index)
                 last[commit.run] = begun[commit.run] = index

@@ -74,6 +74,17 @@ def one_of_each(bundle: Bundle, trust: Trust) -> Bundle:
     return replace(bundle, sites=sites, others=(*bundle.others, Bundle(bundle.made, sites=beside)))
 
 
+def elsewhere(client: str, log: SiteLog, known: Mapping[str, str], bundle: Bundle, trust: Trust) -> bool:
+    """Whether a key's log is here under another key of its site, and what is here under it is no log that it signed."""
+    key, origin = trust.sites.get(client), known.get(client)
+    if key is None or origin is None or origin_of(log.note) == origin or head_of_site(log, key) is not None:
+        return False
+    return any(
+        origin_of(one.note) == origin and trust.names.get(other) == trust.names[client] and other != client
+        for other, one in bundle.sites.items()
+    )
+
+
 def whole_head(note: str, records: list[bytes], key: VerifyKey, origin: str) -> Checkpoint | None:
     """The head of a log that is all there; None where it is not, or nobody signed it."""
     tree = Tree(map(leaf_hash, records))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from cloister_shared.audit.accountant import Step, Steps, epsilon_of, sure
-from cloister_shared.audit.budget import TOLERANCE
+from cloister_shared.audit.budget import MOST_KINDS, TOLERANCE
 from cloister_shared.audit.federation import Aborted, Asked, History, RoundCommit
 from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.reading import MALFORMED, hexes, integer, number, words
@@ -30,12 +31,14 @@ class _Said:
 
     Attributes:
         where: Site, round and run, in words.
+        leaf: Its place in the log.
         row: The client's row.
         epsilon: As stated.
         steps: All releases that it is of.
     """
 
     where: str
+    leaf: int
     row: Asked
     epsilon: float
     steps: Steps
@@ -54,7 +57,7 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
         findings: Where what is found goes.
         of: Sites' own ledgers, by each key that their site had.
     """
-    whole = dict[tuple[str, str], Counter[Step]]()
+    whole, beyond = dict[tuple[str, str], Counter[Step]](), set[str]()
     # In the order of the log, of each site, and of each site's part of a run.
     lifetimes, runs = dict[str, list[_Said]](), dict[tuple[str, str], list[_Said]]()
     # Charged, though the round came to nothing; a commit of the same round counts these attempts again.
@@ -82,6 +85,12 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
             events = Counter({(one.noise_multiplier, one.sample_rate): one.steps * times})
             sum_of.update(events)
             run_of.update(events)
+            if len(sum_of) > MOST_KINDS:
+                if whose not in beyond:
+                    what = f"its releases are of more than {MOST_KINDS} kinds: what is published from here on was not worked out"
+                    findings.incomplete("published", where, what)
+                beyond.add(whose)
+                continue
             if isinstance(leaf, Aborted):
                 lost[key] = events
                 if not times:
@@ -89,43 +98,54 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
             elif leaf.privacy:
                 said = _of_run(leaf.privacy.get(one.client), one, history.units.get(one.client), findings, where)
                 if said is not None and +run_of:
-                    mine = _Said(where, one, said, tuple(sorted((+run_of).items())))
+                    mine = _Said(where, leaf.index, one, said, tuple(sorted((+run_of).items())))
                     runs.setdefault((whose, leaf.run), []).append(mine)
             if +sum_of:
-                mine = _Said(where, one, one.epsilon, tuple(sorted((+sum_of).items())))
+                mine = _Said(where, leaf.index, one, one.epsilon, tuple(sorted((+sum_of).items())))
                 lifetimes.setdefault(whose, []).append(mine)
-    _lifetimes(list(lifetimes.values()), findings, of, history)
-    for each in runs.values():
-        for said_of in [each[place] for place in too_low([one.stated for one in each], TOLERANCE)]:
-            _tell(said_of, " for its run", findings)
+    bad = set[str]()
+    for (whose, run), each in runs.items():
+        low, own = set(too_low([one.stated for one in each], TOLERANCE)), _Owns(of, {run}, history)
+        for place, said_of in enumerate(each):
+            if place in low:
+                _tell(said_of, " for its run", findings)
+            if place in low or not own.check(said_of, " for its run", findings):
+                bad.add(whose)
+    _lifetimes(list(lifetimes.values()), bad, findings, of, history)
     _whole_clients(history, findings)
 
 
-def _tell(said: _Said, whose: str, findings: Findings) -> None:
-    least = epsilon_of(Counter(dict(said.steps)), said.row.delta)
-    if sure(said.steps, said.row.delta):
-        what = f"epsilon {said.epsilon:.4f} was published{whose}, {least:.4f} is right"
-        findings.violation("published", said.where, what)
+def _lower(steps: Counter[Step], delta: float, least: float, said: str, where: str, findings: Findings) -> None:
+    """A figure below what these releases come to; RDP's bound alone calls none wrong."""
+    if sure(tuple(sorted(steps.items())), delta):
+        findings.violation("published", where, f"{said}, {least:.4f} is right")
     else:
-        what = f"epsilon {said.epsilon:.4f} was published{whose}; it is at most {least:.4f} by RDP, and too large to be worked out"
-        findings.incomplete("published", said.where, what)
+        what = f"{said}; it is at most {least:.4f} by RDP, and too large to be worked out"
+        findings.incomplete("published", where, what)
 
 
-def _lifetimes(lifetimes: list[list[_Said]], findings: Findings, of: Mapping[str, Ledger], history: History) -> None:
-    told, bad, mine = set[str](), set[str](), set[str]()
-    own = {ledger.client: _Own(ledger, history) for ledger in of.values()}
+def _tell(said: _Said, whose: str, findings: Findings) -> None:
+    steps, delta = Counter(dict(said.steps)), said.row.delta
+    _lower(
+        steps, delta, epsilon_of(steps, delta), f"epsilon {said.epsilon:.4f} was published{whose}", said.where, findings
+    )
+
+
+def _lifetimes(
+    lifetimes: list[list[_Said]], bad: set[str], findings: Findings, of: Mapping[str, Ledger], history: History
+) -> None:
+    told, mine = set[str](), set[str]()
     for each in lifetimes:
-        low = set(too_low([one.stated for one in each], TOLERANCE))
+        low, own = set(too_low([one.stated for one in each], TOLERANCE)), _Owns(of, history.runs, history)
         for place, said in enumerate(each):
             if place in low:
                 _tell(said, "", findings)
                 bad.add(said.row.name)
                 continue
             told.add(said.row.name)
-            ledger = of.get(said.row.client)
-            if ledger is not None:
+            if said.row.client in of:
                 mine.add(said.row.name)
-                bad |= set() if own[ledger.client].check(said, findings) else {said.row.name}
+                bad |= set() if own.check(said, "", findings) else {said.row.name}
     for names, against in (
         (told & mine - bad, " and of their own ledgers"),
         (told - mine - bad, ", by the coordinator's own commits alone"),
@@ -152,42 +172,80 @@ def _of_run(
     return run
 
 
-class _Own:
-    """A site's own ledger, as far as entries of this federation's runs go, walked up to one work after the other."""
+class _Walk:
+    """A site's own ledger, as far as entries of some runs go, walked up to one work after the other: its releases by block."""
 
-    def __init__(self, ledger: Ledger, history: History) -> None:
-        charged = [e for e in ledger.entries.values() if e.state != "void" and e.run in history.runs]
-        self._entries, self._at = charged, 0
-        self._last = {e.plan: place for place, e in enumerate(charged)}
-        self._sure, self._all = dict[int, Counter[Step]](), dict[int, Counter[Step]]()
+    def __init__(self, ledger: Ledger, runs: Collection[str], places: Mapping[tuple[str, int], int]) -> None:
+        self._entries = [e for e in ledger.entries.values() if e.state != "void" and e.run in runs]
+        self._at, self._last = 0, {e.plan: place for place, e in enumerate(self._entries)}
+        self._told = [places.get((e.run, e.round), sys.maxsize) for e in self._entries]
+        self.spent, self.all = dict[int, Counter[Step]](), dict[int, Counter[Step]]()
 
-    def check(self, said: _Said, findings: Findings) -> bool:
-        """Whether what was published after a work is not below the ledger's entries up to it."""
-        plan, told, epsilon, where = said.row.plan, Counter(dict(said.steps)), said.epsilon, said.where
-        while self._at <= self._last.get(plan, -1):
+    def up_to(self, plan: str, leaf: int) -> None:
+        """On to the work's last entry, and over all whose rounds were told before a leaf: no clock says what was first."""
+        until = self._last.get(plan, -1)
+        while self._at < len(self._entries) and (self._at <= until or self._told[self._at] < leaf):
             entry = self._entries[self._at]
             for block in entry.blocks:
-                self._all.setdefault(block, Counter()).update(entry.steps)
+                self.all.setdefault(block, Counter()).update(entry.steps)
                 if entry.state == "spent":
-                    self._sure.setdefault(block, Counter()).update(entry.steps)
+                    self.spent.setdefault(block, Counter()).update(entry.steps)
             self._at += 1
-        for kinds, lost in ((self._sure, False), (self._all, True)):
-            # What the log tells as well, or more of it, was looked at above.
-            worst = max(
-                (epsilon_of(steps, said.row.delta) for steps in kinds.values() if not steps <= told), default=0.0
-            )
-            if epsilon >= worst - TOLERANCE:
+
+
+class _Owns:
+    """The ledgers of one site, under whichever key and in however many logs: what is published of it is not below any, nor all together.
+
+    Args:
+        of: Sites' own ledgers, by each key that their site had.
+        runs: Whose entries count.
+        history: The federation's log.
+    """
+
+    def __init__(self, of: Mapping[str, Ledger], runs: Collection[str], history: History) -> None:
+        self._of, self._runs, self._walks = of, runs, dict[str, _Walk]()
+        self._places = {(leaf.run, leaf.number): leaf.index for leaf in reversed(history.told)}
+
+    def check(self, said: _Said, whose: str, findings: Findings) -> bool:
+        """Whether what was published after a work is not below the ledgers' entries up to it."""
+        ledger, delta = self._of.get(said.row.client), said.row.delta
+        if ledger is None:
+            return True
+        if not self._walks:
+            same = {id(one): one for one in self._of.values() if one.name == ledger.name}.values()
+            self._walks = {one.origin: _Walk(one, self._runs, self._places) for one in same}
+        mine = self._walks[ledger.origin]
+        told, what = Counter(dict(said.steps)), f"epsilon {said.epsilon:.4f} was published{whose}"
+        for walk in self._walks.values():
+            walk.up_to(said.row.plan, -1 if walk is mine else said.leaf)
+        # What the log tells as well, or more of it, was looked at before.
+        for kinds, lost in ((mine.spent, False), (mine.all, True)):
+            most = _heaviest([steps for steps in kinds.values() if not steps <= told], delta)
+            if not most or said.epsilon >= (worst := epsilon_of(most, delta)) - TOLERANCE:
                 continue
-            if not lost:
-                what = f"epsilon {epsilon:.4f} was published, the site's own ledger comes to {worst:.4f}"
-                findings.violation("published", where, what)
+            if lost:
+                what += f"; with charges that no update came of the site's own ledger comes to {worst:.4f}: its own figure is the right one"
+                findings.incomplete("published", said.where, what)
             else:
-                what = (
-                    f"with charges that no update came of the site's own ledger comes to {worst:.4f}, not {epsilon:.4f}"
-                )
-                findings.incomplete("published", where, f"{what}: its own figure is the right one")
+                _lower(most, delta, worst, f"{what} and the site's own ledger says more", said.where, findings)
             return False
-        return True
+        return len(self._walks) < 2 or self._together(said, told, what, findings)
+
+    def _together(self, said: _Said, told: Counter[Step], what: str, findings: Findings) -> bool:
+        """Several logs of a site may be of one text."""
+        delta, whole = said.row.delta, Counter[Step]()
+        for walk in self._walks.values():
+            whole += _heaviest(walk.all.values(), delta)
+        if not whole or whole <= told or said.epsilon >= (worst := epsilon_of(whole, delta)) - TOLERANCE:
+            return True
+        what += f"; if its several logs are of one text, they come to {worst:.4f}"
+        findings.incomplete("published", said.where, what)
+        return False
+
+
+def _heaviest(blocks: Collection[Counter[Step]], delta: float) -> Counter[Step]:
+    """The one that costs most; nothing where there is none."""
+    return max(blocks, key=lambda steps: epsilon_of(steps, delta)) if blocks else Counter()
 
 
 def _whole_clients(history: History, findings: Findings) -> None:
@@ -198,11 +256,10 @@ def _whole_clients(history: History, findings: Findings) -> None:
         where = f"leaf {index}"
         try:
             sums[number(record, "noise_multiplier", 0.05, 1e6), 1.0] += 1
-            mine = epsilon_of(sums, number(record, "delta", 1e-10, 0.5))
-            said = number(record, "epsilon", 0, 1e6)
-            if said < mine - TOLERANCE:
-                findings.violation("published", where, f"client level: {said:.4f} was published, {mine:.4f} is right")
-            sigma, clip = number(record, "noise_multiplier", 0.05, 1e6), number(record, "clipping_norm", 0, 1e9)
+            delta, said = number(record, "delta", 1e-10, 0.5), number(record, "epsilon", 0, 1e6)
+            if said < (mine := epsilon_of(sums, delta)) - TOLERANCE:
+                _lower(sums, delta, mine, f"client level: {said:.4f} was published", where, findings)
+            sigma, clip = number(record, "noise_multiplier", 0.05, 1e6), number(record, "clipping_norm", 1e-9, 1e9)
             if not math.isclose(number(record, "noise_std", 0, 1e15), sigma * clip, rel_tol=1e-9):
                 findings.violation("published", where, "client level: its noise is not its multiplier times the clip")
             commit = committed.get((hexes(record, "run", 16), integer(record, "number", 1, 1_000_000)))

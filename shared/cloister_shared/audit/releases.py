@@ -28,7 +28,9 @@ def check_releases(history: History, findings: Findings) -> None:
         where, kind = f"leaf {index}", record.get("kind")
         try:
             if kind == "policy":
-                made[hexes(record, "run", 16), 0] = hexes(record, "adapter", 32)
+                made[hexes(record, "run", 16), 0] = began = hexes(record, "adapter", 32)
+                if began in gone:
+                    findings.violation("release", where, "a run began with an adapter that was given up before")
             elif kind == "round_commit":
                 made[hexes(record, "run", 16), integer(record, "round", 1, 1_000_000)] = hexes(record, "adapter", 32)
             if kind not in _KINDS:

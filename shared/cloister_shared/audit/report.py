@@ -89,6 +89,12 @@ def _figures(record: Mapping[str, Any], *names: str) -> bool:
     return all(isinstance(record.get(name), int | float) and 0 <= record[name] < 1e9 for name in names)
 
 
+def _by(block: Block) -> str:
+    if not block.sure:
+        return "by RDP, from above: too much for PLD"
+    return f"by PLD; RDP's looser bound is {block.rdp:.4f}"
+
+
 def _each(epsilon: float, count: int) -> str:
     return f"{epsilon:.4f} ({many(count, 'round')})"
 
@@ -166,10 +172,15 @@ def _models(history: History, of: Mapping[str, Ledger]) -> list[str]:
                 lines.append(f"{here} was made by no round here: what its coordinator began with")
         elif (commit := made.get(index)) is not None:
             new = {one.name for one in commit.asked if one.verdict == "accepted"}
-            old = holds.get(commit.start, frozenset()) - new
-            holds[commit.adapter] = holds.get(commit.adapter, frozenset()) | new | old
             line = f"round {commit.number} of run {commit.run[:8]}: adapter {commit.adapter[:16]}"
-            line += f" was trained on text of {merged(sorted(new)) or 'nobody in this round'}"
+            if new:
+                old = holds.get(commit.start, frozenset()) - new
+                holds[commit.adapter] = holds.get(commit.adapter, frozenset()) | new | old
+                line += f" was trained on text of {merged(sorted(new))}"
+            else:
+                # It was there before, and holds what it held.
+                old = holds.get(commit.adapter, frozenset())
+                line += " again: nobody's update of this round entered"
             line += f"; in earlier rounds of {merged(sorted(old))}" if old else ""
             left_out = unsure(of, commit)
             lines.append(line + (f"; by the coordinator's word not in it: {merged(left_out)}" if left_out else ""))
@@ -228,7 +239,7 @@ def answers(
         (
             name,
             f"lifetime epsilon {b.epsilon:.4f} of a cap of {b.cap:g}, at delta {b.delta:g}: {many(b.rounds, 'round')},"
-            f" {b.steps} Gaussian steps (by PLD; RDP's looser bound is {b.rdp:.4f})",
+            f" {b.steps} Gaussian steps ({_by(b)})",
         )
         for name, b in held
     )
@@ -242,7 +253,8 @@ def answers(
     periods = _alike(
         (
             name,
-            f"{p.month}: epsilon {p.epsilon:.4f} (PLD) for the rounds of that month alone, {p.rounds} of them; lifetime by then"
+            f"{p.month}: epsilon {p.epsilon:.4f} ({'PLD' if p.alone_sure else 'RDP'}) for the rounds of that month alone,"
+            f" {p.rounds} of them; lifetime by then"
             f" {p.lifetime:.4f} ({'PLD' if p.sure else 'RDP'}). Months do not add up, and none resets anything",
         )
         for name, b in held
@@ -277,8 +289,9 @@ def answers(
     incidents += [f"{f.kind}: {f.where}: {f.what}" for f in findings.found if f.kind == "fork"]
     incidents += [f"{ledger.name}: {line}" for ledger in own for line in ledger.incidents]
     members = [
-        f"leaf {r.get('index')}: {r.get('kind')} {r.get('site')}, {when(r.get('at'))}"
-        for r in records
+        f"leaf {index}: {r.get('kind')} {r.get('site')}, {when(r.get('at'))}"
+        + ("" if index < history.covered else "; nobody else saw this leaf yet")
+        for index, r in enumerate(records)
         if r.get("kind") in ("enrol", "revoke")
     ]
     by = ", ".join(sorted(trust.called(i) for i in history.seen)) or "nobody who is trusted"

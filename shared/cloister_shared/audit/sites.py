@@ -168,9 +168,30 @@ def check_site(
             " that was put back or cut, or its export is older than this site's; take a newer one"
         )
         findings.fork("witnessed", where, what)
+    _seen_late(ledger, history, findings, where)
     if open_ := sum(entry.state == "reserved" for entry in ledger.entries.values()):
         findings.held.append(f"{where}: {many(open_, 'open reservation counts', 'open reservations count')} as spent")
     return ledger
+
+
+def _seen_late(ledger: Ledger, history: History, findings: Findings, where: str) -> None:
+    """Rounds that this log saw nothing of: an export of before them is as honest, and says as little."""
+    known = {(e.run, e.round) for e in ledger.entries.values()}
+    spans = [span for key in ledger.keys for span in history.spans.get(key.id.hex(), ())]
+    late = [
+        leaf
+        for leaf in history.told
+        if leaf.index >= ledger.federation
+        and (leaf.run, leaf.number) not in known
+        and any(start < leaf.index < end for start, end in spans)
+    ]
+    if late:
+        seen = many(ledger.federation, "leaf", "leaves")
+        what = (
+            f"its log, as it is here, saw {seen} of the federation's log; of {many(len(late), 'round')} told after them, the last at leaf"
+            f" {late[-1].index}, it says nothing: take a newer export of it"
+        )
+        findings.incomplete("stale", where, what)
 
 
 def _check_heads(
@@ -183,6 +204,7 @@ def _check_heads(
         findings.fork("remembered", where, what)
     elif known is not None and tree.root(known.size) != known.root:
         findings.fork("remembered", where, f"the first {known.size} events are other ones than were seen before")
+    sure = trust.surely(ledger.name) | {ledger.client}
     for one_bundle in (bundle, *bundle.others):
         for client, note in one_bundle.heads.items():
             key = trust.sites.get(client)
@@ -192,10 +214,11 @@ def _check_heads(
                 head = read_checkpoint(note, key, ledger.origin, where).checkpoint
             except VerificationError:
                 continue  # of keys or a log before this one, or anybody's
-            ledger.signed = max(ledger.signed, head.size)
+            if client in sure:
+                ledger.signed = max(ledger.signed, head.size)
             if head.size <= len(tree) and tree.root(head.size) != head.root:
-                what = f"the coordinator has a head of {head.size} events that this site signed, which are not the first ones here"
-                findings.fork("newest-head", where, what)
+                what = f"the coordinator has a head of {head.size} events that {_whose(client, sure)} signed: not the first ones here"
+                (findings.fork if client in sure else findings.incomplete)("newest-head", where, what)
     for commit in history.commits:
         for one in commit.asked:
             key = trust.sites.get(one.client)
@@ -207,11 +230,13 @@ def _check_heads(
             except VerificationError as error:
                 findings.violation("anchored-head", at, str(error)[:300])
                 continue
-            ledger.signed = max(ledger.signed, head.size)
+            if one.client in sure:
+                ledger.signed = max(ledger.signed, head.size)
             if head.size <= len(tree) and tree.root(head.size) != head.root:
-                findings.fork(
-                    "anchored-head", at, f"this log does not begin with the {head.size} events that it was of then"
+                what = (
+                    f"this log does not begin with the {head.size} events that {_whose(one.client, sure)} signed then"
                 )
+                (findings.fork if one.client in sure else findings.incomplete)("anchored-head", at, what)
             elif head.size <= len(tree):
                 ledger.anchors[commit.index] = head.size
     if ledger.cut:
@@ -220,6 +245,10 @@ def _check_heads(
     if ledger.anchors:
         commits = many(len(ledger.anchors), "commit of the federation says", "commits of the federation say")
         findings.held.append(f"{where}: begins with what {commits} it was")
+
+
+def _whose(client: str, sure: frozenset[str]) -> str:
+    return "this site" if client in sure else f"key {client[:16]}, which the log alone calls this site's,"
 
 
 def _tell(
@@ -328,11 +357,12 @@ def _close(
         entry.update, entry.vector = hexes(record, "update", 32), hexes(record, "vector", 32, empty=True)
     if entry.state == "void":
         statement = {name: value for name, value in record.items() if name != "signature"}
-        good = any(_signed(key, statement, str(record.get("signature"))) for key in ledger.keys)
-        if not good or record.get("plan") != entry.plan or record.get("left") != "nothing":
+        sure, signature = trust.surely(ledger.name), str(record.get("signature"))
+        by = [i for i in trust.sites if trust.sites[i] in ledger.keys and _signed(trust.sites[i], statement, signature)]
+        if not sure & set(by) or record.get("plan") != entry.plan or record.get("left") != "nothing":
             entry.state = "lost"
-            if any(name == ledger.name and i not in trust.sites for i, name in history.names.items()):
-                what = "given back, perhaps under an earlier key of the site, which the trust file does not name: it counts"
+            if by or any(name == ledger.name and i not in trust.sites for i, name in history.names.items()):
+                what = "given back under a key of which the trust file does not say that it is this site's: it counts"
                 findings.incomplete("void", at, what)
             else:
                 findings.violation("void", at, "given back without the site's word on that very work")
@@ -355,7 +385,7 @@ def _receipt(
         receipt.check(trust.federation, at)
     except VerificationError as error:
         # One of a run that is not here may be of another federation that the site is in.
-        own = any(commit.run == named.get("run") for commit in history.commits)
+        own = named.get("run") in history.runs
         tell = findings.violation if own or not history.records else findings.incomplete
         tell("receipt", at, f"not by this federation's key: {error}"[:300])
         return
@@ -363,7 +393,7 @@ def _receipt(
     if not history.records:
         return
     # What the coordinator signed then must be in its log now, at that place, and say the same.
-    commit = next((c for c in history.commits if c.index == receipt.index), None)
+    commit = history.committed_at.get(receipt.index)
     ledger.federation = max(ledger.federation, receipt.index + 1)
     if receipt.index >= len(history.tree):
         return

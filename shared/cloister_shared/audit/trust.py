@@ -38,6 +38,7 @@ class Trust:
         names: Sites' names, by client id.
         remembered: Heads that somebody saw, by the log's name.
         written_at: Where it was written; empty where it was by hand.
+        by_log: Sites whose names are from the log's enrolments, the file having none.
     """
 
     name: str
@@ -46,10 +47,20 @@ class Trust:
     names: Mapping[str, str]
     remembered: Mapping[str, Checkpoint] = field(default_factory=dict)
     written_at: str = ""
+    by_log: frozenset[str] = frozenset()
 
     def naming(self, names: Mapping[str, str]) -> Trust:
         """The same, where keys that are trusted without a name have the one that their sites signed at enrolment, by client id."""
-        return replace(self, names={i: names.get(i, n) if n == bare(i) else n for i, n in self.names.items()})
+        by_log = frozenset(i for i, n in self.names.items() if n == bare(i) and i in names)
+        return replace(self, names={i: names[i] if i in by_log else n for i, n in self.names.items()}, by_log=by_log)
+
+    def surely(self, name: str) -> frozenset[str]:
+        """Keys that are a site's beyond doubt: whoever wrote the file named them so, or no other key has the name.
+
+        A name that a key has by the log's word was the coordinator's to take in: two keys of it may be two sites.
+        """
+        of_name = frozenset(i for i, n in self.names.items() if n == name)
+        return of_name if len(of_name) == 1 else of_name - self.by_log
 
     def called(self, client: str) -> str:
         """What to call a site."""
