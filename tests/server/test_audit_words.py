@@ -101,6 +101,11 @@ def test_an_older_export_of_a_site_says_nothing_of_later_rounds(hidden: str) -> 
     assert ("incomplete", "stale") in found(audit(older, made.trust()))
 
 
+def test_a_last_round_that_a_site_has_no_receipt_of_is_no_later_one() -> None:
+    made = began(2)
+    assert {code for _, code in found(audit(made.bundle, made.trust()))} == {"no-receipt", "unwitnessed"}
+
+
 def test_a_site_is_not_asked_about_rounds_that_it_was_not_enrolled_for() -> None:
     made = began(2, sites=4)
     made.close()
@@ -160,6 +165,8 @@ def test_what_pld_cannot_work_out_is_called_wrong_by_nobody() -> None:
             rows.append(made.row(site, RUN, number, many, epsilon=5.0))
         made.commit(RUN, number, rows)
     assert {kind for kind, code in check(made) if code in ("published", "cap")} == {"incomplete"}
+    points = [point for block in audit(made.bundle, made.trust()).blocks for point in block.points]
+    assert {point.pld is None for point in points if point.rdp >= 1000} == {True}
     said = lines(made.bundle, made.trust(), "Epsilon and delta")
     assert "by RDP, from above: too much for PLD" in said
     assert "by PLD" not in said
