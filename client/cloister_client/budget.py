@@ -426,10 +426,11 @@ class Ledger:
             ).rowcount
         )
 
-    def knows(self, plan: str) -> bool:
-        """Whether this work was ever reserved here."""
+    def charged_for(self, plan: str) -> bool:
+        """Whether this work was charged here, whatever came of it: what was given back alone does not count."""
         with self._chain.reading() as db:
-            return db.execute("SELECT 1 FROM entry WHERE plan = ?", (plan,)).fetchone() is not None
+            row = db.execute("SELECT 1 FROM entry WHERE plan = ? AND state <> 'void'", (plan,)).fetchone()
+        return row is not None
 
     def spent_on(self, plan: str) -> str | None:
         """Digest of the update that this work was spent on: the one that may leave; None where nothing was."""

@@ -8,7 +8,7 @@
 - Under secure aggregation a ``NoisedUpdate`` passes here first and is masked then (``sums``); the protocol's keys, shares and nonces are
   random numbers that no text was read for.
 - ``Refusal``: a rule's name and its public limits; of a rule that is not the policy's, the budget's, a secure sum's or a witness's,
-  the name alone.
+  the name alone. It begins with ``spent.`` where this very plan was charged here.
 - To a run's end, an acknowledgement: nothing of its own.
 - Before each of them stands ``answers.Preface``: the signed head of this site's own log, a hash over hashes of random tags, and its
   cosignature of the coordinator's (``witness``). How many events the ledger has is seen from it.
@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cloister_shared.answers import Preface
+from cloister_shared.answers import SPENT, Preface
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import CloisterError, InputError, RefusedError, VerificationError
 from cloister_shared.plan import PlanCore
@@ -141,17 +141,21 @@ def with_numbers(update: bytes, numbers: tuple[NoisedMetric | AccountedCount, ..
     return update + (canonical({"noised": {n.name: n.value for n in numbers}}) if numbers else b"")
 
 
-def refusal(error: CloisterError, preface: Callable[[], Preface] | None) -> tuple[Codec, bytes]:
+def refusal(
+    error: CloisterError, preface: Callable[[], Preface] | None, *, charged: bool = False
+) -> tuple[Codec, bytes]:
     """The refusal that an error becomes: only limits of the policy, the budget, a secure sum and a witness are public.
 
     Args:
         error: What was wrong.
         preface: Makes what is said of logs before an answer to a plan; None in a secure sum's protocol.
+        charged: Whether this very plan was charged here; its rule then begins with ``spent.``.
     """
     # What is neither a refusal nor a plan that does not hold went wrong here, maybe after the charge.
     other = "plan.invalid" if isinstance(error, VerificationError | InputError) else "agent.failed"
     rule = error.rule if isinstance(error, RefusedError) else other
     public = rule.startswith(("policy.", "budget.", "secure.", "witness."))
+    rule = SPENT + rule if charged else rule
     said = Refusal(rule, error.what, error.expected, error.got) if public else Refusal(rule, "refused")
     plaintext = canonical({name: value for name, value in asdict(said).items() if public or value})
     return Codec.REFUSAL, plaintext if preface is None else preface().before(plaintext)

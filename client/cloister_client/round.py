@@ -162,7 +162,9 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
         desk.tell.update(state="ready", seconds=time.time() - started, epsilon=desk.ledger.standing().epsilon)
     except CloisterError as error:
         desk.tell.update(state="ready", refusal=f"round {core.round}: {error}")
-        answer = _seal(desk, plan.round_key, header, *refusal(error, preface))
+        # A plan may have come before, and have been charged then: whoever reads that this one is refused must not count it as free.
+        charged = desk.ledger.charged_for(core.digest)
+        answer = _seal(desk, plan.round_key, header, *refusal(error, preface, charged=charged))
     return answer
 
 

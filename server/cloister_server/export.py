@@ -79,7 +79,7 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
     # What is signed of the round are rows, and those of the rounds before it: they must be what their leaves say.
     for earlier in range(number + 1):
         check_round(store, run, earlier)
-    check_charges(store)
+    check_charges(store, run, number)
     if os.path.lexists(out):
         raise InputError("the folder is there already", where=str(out), mend="choose another --out")
     schema = Schema.from_list(json.loads(run.tensors), "registry")

@@ -22,9 +22,10 @@ from cloister_shared.signing import VerifyKey
 from cloister_shared.witness import LEAF_PURPOSE
 
 from cloister_server import rules
+from cloister_server.charges import Figure, broken_off, figures, understated
 from cloister_server.log import ABORTED_CLIENT, commit_body
 from cloister_server.store import Store, commit_facts, run_facts
-from cloister_server.tables import ABORTED, COMMITTED, Leaf, Round, RoundClient, Run
+from cloister_server.tables import ABORTED, COMMITTED, STATES, Leaf, Round, RoundClient, Run
 
 _RESTORE = "restore the registry from a copy"
 Key = TypeVar("Key", bound=Hashable)
@@ -79,6 +80,8 @@ def _check(store: Store) -> Iterator[Wrong]:
         ("rounds", lambda: _runs(store, log)),
         ("releases", lambda: _releases(store, log)),
         ("charges", lambda: _charges(store, log)),
+        ("broken off", lambda: _broken_off(store, log.records)),
+        ("stated", lambda: _stated(store, log.records)),
         ("blobs", lambda: _blobs(store)),
     ]
     for name, part in parts:
@@ -182,6 +185,8 @@ def _runs(store: Store, log: _Log) -> Iterator[Wrong]:
             for one in clients:
                 if digest(one.core.encode()) != one.plan:
                     yield Wrong(f"{_place(key)}, {one.name}", "its work is another than its digest says", _RESTORE)
+            if row.state not in STATES:
+                yield Wrong(_place(key), f"it is in no state that a round has: {row.state!r}"[:200], _RESTORE)
             if row.state == COMMITTED:
                 rows[key] = made.commit(before, row, clients)
             elif row.state == ABORTED:
@@ -228,19 +233,26 @@ def check_round(store: Store, run: Run, number: int) -> None:
         raise VerificationError(what, where=one.where, mend=f"cloister registry fsck; {one.mend}")
 
 
-def check_charges(store: Store) -> None:
-    """Sees that what was charged to whole clients is what signed leaves say.
+def check_charges(store: Store, run: Run, number: int) -> None:
+    """Sees that what was charged, over all runs, is what signed leaves say, and that what is stated up to a round is not less.
 
     Args:
         store: The registry.
+        run: The round's run.
+        number: The round.
 
     Raises:
         VerificationError: It is not, or a leaf of it was changed.
     """
-    log = _Log()
+    log, wanted = _Log(), ("spend", "incident", "round_commit")
     try:
-        log.kinds["spend"] = [_whole(store, leaf) for leaf in store.leaves() if leaf.kind == "spend"]
-        found = list(_charges(store, log))
+        log.records = [_whole(store, leaf) for leaf in store.leaves() if leaf.kind in wanted]
+        log.kinds["spend"] = [record for record in log.records if record["kind"] == "spend"]
+        found = [
+            *_charges(store, log),
+            *_broken_off(store, log.records),
+            *_stated(store, log.records, (run.id, number)),
+        ]
     except (VerificationError, *MALFORMED) as error:
         raise VerificationError(
             "a charge's leaf was changed", where="log", got=str(error)[:200], mend=f"cloister registry fsck; {_RESTORE}"
@@ -368,6 +380,36 @@ def _charges(store: Store, log: _Log) -> Iterator[Wrong]:
         for p in store.privacy(run.id):
             if p.scope == "client" and (p.lifetime, p.delta) != newest.get((p.run, p.number)):
                 yield Wrong(_place((p.run, p.number)), "what is stated of whole clients was not charged so", _RESTORE)
+
+
+def _broken_off(store: Store, records: Sequence[Mapping[str, Any]]) -> Iterator[Wrong]:
+    """Rounds that came to nothing cost what their leaves say, whatever became of them: the next round's price is of their rows."""
+    rounds = {(row.run, row.number): row for run in store.runs() for row in store.rounds(run.id)}
+    for key, told in broken_off(records).items():
+        if key not in rounds:
+            yield Wrong(_place(key), f"its row is missing: leaf {told.leaf} tells of it", _RESTORE)
+        elif what := told.unlike(rounds[key].attempt, {c.client: c for c in store.clients(*key)}):
+            yield Wrong(_place(key), what, _RESTORE)
+
+
+def _stated(
+    store: Store, records: Sequence[Mapping[str, Any]], until: tuple[str, int] | None = None
+) -> Iterator[Wrong]:
+    """What commits state that is less than what leaves say was charged; of one round's statement alone where there is ``until``."""
+    cores = {
+        c.plan: c.core for run in store.runs() for r in store.rounds(run.id) for c in store.clients(run.id, r.number)
+    }
+    for found in figures(records, cores).values():
+        for one in understated(found if until is None else _last_of(found, *until)):
+            what = f"epsilon {one.stated.epsilon:.4f} is stated, which is less than what leaves say was charged by then"
+            mend = "rows were changed while it was committed: the statement stays wrong, its site's own ledger is right"
+            yield Wrong(f"{_place((one.run, one.number))}, {one.name}", what, mend)
+
+
+def _last_of(found: Sequence[Figure], run: str, number: int) -> list[Figure]:
+    """What a round's statement has: each client as it stood after its last round of the run up to this one."""
+    mine = [one for one in found if one.run == run and (one.number == number or (one.part and one.number < number))]
+    return list({one.client: one for one in mine}.values())
 
 
 def _blobs(store: Store) -> Iterator[Wrong]:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from cloister_flower.frames import frame_of
 from cloister_shared import shamir
-from cloister_shared.answers import Preface, read_answer
+from cloister_shared.answers import SPENT, Preface, read_answer
 from cloister_shared.draw import Transcript, threshold_of
 from cloister_shared.encoding import parse_record
 from cloister_shared.errors import CloisterError, RollbackError, VerificationError
@@ -232,7 +232,8 @@ def _masked(
             if codec == Codec.REFUSAL:
                 said = parse_record(plaintext, where)
                 reply = said_no(said)
-                for name in str(said.get("got")).split(", ") if said.get("rule") == "secure.shares" else ():
+                rule = str(said.get("rule")).removeprefix(SPENT)
+                for name in str(said.get("got")).split(", ") if rule == "secure.shares" else ():
                     accused.setdefault(name, set()).add(member.id)
             elif len(plaintext) != 4 * context.schema.size:
                 raise VerificationError("a masked update of another length", where=where, got=f"{len(plaintext)} bytes")

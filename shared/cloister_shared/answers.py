@@ -14,6 +14,8 @@ from cloister_shared.encoding import canonical, parse_record
 from cloister_shared.errors import VerificationError
 
 MAX_BYTES = 4096
+# What the rule of a refusal begins with where the site was charged for this very plan before.
+SPENT = "spent."
 
 
 @dataclass(frozen=True)

@@ -182,9 +182,9 @@ def test_a_receipt_deletes_the_kept_update_and_the_work_is_not_done_again(client
     receipts = (receipt_for(client.world, client.core(), update),)
     told = client.refusal(client.ask(attempt=2, receipts=receipts))
     assert client.kept() == []
-    assert told["rule"] == "budget.already_done"
+    assert told["rule"] == "spent.budget.already_done"
     fresh = client.again()
-    assert fresh.refusal(fresh.ask(attempt=3))["rule"] == "budget.already_done"
+    assert fresh.refusal(fresh.ask(attempt=3))["rule"] == "spent.budget.already_done"
     assert fresh.desk.ledger.standing().rounds == 1
 
 
@@ -243,7 +243,7 @@ def test_a_kept_update_other_than_the_one_that_was_spent_does_not_leave(client: 
     client.update(client.ask(core))
     path = client.desk.kept / f"{core.digest}.f32"
     path.write_bytes(bytes(path.stat().st_size))
-    assert client.refusal(client.ask(core, attempt=2))["rule"] == "budget.already_done"
+    assert client.refusal(client.ask(core, attempt=2))["rule"] == "spent.budget.already_done"
 
 
 def test_a_kept_update_of_a_lost_round_does_not_leave(client: Client) -> None:
@@ -432,7 +432,7 @@ def test_training_that_breaks_off_is_told_as_such_stays_charged_and_hinders_noth
 
     core = client.core(training=spec(sample_rate=1.0))
     client.desk.trainer(client.world.task).hooked.register_forward_hook(fail)
-    assert client.refusal(client.ask(core)) == {"rule": "train.failed", "what": "refused"}
+    assert client.refusal(client.ask(core)) == {"rule": "spent.train.failed", "what": "refused"}
     owners = json.loads((client.site.agent_home / "status.json").read_text())["refusal"]
     assert error.__name__ in owners
     assert client.states() == ["lost"]

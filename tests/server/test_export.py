@@ -61,7 +61,7 @@ def make(home: Path, base: Path, **changes: str) -> Made:
         plan="cd" * 32,
         core="{}",
         weight=1.0,
-        noise_multiplier=1.5,
+        noise_multiplier=2.5,
         sample_rate=0.25,
         steps=2,
         delta=1e-5,
@@ -232,7 +232,7 @@ def test_the_record_says_what_was_spent(tmp_path: Path, classify: Made) -> None:
     assert record["clients"][0]["epsilon"] == 1.2345
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: peft\n")
-    assert "| site-1 | not said | 1 | 1.2345 | 1.2345 | 1e-05 | 1.5 | 0.25 | 2 | accepted |" in card
+    assert "| site-1 | not said | 1 | 1.2345 | 1.2345 | 1e-05 | 2.5 | 0.25 | 2 | accepted |" in card
     assert "accuracy 0.6250" in card
     assert str(classify.base) not in "".join(p.read_text() for p in folder.glob("*.json"))
 

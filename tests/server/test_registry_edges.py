@@ -39,6 +39,7 @@ from cloister_shared.vectors import F32, Schema, from_safetensors, to_safetensor
 from cloister_shared.witness import LEAF_PURPOSE, log_of_federation
 
 from support.server_world import World, make_world
+from support.tampering import edit
 
 LEVEL = "[privacy.client_level]\nnoise_multiplier = 5.0\nclipping_norm = 0.5\ndelta = 1e-5\nepsilon_cap = 100"
 
@@ -57,18 +58,6 @@ def world(tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(console.OUTPUT, "home", made.coordinator.home.parent)
     yield made
     made.store.close()
-
-
-def edit(store: Store, *statements: str) -> None:
-    """What whoever has the database can do; its rules are there again afterwards."""
-    with sqlite3.connect(store.home / "registry.db") as db:
-        rules = db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
-        for name, _ in rules:
-            db.execute(f'DROP TRIGGER "{name}"')
-        for statement in statements:
-            assert db.execute(statement).rowcount > 0
-        for _, rule in rules:
-            db.execute(rule)
 
 
 def test_whoever_writes_has_the_lock_before_anything_is_looked_at(world: World) -> None:
