@@ -31,7 +31,10 @@ from cloister_server.fsck import check_charges, check_round
 from cloister_server.store import Store
 from cloister_server.tables import COMMITTED, Round, RoundClient, Run
 
-REGISTERED = "registered.safetensors"
+REGISTERED, ADAPTER = "registered.safetensors", "adapter_model.safetensors"
+CARDS = ("README.md", "cloister.json")
+# Every file of an export beside its statement.
+FILES = frozenset({REGISTERED, ADAPTER, "head.safetensors", "adapter_config.json", *CARDS})
 
 
 def frozen_parts(run: Run) -> dict[str, F32]:
@@ -64,7 +67,7 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
     Raises:
         InputError: No such committed round, or the folder is there.
         VerificationError: The blob is missing or changed, rows are not what the log says, or a frozen A cannot be recomputed.
-        StateError: The folder cannot be written.
+        StateError: The folder cannot be written, or the adapter was given up meanwhile.
     """
     row = next((r for r in store.rounds(run.id) if r.number == number and r.state == COMMITTED), None)
     if row is None or row.adapter is None:
@@ -95,7 +98,7 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
         raise StateError("no folder can be made there", where=str(out), got=error.strerror or "") from error
     try:
         card, short = card_text(stated, task.labels).encode(), _short(stated, task)
-        files |= {REGISTERED: registered, "README.md": card, "cloister.json": short}
+        files |= {REGISTERED: registered} | dict(zip(CARDS, (card, short), strict=True))
         stated["files"] = {name: digest(data) for name, data in files.items()}
         statement = make_statement(stated, proof, store.signing)
         for name, data in (files | {FILE: statement}).items():
@@ -136,7 +139,7 @@ def peft_files(run: Run, task: TaskSpec, schema: Schema, vector: F32) -> dict[st
     said = json.loads(files["adapter_config.json"])
     said["target_modules"] = sorted(said["target_modules"])
     files["adapter_config.json"] = json.dumps(said, indent=2, sort_keys=True).encode() + b"\n"
-    for name, prefix in (("adapter_model.safetensors", ""), ("head.safetensors", "head.")):
+    for name, prefix in ((ADAPTER, ""), ("head.safetensors", "head.")):
         chosen = [(n, s) for n, s in tensors if n.startswith("head.") == bool(prefix)]
         if chosen:
             part = Schema(tuple((n.removeprefix(prefix), s) for n, s in chosen))

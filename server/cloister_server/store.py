@@ -144,11 +144,16 @@ class Store(Releases):
         return Proof(leaf.record, leaf.signature, leaf.index, path, self.signed_checkpoint(at))
 
     def add_statement(self, run: str, number: int, statement: bytes, key: str) -> str:
-        """Keeps a signed statement of a round, whose export is a leaf in the same transaction; returns the statement's digest."""
+        """Keeps a signed statement of a round, whose export is a leaf in the same transaction; returns the statement's digest.
+
+        Raises:
+            StateError: The round's adapter was given up meanwhile.
+        """
         name = self.blobs.put(statement)
         with self.database.writing() as session:
-            self._stated(session, run, number, name, key, statement)
             adapter = session.get_one(Round, (run, number)).adapter
+            _not_given_up(session, adapter or "")
+            self._stated(session, run, number, name, key, statement)
             body = {"run": run, "round": number, "adapter": adapter, "statement": name}
             append(session, "export", body, self.signing)
         return name
@@ -200,10 +205,7 @@ class Store(Releases):
             raise StateError(
                 "the blob is not there", where=self.blobs.place, got=name[:16], mend="cloister run --resume"
             )
-        if (grave := session.get(Tombstone, name)) is not None:
-            raise StateError(
-                "this adapter was given up", where=f"run {grave.run[:8]} round {grave.number}", got=grave.why
-            )
+        _not_given_up(session, name)
         if session.get(Blob, name) is None:
             session.add(Blob(digest=name, kind=kind, bytes=size_now, created=time.time()))
 
@@ -535,6 +537,11 @@ class Store(Releases):
     def labels(run: Run) -> tuple[str, ...]:
         """The run's labels."""
         return tuple(json.loads(run.task)["labels"])
+
+
+def _not_given_up(session: Session, adapter: str) -> None:
+    if (grave := session.get(Tombstone, adapter)) is not None:
+        raise StateError("this adapter was given up", where=f"run {grave.run[:8]} round {grave.number}", got=grave.why)
 
 
 def _in_state(session: Session, run: str, number: int, state: str) -> Round:

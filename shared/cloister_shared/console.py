@@ -107,9 +107,9 @@ def table(record: dict[str, Any], title: str, columns: Sequence[str], rows: Iter
             no_wrap=column not in ("reason",),
         )
     for row in rows:
-        grid.add_row(*[Text(str(cell)) for cell in row])
+        grid.add_row(*[Text(_printable(str(cell))) for cell in row])
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(Text(title), soft_wrap=True)
+    console.print(Text(_printable(title)), soft_wrap=True)
     console.print(grid)
 
 
@@ -118,6 +118,10 @@ def fail(error: CloisterError) -> int:
     if OUTPUT.json:
         print(json.dumps(error.as_dict(), sort_keys=True), flush=True)
     else:
-        # What a file or a peer says stands in messages too: it moves no cursor and begins no line.
-        print("".join(c if c.isprintable() else "?" for c in f"error: {error}"), file=sys.stderr, flush=True)
+        print(_printable(f"error: {error}"), file=sys.stderr, flush=True)
     return error.exit_code
+
+
+def _printable(text: str) -> str:
+    # What a file or a peer says stands in messages and tables too: it moves no cursor and begins no line.
+    return "".join(c if c.isprintable() else "?" for c in text)

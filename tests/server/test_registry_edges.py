@@ -6,17 +6,17 @@ import json
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from cloister_client.fetching import _adapter, _whole_log
-from cloister_server import accounting
+from cloister_server import accounting, importing
 from cloister_server.accounting import REFUSED, stated_epsilon
 from cloister_server.cli import round_rows
 from cloister_server.export import REGISTERED, export_round, peft_files
@@ -230,9 +230,15 @@ def test_who_may_have_spent_is_not_said_to_have_been_charged_nothing(rule: str, 
     assert said_no({"rule": rule, "what": "no"}).verdict == verdict
 
 
-def forge(world: World, folder: Path, change: Callable[[F32], None]) -> Path:
-    """An export of another adapter, signed by the federation's own key from its leaf to its files."""
-    export_round(world.store, world.run, 2, folder)
+def forge(
+    world: World,
+    folder: Path,
+    change: Callable[[F32], None] = lambda _: None,
+    number: int = 2,
+    said: Mapping[str, Any] = MappingProxyType({}),
+) -> Path:
+    """An export of another adapter, of which other things are ``said``, signed by the federation's own key from its leaf to its files."""
+    export_round(world.store, world.run, number, folder)
     key, record = world.coordinator.signing, json.loads((folder / FILE).read_text())
     stated, leaf = record["statement"], json.loads(record["leaf"]["record"])
     schema = Schema.from_list(json.loads(stated["run_tensors"]), "test")
@@ -241,6 +247,8 @@ def forge(world: World, folder: Path, change: Callable[[F32], None]) -> Path:
     data = to_safetensors(vector, schema, {})
     stated["adapter"] = leaf["adapter"] = digest(data)
     stated["vector"], stated["leaf"], leaf["index"] = digest(vector.tobytes()), 0, 0
+    stated |= said
+    leaf |= {name: value for name, value in said.items() if name in leaf}
     task = TaskSpec.from_dict(json.loads(stated["run_task"]))
     for name, part in (peft_files(world.run, task, schema, vector) | {REGISTERED: data}).items():
         (folder / name).write_bytes(part)
@@ -269,6 +277,88 @@ def test_an_import_is_of_numbers_that_may_be_trained_on(world: World, tmp_path: 
             import_round(store, folder, key, "other", world.run.base)
     assert len(store.runs()) == int(value < 1)
     store.close()
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Store]:
+    """Another federation's registry."""
+    (tmp_path / "other").mkdir()
+    SigningKey.generate().save(tmp_path / "other" / "sign.key")
+    store = Store(tmp_path / "other")
+    yield store
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"rule": "\x1b[2J"}, {"rule": "average`\n\n## Privacy"}, {"rule": "r" * 1_500_000}, {"run": "\x1b[2J" + "a" * 28},
+        {"run": "a" * 5000}, {"tokenizer": "zz"}, {"code": "x\x1b[2J"}, {"code": "x" * 201}, {"round": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_kept_of_an_import_is_of_its_form(
+    world: World, elsewhere: Store, tmp_path: Path, said: dict[str, Any]
+) -> None:
+    folder = forge(world, tmp_path / "x", number=1, said=said)
+    with pytest.raises(VerificationError, match=f"no federation states so.*{next(iter(said))}"):
+        import_round(elsewhere, folder, world.coordinator.signing.verify_key, "other", world.run.base)
+    assert elsewhere.runs() == []
+
+
+def test_an_import_reads_and_lays_out_no_more_than_an_export_has(
+    world: World, elsewhere: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = world.coordinator.signing.verify_key
+    tensors = [["base_model.model.encoder.layer.0.attention.self.query.lora_A.weight", [1 << 14, 1 << 14]]]
+    large = forge(world, tmp_path / "large", said={"frozen": {"tensors": tensors, "digest": "00" * 32}})
+    monkeypatch.setattr(importing, "peft_files", lambda *_: pytest.fail("laid out"))
+    with pytest.raises(VerificationError, match="larger than what PEFT would load"):
+        import_round(elsewhere, large, key, "other", world.run.base)
+    read, real = list[str](), importing._read
+
+    def reading(folder: Path, name: str) -> bytes:
+        read.append(name)
+        return real(folder, name)
+
+    monkeypatch.setattr(importing, "_read", reading)
+    record = json.loads((forge(world, tmp_path / "more") / FILE).read_text())
+    record["statement"]["files"]["x.bin"] = "00" * 32
+    leaf = record["leaf"]
+    path = [bytes.fromhex(part) for part in record["path"]]
+    proof = Proof(leaf["record"].encode(), leaf["signature"], leaf["index"], path, record["head"])
+    (tmp_path / "more" / FILE).write_bytes(make_statement(record["statement"], proof, world.coordinator.signing))
+    with pytest.raises(VerificationError, match="no export makes"):
+        import_round(elsewhere, tmp_path / "more", key, "other", world.run.base)
+    assert read == [FILE]
+    (large / "README.md").write_bytes(bytes((1 << 20) + 1))
+    with pytest.raises(InputError, match="too large"):
+        import_round(elsewhere, large, key, "other", world.run.base)
+
+
+def test_tables_move_no_cursor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console.OUTPUT, "json", False)
+    console.table({}, "a \x1b[2J", ["name"], [["b \x1b[31m\nc"]])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.strip() for line in lines] == ["a ?[2J", "name", "b ?[31m?c"]
+
+
+def test_what_is_given_up_while_it_is_exported_is_not_stated(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, real = world.store, world.store.proof
+    store.finish_run(world.run.id)
+
+    def then_given_up(run: str, number: int) -> Proof:
+        proof = real(run, number)
+        store.give_up(run, number, "asked to")
+        return proof
+
+    monkeypatch.setattr(store, "proof", then_given_up)
+    with pytest.raises(StateError, match="given up; got asked to"):
+        export_round(store, world.run, 1, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    assert store.leaves()[-1].kind == "tombstone"
 
 
 class Flood:
