@@ -27,6 +27,8 @@ from cloister_client.site import Site
 # Where a pull leaves the head that it saw.
 PULLED = "pulled.head"
 _LOG_BYTES = 1 << 30
+# What a leaf takes beside its bytes: one without any costs whoever holds it something too.
+_LEAF_BYTES = 100
 SignedRecord = tuple[bytes, str, str]
 # Leaves, signed head, cosignatures and heads of sites' own logs by client.
 FetchedLog = tuple[list[SignedRecord], str, dict[str, tuple[int, str, str]], dict[str, str]]
@@ -83,7 +85,7 @@ def _whole_log(stub: Any) -> tuple[list[SignedRecord], Any]:
         before, page = len(leaves), stub.Log(registry_pb2.LogRequest(start=len(leaves)), timeout=LONG_SECONDS)
         for one in page:
             leaves.append((one.record, one.key, one.signature))
-            held += len(one.record) + len(one.key) + len(one.signature)
+            held += _LEAF_BYTES + len(one.record) + len(one.key) + len(one.signature)
             if len(leaves) == size or held > _LOG_BYTES:
                 page.cancel()
                 break

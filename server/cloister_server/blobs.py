@@ -185,7 +185,7 @@ class Blobs:
             for address, facts in sorted(self._files.find(self._root, detail=True).items()):
                 name = address.rsplit("/", 1)[-1]
                 if _DIGEST.fullmatch(name):
-                    yield Stored(name, int(facts["size"]), self._modified(address))
+                    yield Stored(name, int(facts["size"]), self.modified(name))
 
     def delete(self, name: str) -> None:
         """Takes a blob away; one that is gone already is no error.
@@ -200,11 +200,18 @@ class Blobs:
             except FileNotFoundError:
                 return
 
-    def _modified(self, address: str) -> float | None:
-        try:
-            return float(self._files.modified(address).timestamp())
-        except NotImplementedError:
-            return None
+    def modified(self, name: str) -> float | None:
+        """When a blob was written, seconds since 1970; None where the store does not say, or the blob is gone.
+
+        Raises:
+            StateError: The place cannot be reached.
+        """
+        address = self.address(name)
+        with self._reached(address):
+            try:
+                return float(self._files.modified(address).timestamp())
+            except (NotImplementedError, FileNotFoundError):
+                return None
 
     @contextmanager
     def _reached(self, where: str) -> Iterator[None]:

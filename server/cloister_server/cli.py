@@ -87,7 +87,7 @@ def admit(
     console.choose(json, home)
     coordinator = open_coordinator(console.coordinator_home())
     site = admit_site(coordinator.home, card)
-    Store(coordinator.home).log_members(coordinator.sites())
+    Store(coordinator.home).log_members(coordinator.sites)
     key = site.verify_key.id.hex()
     console.emit(
         {"site": site.name, "key": key, "records": site.records},
@@ -146,7 +146,7 @@ def revoke_site(
         console.emit({"auditor": site}, f"auditor {site}: reads nothing more, from the next call on")
         return
     card = revoke(coordinator.home, site)
-    Store(coordinator.home).log_members(coordinator.sites())
+    Store(coordinator.home).log_members(coordinator.sites)
     try:
         with Control(coordinator.card.address, coordinator.ca, coordinator.token) as control:
             control.unregister(card.node.encode())
@@ -237,7 +237,7 @@ def up(json: Json = False, home: Home = None) -> None:
             new = [card for card in sites if card.key not in known]
             gone = [card for card in known.values() if card not in sites]
             if new or gone or not ready:
-                store.log_members(sites)
+                store.log_members(coordinator.sites)
                 try:
                     with Control(coordinator.card.address, coordinator.ca, coordinator.token) as control:
                         control.nodes()

@@ -29,6 +29,7 @@ from cloister_server import rules
 VERSION = "0002"
 SECONDS = 30
 _LOCK = 0x636C6F6973746572  # "cloister"
+_NO_LOCK = "55P03"  # PostgreSQL's lock_not_available
 _KEYS = {"host", "port", "sslmode", "sslrootcert", "application_name"}
 _ENCRYPTED = ("verify-full", "verify-ca")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -219,6 +220,13 @@ class Database:
         except (IntegrityError, DataError) as error:
             raise StateError("the registry refused", where=self.where, got=str(error.orig).splitlines()[0]) from error
         except SQLAlchemyError as error:
+            if _is_busy(error):
+                raise StateError(
+                    "another command is writing here",
+                    where=self.where,
+                    expected=f"the lock within {SECONDS} s",
+                    mend="try again",
+                ) from error
             raise StateError(
                 "the registry's database fails",
                 where=self.where,
@@ -231,6 +239,12 @@ class Database:
             raise StateError("the registry refused", where=self.where, got=str(error)) from error
         except OSError as error:
             raise StateError("the registry cannot be opened", where=self.where, got=str(error)) from error
+
+
+def _is_busy(error: SQLAlchemyError) -> bool:
+    """Whether a lock could not be had in time."""
+    told = getattr(error, "orig", None)
+    return getattr(told, "sqlite_errorname", "") == "SQLITE_BUSY" or getattr(told, "sqlstate", "") == _NO_LOCK
 
 
 def _engine(url: URL) -> Engine:

@@ -9,9 +9,8 @@ import typer
 from cloister_shared import console
 from cloister_shared.audit.trust import read_trust
 from cloister_shared.errors import InputError
-from cloister_shared.signing import VerifyKey
 
-from cloister_server.here import Home, Json, RunName, registry_to_change
+from cloister_server.here import Home, Json, RunName, public_key, registry_to_change
 
 
 def register(app: typer.Typer) -> None:
@@ -60,7 +59,7 @@ def import_folder(
 
     store = registry_to_change()
     coordinator = open_coordinator(console.coordinator_home())
-    by = read_trust(trust).federation if trust is not None else VerifyKey.from_hex(key or "", "--key")
+    by = read_trust(trust).federation if trust is not None else public_key(key or "", "--key")
     run = import_round(store, folder, by, coordinator.card.federation, coordinator.card.base)
     adapter = store.rounds(run.id)[0].adapter or ""
     console.emit(

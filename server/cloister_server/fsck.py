@@ -54,27 +54,31 @@ class _Log:
     kinds: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
 
 
+Part = tuple[str, Callable[[], Iterator[Wrong]]]
+
+
 def check(store: Store) -> list[Wrong]:
     """Everything that is wrong, first what everything else rests on.
 
-    What is found beside somebody who writes is looked for again under the registry's lock: rows and leaves are read one after the other.
+    What is found beside somebody who writes is looked for again, rows and leaves under the registry's lock: they are read one after the
+    other. Blobs never change; whoever writes need not wait until they are read.
     """
-    found = list(_check(store))
-    if not found:
-        return []
-    with store.database.writing():
-        return list(_check(store))
+    found = list(_all(_rows(store)))
+    if found:
+        with store.database.writing():
+            found = list(_all(_rows(store)))
+    blobs: list[Part] = [("blobs", lambda: _blobs(store))]
+    if missing := list(_all(blobs)):
+        # One that was given up and taken away while they were read is named no more.
+        again = set(_all(blobs))
+        found += [one for one in missing if one in again]
+    return found
 
 
-def _check(store: Store) -> Iterator[Wrong]:
-    if missing := sorted(rules.expected(store.database.dialect) ^ store.database.rules()):
-        yield Wrong(
-            "database",
-            f"rules are missing, changed or another's: {', '.join(missing)[:200]}",
-            "it was changed by hand: compare it with a copy and with the log, then cloister registry migrate lays them anew",
-        )
+def _rows(store: Store) -> list[Part]:
     log = _Log()
-    parts: list[tuple[str, Callable[[], Iterator[Wrong]]]] = [
+    return [
+        ("database", lambda: _rules(store)),
         ("log", lambda: _read(store, log)),
         ("witnesses", lambda: _witnesses(store, log)),
         ("rounds", lambda: _runs(store, log)),
@@ -82,14 +86,29 @@ def _check(store: Store) -> Iterator[Wrong]:
         ("charges", lambda: _charges(store, log)),
         ("broken off", lambda: _broken_off(store, log.records)),
         ("stated", lambda: _stated(store, log.records)),
-        ("blobs", lambda: _blobs(store)),
     ]
+
+
+def _all(parts: Sequence[Part]) -> Iterator[Wrong]:
     for name, part in parts:
         try:
             yield from part()
         except (CloisterError, *MALFORMED) as error:
             # One that cannot be read does not end the others.
             yield Wrong(name, f"something of it cannot be read: {error}"[:300], _RESTORE)
+
+
+def _rules(store: Store) -> Iterator[Wrong]:
+    if missing := sorted(rules.expected(store.database.dialect) ^ store.database.rules()):
+        yield Wrong(
+            "database",
+            f"rules are missing, changed or another's: {', '.join(missing)[:200]}",
+            "it was changed by hand: compare it with a copy and with the log, then cloister registry migrate lays them anew",
+        )
+    newest = max((row.fence for run in store.runs() for row in store.rounds(run.id)), default=0)
+    if (fence := store.newest_fence()) < newest:
+        what = f"the fence is {fence}, a round was written under {newest}: two coordinators could both write"
+        yield Wrong("database", what, _RESTORE)
 
 
 def _read(store: Store, log: _Log) -> Iterator[Wrong]:
@@ -420,6 +439,9 @@ def _blobs(store: Store) -> Iterator[Wrong]:
     named, gone = dict[str, list[str]](), store.tombstones()
     for run in store.runs():
         for row in store.rounds(run.id):
+            for one in store.openings(run.id, row.number):
+                if one.mean:
+                    named.setdefault(one.mean, []).append(f"mean of {one.group}, {_place((row.run, row.number))}")
             if row.state == COMMITTED and row.adapter not in gone:
                 named.setdefault(row.adapter or "", []).append(_place((row.run, row.number)))
     for alias in store.aliases():

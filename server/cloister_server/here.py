@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 from cloister_shared import console
-from cloister_shared.errors import InputError, StateError
+from cloister_shared.errors import InputError, StateError, VerificationError
+from cloister_shared.signing import VerifyKey
 
 from cloister_server.storage import has_registry
 from cloister_server.store import Store
@@ -26,6 +27,18 @@ def because(why: str) -> str:
     if not why.strip() or not why.isprintable() or len(why) > 1000:
         raise InputError("why?", where="--why", expected="one line of words that stay in the log", got=repr(why)[:80])
     return why.strip()
+
+
+def public_key(text: str, option: str) -> VerifyKey:
+    """A public key that somebody typed.
+
+    Raises:
+        InputError: It is none.
+    """
+    try:
+        return VerifyKey.from_hex(text, option)
+    except VerificationError as error:
+        raise InputError(error.what, where=option, expected=error.expected, got=text[:80]) from error
 
 
 def registry_to_change() -> Store:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -118,14 +118,17 @@ class LogBook:
         self.check_history()
         return at.signed(self.signing)
 
-    def log_members(self, cards: Sequence[SiteCard]) -> None:
+    def log_members(self, cards: Callable[[], Sequence[SiteCard]]) -> None:
         """Sees that the log has exactly these sites as enrolled; what is missing is added, so that a crash between leaves no gap.
+
+        Args:
+            cards: Reads them, under the registry's lock: who read them before it would undo what another has logged since.
 
         Raises:
             RollbackError: Something is missing, and the log is not the one that sites cosigned.
         """
         with self.database.writing() as session:
-            known, now = membership(leaves(session)), {card.name: asdict(card) for card in cards}
+            known, now = membership(leaves(session)), {card.name: asdict(card) for card in cards()}
             named = {name: digest(canonical(card)) for name, card in now.items()}
             if known != named:
                 self.check_history()

@@ -24,7 +24,7 @@ from cloister_shared.signing import SigningKey, VerifyKey
 from cloister_shared.vectors import Schema, from_safetensors
 
 from cloister_server.compare import fields, modules
-from cloister_server.here import Home, Json, RunName, because, registry, registry_to_change
+from cloister_server.here import Home, Json, RunName, because, public_key, registry, registry_to_change
 from cloister_server.operators import signed, with_key, with_signature
 from cloister_server.store import Store
 from cloister_server.tables import Alias, AliasEvent, Round, Run
@@ -170,7 +170,7 @@ def protect(
         raise InputError("whose key guards it from now on?", where="rounds protect", expected="--key FILE, or --to KEY")
     guard = ""
     if to is not None:
-        guard = VerifyKey.from_hex(to, "--to").raw.hex()
+        guard = public_key(to, "--to").raw.hex()
     elif key is not None and not off:
         guard = SigningKey.load(key).verify_key.raw.hex()
     if guard == now.guard:

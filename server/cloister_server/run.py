@@ -101,7 +101,7 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
     """
     federation, store = coordinator.federation, Store(coordinator.home)
     cards = coordinator.sites()
-    store.log_members(cards)
+    store.log_members(coordinator.sites)
     store.take_fence()
     if len(cards) < federation.min_clients:
         raise InputError(

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cloister_shared.encoding import canonical, digest
-from cloister_shared.errors import InputError, RefusedError, StateError
+from cloister_shared.encoding import canonical, digest, parse_record
+from cloister_shared.errors import InputError, RefusedError, StateError, VerificationError
 from cloister_shared.statement import Proof
 from sqlmodel import Session, select
 
@@ -102,6 +102,12 @@ class Store(Releases):
     def __init__(self, home: Path) -> None:
         super().__init__(home)
         self._fence = 0
+
+    def newest_fence(self) -> int:
+        """The fence number that was taken last; 0 before the first."""
+        with self.database.reading() as session:
+            row = session.get(Fence, 1)
+            return 0 if row is None else row.number
 
     def take_fence(self) -> int:
         """Takes the next fence number: coordinators before this one write no rounds from now on.
@@ -203,8 +209,9 @@ class Store(Releases):
         size_now = self.blobs.size(name)
         if size_now is None:
             raise StateError(
-                "the blob is not there", where=self.blobs.place, got=name[:16], mend="cloister run --resume"
-            )
+                "the blob is not there", where=self.blobs.place, got=name[:16],
+                mend="the same command again; for a run, cloister run --resume",
+            )  # fmt: skip
         _not_given_up(session, name)
         if session.get(Blob, name) is None:
             session.add(Blob(digest=name, kind=kind, bytes=size_now, created=time.time()))
@@ -460,9 +467,11 @@ class Store(Releases):
             return list(session.exec(select(NoisedSum).order_by(NoisedSum.charged)))  # type: ignore[arg-type]
 
     def runs(self) -> list[Run]:
-        """All runs, oldest first."""
+        """All runs, in the order in which the log has them: clocks go back. Those that it does not tell of come first."""
         with self.database.reading() as session:
-            return list(session.exec(select(Run).order_by(Run.created)))  # type: ignore[arg-type]
+            leaves = session.exec(select(Leaf).where(Leaf.kind == "policy"))
+            places = {_run_of(leaf.record): leaf.index for leaf in leaves}
+            return sorted(session.exec(select(Run)), key=lambda run: (places.get(run.id, -1), run.created))
 
     def find_run(self, name: str | None) -> Run:
         """A run by a prefix of its id; for None the newest, of imported ones only where there are no others.
@@ -537,6 +546,13 @@ class Store(Releases):
     def labels(run: Run) -> tuple[str, ...]:
         """The run's labels."""
         return tuple(json.loads(run.task)["labels"])
+
+
+def _run_of(record: bytes) -> str:
+    try:
+        return str(parse_record(record, "log").get("run"))
+    except VerificationError:
+        return ""  # changed by hand: fsck's to tell
 
 
 def _not_given_up(session: Session, adapter: str) -> None:

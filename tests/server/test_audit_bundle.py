@@ -50,7 +50,7 @@ class Case:
 def case(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Case:
     """Three rounds of three sites."""
     world = make_world(tmp_path_factory.mktemp("world"), tiny_bert, sites=3, rounds=3)
-    world.store.log_members(world.coordinator.sites())
+    world.store.log_members(world.coordinator.sites)
     context = world.context()
     early = world.store.checkpoint()
     run_rounds(context, world.link)

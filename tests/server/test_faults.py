@@ -290,7 +290,7 @@ def test_order_is_by_index_where_a_clock_is_a_day_off(
 ) -> None:
     """The coordinator's clock jumps between two rounds: history stays whole for sites, fsck and an auditor."""
     world = make_world(tmp_path, tiny_bert, sites=2, rounds=3)
-    world.store.log_members(world.coordinator.sites())
+    world.store.log_members(world.coordinator.sites)
     jumps = iter(range(1_000_000))
     clock = SimpleNamespace(time=lambda: time.time() + (off if next(jumps) % 2 else 0.0))
     monkeypatch.setattr("cloister_server.log.time", clock)

@@ -31,7 +31,7 @@ from support.tampering import edit
 def world(tmp_path: Path, tiny_bert: Path) -> Iterator[World]:
     """A committed round of three sites and one that came to nothing, which they were all charged for."""
     made = make_world(tmp_path, tiny_bert, sites=3, rounds=4)
-    made.store.log_members(made.coordinator.sites())
+    made.store.log_members(made.coordinator.sites)
     one_round(made.context(), made.link, 1)
     made.link.behaviours = dict.fromkeys(made.desks, unheard)
     with pytest.raises(RefusedError, match="too few"):

@@ -54,7 +54,7 @@ SCHEMA = Schema(
 def world(tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     """Three committed rounds, and the command line set up for them."""
     made = make_world(tmp_path, tiny_bert, sites=2, rounds=3)
-    made.store.log_members(made.coordinator.sites())
+    made.store.log_members(made.coordinator.sites)
     run_rounds(made.context(), made.link)
     monkeypatch.setattr(console.OUTPUT, "home", made.coordinator.home.parent)
     monkeypatch.setattr(console.OUTPUT, "json", True)

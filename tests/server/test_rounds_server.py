@@ -684,7 +684,7 @@ def test_what_a_run_left_open_is_told_when_the_next_one_goes_on(world: World) ->
             raise KilledError
 
     store, before = world.store, world.run
-    store.log_members(world.coordinator.sites())
+    store.log_members(world.coordinator.sites)
     with pytest.raises(KilledError):
         one_round(world.context(), Dying(world.desks), 1)
     first = store.adapter(store.rounds(before.id)[0].adapter or "")

@@ -500,7 +500,7 @@ def test_the_plan_names_the_group(world: World) -> None:
 
 def test_an_auditor_holds_sums_against_the_draw_of_all_members(tmp_path: Path, tiny_bert: Path) -> None:
     world = secure_world(tmp_path, tiny_bert, sites=8)
-    world.store.log_members(world.coordinator.sites())
+    world.store.log_members(world.coordinator.sites)
     one_round(drawn(world.context(), world.link, 4), world.link, 1)
     key, keys = world.coordinator.signing, {m.id: (m.card.name, m.card.verify_key) for m in world.members}
 

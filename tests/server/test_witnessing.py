@@ -225,11 +225,11 @@ def test_the_lower_fence_writes_nothing(world: World) -> None:
 
 
 def test_who_is_admitted_is_in_the_log_whatever_came_between(world: World) -> None:
-    world.store.log_members(world.coordinator.sites())
-    world.store.log_members(world.coordinator.sites())
+    world.store.log_members(world.coordinator.sites)
+    world.store.log_members(world.coordinator.sites)
     assert [leaf.kind for leaf in world.store.leaves()] == ["policy"] + ["enrol"] * 3
     (world.coordinator.home / "sites" / "site-2.json").unlink()
-    world.store.log_members(world.coordinator.sites())
+    world.store.log_members(world.coordinator.sites)
     assert set(membership(world.store.leaves())) == {"site-1", "site-3"}
     assert json.loads(world.store.leaves()[-1].record) | {"at": 0} == {
         "at": 0, "index": 4, "kind": "revoke", "log": world.store.origin, "site": "site-2",
