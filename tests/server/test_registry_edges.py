@@ -295,7 +295,7 @@ def elsewhere(tmp_path: Path) -> Iterator[Store]:
         {"rule": "\x1b[2J"}, {"rule": "average`\n\n## Privacy"}, {"rule": "r" * 1_500_000}, {"run": "\x1b[2J" + "a" * 28},
         {"run": "a" * 5000}, {"tokenizer": "zz"}, {"code": "x\x1b[2J"}, {"code": "x" * 201}, {"round": True},
     ],
-    ids=str,
+    ids=lambda said: str(said)[:40],
 )  # fmt: skip
 def test_what_is_kept_of_an_import_is_of_its_form(
     world: World, elsewhere: Store, tmp_path: Path, said: dict[str, Any]
