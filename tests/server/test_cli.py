@@ -23,6 +23,7 @@ from cloister_server.store import Commit, Store
 from cloister_server.tables import RoundClient, Run
 from cloister_shared import __version__
 from cloister_shared.processes import free_port
+from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import Schema, to_safetensors
 
 from support.registry import a_model, planned
@@ -231,11 +232,17 @@ def registry(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Itera
     home = tmp_path_factory.mktemp("registry")
     federation = read_federation(write_federation(home / "F.toml", tiny_bert))
     (home / "coordinator").mkdir()
-    store, run, schema = start_store(home / "coordinator", federation, find_base(str(tiny_bert), "test"), 3)
-    older = run.model_dump() | {"id": "ee" * 16, "created": 1.0, "finished": 2.0}
+    (home / "other").mkdir()
+    other, run, schema = start_store(home / "other", federation, find_base(str(tiny_bert), "test"), 3)
+    first = other.adapter(other.rounds(run.id)[0].adapter or "")
+    other.close()
+    SigningKey.generate().save(home / "coordinator" / "sign.key")
+    store, older = Store(home / "coordinator"), run.model_dump() | {"id": "ee" * 16, "created": 1.0, "finished": 2.0}
     vector = np.ones(schema.size, dtype=np.float32)
     blob = store.blobs.put(to_safetensors(vector, schema, {}))
     store.start_run(Run(**older), to_safetensors(vector, schema, {}), a_model(run.base))
+    run = Run(**run.model_dump())
+    store.start_run(run, first, a_model(run.base))
 
     def asked(name: str, number: int) -> RoundClient:
         return RoundClient(
@@ -246,7 +253,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Itera
             plan="11" * 32,
             core='{"secret": "core"}',
             weight=10.0,
-            noise_multiplier=1.25,
+            noise_multiplier=12.5,
             sample_rate=0.5,
             steps=2,
             delta=1e-5,

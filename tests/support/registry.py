@@ -32,13 +32,13 @@ def blob_path(store: Store, name: str | None) -> Path:
 
 
 def a_cost(number: int, client: str, run: str = "ab" * 16) -> Privacy:
-    """What a round cost one client, of whom ``a_row`` asked nothing yet."""
+    """What a round of ``a_row`` costs one client."""
     said: dict[str, Any] = {"unit": "record", "epsilon": 0.0, "delta": 1e-5, "lifetime": 0.0}
     return Privacy(run=run, number=number, client=client, scope="record", **said)
 
 
 def a_row(number: int, client: str, run: str = "ab" * 16) -> RoundClient:
-    """What one client is asked."""
+    """What one client is asked: so much noise that it costs next to nothing, as ``a_cost`` states."""
     return RoundClient(
         run=run,
         number=number,
@@ -47,7 +47,7 @@ def a_row(number: int, client: str, run: str = "ab" * 16) -> RoundClient:
         plan=digest(b"{}"),
         core="{}",
         weight=1.0,
-        noise_multiplier=1.0,
+        noise_multiplier=1e4,
         sample_rate=0.1,
         steps=1,
         delta=1e-5,
