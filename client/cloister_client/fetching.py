@@ -28,7 +28,7 @@ from cloister_client.site import Site
 PULLED = "pulled.head"
 _LOG_BYTES = 1 << 30
 # What a leaf takes beside its bytes: one without any costs whoever holds it something too.
-_LEAF_BYTES = 100
+_LEAF_BYTES = 250
 SignedRecord = tuple[bytes, str, str]
 # Leaves, signed head, cosignatures and heads of sites' own logs by client.
 FetchedLog = tuple[list[SignedRecord], str, dict[str, tuple[int, str, str]], dict[str, str]]

@@ -393,7 +393,7 @@ def test_what_is_fetched_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
         stub = SimpleNamespace(Head=lambda *_, head=head, **__: head, Log=lambda *_, leaves=leaves, **__: leaves)
         with pytest.raises(VerificationError, match="too large"):
             _whole_log(stub)
-        assert leaves.told == (5 if any(one.values()) else 51)
+        assert leaves.told == (5 if any(one.values()) else 21)
 
 
 def test_nobody_is_put_out_or_let_in_on_a_log_that_sites_did_not_cosign(world: World) -> None:
