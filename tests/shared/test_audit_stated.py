@@ -146,7 +146,7 @@ def test_losses_without_a_bound_and_rounding_count() -> None:
         side.never = math.log1p(-2e-6)
     assert not screen.covers(5.0, steps)
     assert screen.covers(5.0, history({(2.0, 0.05): 4}))
-    long = history({(300.0, 0.001): 1_000_000})
+    long = history({(10.0, 0.001): 600_000})
     assert _Screen(long, 1e-5).covers(50.0, long)
     assert not _Screen(long, 1e-10).covers(50.0, long)
 
