@@ -14,7 +14,7 @@ from cloister_shared.encoding import canonical
 from cloister_shared.errors import InputError
 from cloister_shared.plan import VOID_PURPOSE
 
-from support.forged import RUN, RUN2, Forged, ForgedSite, again, began, by_key, check, found, lines, named
+from support.forged import HUGE, RUN, RUN2, Forged, ForgedSite, again, began, by_key, check, found, lines, named
 
 
 def without(made: Forged, client: str) -> Trust:
@@ -105,8 +105,33 @@ def test_what_was_given_back_under_an_earlier_key_counts_where_that_is_not_known
         made.close()
         for trust in (made.trust(), by_key(made)):
             assert (("violation", "void") in found(audit(made.bundle, trust))) == forged
+            # Whether it counts nobody can say: so it accuses neither the coordinator nor the site.
+            assert forged or not any(kind == "violation" for kind, _ in found(audit(made.bundle, trust)))
         assert ("incomplete", "void") in found(audit(made.bundle, without(made, old)))
         assert ("violation", "void") not in found(audit(made.bundle, without(made, old)))
+
+
+def test_no_cap_is_broken_by_what_may_have_been_given_back() -> None:
+    made = began(1)
+    first = made.sites[0]
+    plan = named(RUN, 2, first.id)
+    said = {
+        "event": "void",
+        "entry": first.reserve(plan, RUN, 2, HUGE),
+        "plan": plan,
+        "left": "nothing",
+        "at": first.at,
+    }
+    first.events.append(canonical(said | {"signature": first.key.sign(VOID_PURPOSE, canonical(said)).hex()}))
+    made.train(first, RUN, 3, cap=2.0)
+    made.rejoin(first)
+    made.close()
+    assert ("incomplete", "cap") in found(audit(made.bundle, by_key(made)))
+    for trust in (made.trust(), by_key(made)):
+        assert ("violation", "cap") not in found(audit(made.bundle, trust))
+    first.reserve(named(RUN, 4, first.id), RUN, 4, HUGE, cap=2.0)
+    made.close()
+    assert ("violation", "cap") in found(audit(made.bundle, made.trust()))
 
 
 @pytest.mark.parametrize("verdict", ["outlier", "accepted", "missing"])

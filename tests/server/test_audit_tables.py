@@ -111,7 +111,7 @@ def test_the_same_of_many_places_is_one_row() -> None:
 def block(name: str, *spent: float) -> Block:
     points = tuple(Point(0.0, n, e, e) for n, e in enumerate(spent, 1))
     last = spent[-1] if spent else 0.0
-    return Block("i", name, 1, last, last, 1e-5, 8.0, len(spent), 3, points, (), (), True)
+    return Block("i", name, 1, last, last, 1e-5, 8.0, len(spent), len(spent), 3, points, (), (), True)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 1000])
@@ -119,7 +119,7 @@ def test_charts_stay_within_their_frames(count: int) -> None:
     page = budgets([block("one", *(0.01 * n for n in range(1, count + 1)))])
     assert ">0</text>" in page
     assert f">{count}</text>" in page or count in (7, 1000)
-    assert "rounds charged" in page
+    assert ">charges<" in page
     scored = accuracies(
         History(commits=[commit(n, n, asked("one", epsilon=n / 7), accuracy=2.0) for n in range(1, count + 1)])
     )

@@ -287,6 +287,43 @@ def test_members_that_nobody_saw_come_and_go_are_told_so() -> None:
     assert "; nobody else saw this leaf yet" in lines(made.bundle, made.trust(), "Who was enrolled")
 
 
+def test_a_round_that_was_charged_again_costs_all_of_its_charges() -> None:
+    made, terms = Forged(), (1.0, 0.2, 30)
+    made.begin()
+    draw, group = made.drawn([site.key for site in made.sites])
+    for site in made.sites:
+        made.show(site)
+        plan = named(RUN, 1, site.id)
+        for attempt in range(3):
+            site.spend(site.reserve(plan, RUN, 1, terms, secure=made.masks), named("update", plan, attempt))
+    made.commit(
+        RUN, 1, [made.row(site, RUN, 1, terms, charged=3, update="") for site in made.sites], [group], draw, attempt=3
+    )
+    made.round(2, RUN, terms)
+    made.close()
+    got = audit(made.bundle, made.trust())
+    block = got.blocks[0]
+    assert got.findings.exit_code == 0
+    assert (block.rounds, block.charges, block.steps, block.periods[0].rounds) == (2, 4, 120, 2)
+    once, thrice = (epsilon([DpSgd(*terms[:2], terms[2] * n)], 1e-5) for n in (1, 3))
+    assert sorted(count for _, count in block.alone) == [1, 1]
+    assert sorted(e for e, _ in block.alone) == pytest.approx([once, thrice], abs=0.03)
+    said = lines(made.bundle, made.trust(), "Epsilon and delta")
+    assert "2 rounds, charged 4 times, 120 Gaussian steps" in said
+
+
+def test_rounds_of_more_kinds_than_are_worked_out_are_bounded_by_rdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = began(1)
+    for number, steps in ((2, 10), (3, 15)):
+        made.round(number, RUN, (2.0, 0.05, steps))
+    made.close()
+    exact = dict.fromkeys(audit(made.bundle, made.trust()).blocks[0].alone)
+    monkeypatch.setattr("cloister_shared.audit.budget.MOST_KINDS", 2)
+    bounds = dict.fromkeys(audit(made.bundle, made.trust()).blocks[0].alone)
+    assert len(exact) == len(bounds) == 3
+    assert all(bound > known for (bound, _), (known, _) in zip(sorted(bounds), sorted(exact), strict=True))
+
+
 def test_blocks_of_the_same_rounds_are_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Forged()
     made.begin()

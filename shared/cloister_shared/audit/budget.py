@@ -47,7 +47,7 @@ class Period:
 
     Attributes:
         month: For example 2026-11, UTC, by the site's clock.
-        rounds: Entries charged in it.
+        rounds: Rounds with charges in it.
         epsilon: Of the month alone, by PLD.
         lifetime: Of everything up to its end.
         sure: Whether that is by PLD; else by RDP, an upper bound.
@@ -74,11 +74,12 @@ class Block:
         rdp: By RDP.
         delta: At which.
         cap: The cap of its last reservation.
-        rounds: Entries charged.
+        rounds: Rounds that were charged.
+        charges: Entries charged: a round that was begun again may have several.
         steps: Gaussian releases in all.
         points: Its way there.
         periods: What each month cost.
-        alone: Epsilon of each round by itself, by PLD: terms and how many rounds had them.
+        alone: Epsilon of each round by itself, of all its charges, by PLD (by RDP beyond ``MOST_KINDS``), and how many rounds had it.
         sure: Whether ``epsilon`` is by PLD.
     """
 
@@ -90,6 +91,7 @@ class Block:
     delta: float
     cap: float
     rounds: int
+    charges: int
     steps: int
     points: tuple[Point, ...]
     periods: tuple[Period, ...]
@@ -155,7 +157,7 @@ def _block(ledger: Ledger, block: int, charged: list[Entry], looks: int, finding
         findings.incomplete("cap", where, f"its releases are of more than {MOST_KINDS} kinds: they were not worked out")
         bound = by_rdp(_together(charged), delta)
         return Block(
-            *(ledger.client, ledger.name, block, bound, bound, delta, charged[-1].cap, len(charged)),
+            *(ledger.client, ledger.name, block, bound, bound, delta, charged[-1].cap, _rounds(charged), len(charged)),
             *(sum(sum(entry.steps.values()) for entry in charged), (), (), (), False),
         )
     sure_at = {round(i * (len(charged) - 1) / (looks - 1)) for i in range(looks)}
@@ -170,7 +172,10 @@ def _block(ledger: Ledger, block: int, charged: list[Entry], looks: int, finding
             own = known if entry.terms[3] == delta else by_both(so_far, entry.terms[3])[0]
             if own > entry.cap + TOLERANCE:
                 at, sure_of_it = f"{where} entry {entry.number}", sure(so_far, entry.terms[3])
-                if sure_of_it:
+                if any(one.disputed for one in charged[: place + 1]):
+                    what = f"epsilon {own:.4f} at delta {entry.terms[3]:g} is above the cap {entry.cap:g}, where what was given back counts"
+                    findings.incomplete("cap", at, what)
+                elif sure_of_it:
                     what = f"epsilon {own:.4f} at delta {entry.terms[3]:g} is above the cap {entry.cap:g}"
                     findings.violation("cap", at, what)
                 else:
@@ -178,21 +183,39 @@ def _block(ledger: Ledger, block: int, charged: list[Entry], looks: int, finding
                     findings.incomplete("cap", at, what)
     final, bound = by_both(tuple(sorted(whole.items())), delta) if whole else (0.0, 0.0)
     cap = charged[-1].cap if charged else 0.0
-    months, kinds = dict[str, list[Entry]](), Counter[Steps]()
+    months, of_rounds = dict[str, list[Entry]](), dict[tuple[str, int], list[Entry]]()
     for entry in charged:
         months.setdefault(_month(entry.at), []).append(entry)
-        kinds[tuple(sorted(entry.steps.items()))] += 1
+        of_rounds.setdefault((entry.run, entry.round), []).append(entry)
+    kinds = Counter(_together(found) for found in of_rounds.values())
     ends = {_month(point.at): (point.rdp, False) if point.pld is None else (point.pld, True) for point in points}
     periods = tuple(
-        Period(month, len(found), by_both(of_month, delta)[0], *ends[month], sure(of_month, delta))
+        Period(month, _rounds(found), by_both(of_month, delta)[0], *ends[month], sure(of_month, delta))
         for month, found in months.items()
         for of_month in [_together(found)]
     )
-    alone = tuple((by_both(steps, delta)[0], count) for steps, count in kinds.items())
+    few = len(kinds) <= MOST_KINDS
+    alone = tuple((by_both(of, delta)[0] if few else by_rdp(of, delta), count) for of, count in kinds.items())
     return Block(
-        *(ledger.client, ledger.name, block, final, bound, delta, cap, len(charged), sum(whole.values())),
-        *(tuple(points), periods, alone, not whole or sure(tuple(sorted(whole.items())), delta)),
+        client=ledger.client,
+        site=ledger.name,
+        block=block,
+        epsilon=final,
+        rdp=bound,
+        delta=delta,
+        cap=cap,
+        rounds=len(of_rounds),
+        charges=len(charged),
+        steps=sum(whole.values()),
+        points=tuple(points),
+        periods=periods,
+        alone=alone,
+        sure=not whole or sure(tuple(sorted(whole.items())), delta),
     )
+
+
+def _rounds(charged: list[Entry]) -> int:
+    return len({(entry.run, entry.round) for entry in charged})
 
 
 def _month(at: float) -> str:

@@ -66,7 +66,7 @@ def budgets(blocks: Sequence[Block]) -> str:
         lines.append(f'<text {place} fill="{colour}">{escape(merged(names))}</text>')
     return "<h2>Budget over time</h2>" + _frame(
         tall,
-        (count, "rounds charged", 1.0),
+        (count, "charges", 1.0),
         (most, "epsilon by PLD; dashed: the cap"),
         "".join(lines),
         tall + 86 + 18 * len(ways),

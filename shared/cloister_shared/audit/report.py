@@ -95,6 +95,10 @@ def _by(block: Block) -> str:
     return f"by PLD; RDP's looser bound is {block.rdp:.4f}"
 
 
+def _charges(block: Block) -> str:
+    return f", charged {block.charges} times" if block.charges != block.rounds else ""
+
+
 def _each(epsilon: float, count: int) -> str:
     return f"{epsilon:.4f} ({many(count, 'round')})"
 
@@ -230,7 +234,7 @@ def answers(
     lost = _alike(
         (
             name,
-            f"{n['spent']} rounds spent, {n['lost']} lost (charged, nothing left), {n['void']} given back before text was read",
+            f"{many(n['spent'], 'charge')} spent, {n['lost']} lost (charged, nothing left), {n['void']} given back before text was read",
         )
         for name, n in states
     )
@@ -238,7 +242,7 @@ def answers(
     final = _alike(
         (
             name,
-            f"lifetime epsilon {b.epsilon:.4f} of a cap of {b.cap:g}, at delta {b.delta:g}: {many(b.rounds, 'round')},"
+            f"lifetime epsilon {b.epsilon:.4f} of a cap of {b.cap:g}, at delta {b.delta:g}: {many(b.rounds, 'round')}{_charges(b)},"
             f" {b.steps} Gaussian steps ({_by(b)})",
         )
         for name, b in held

@@ -50,6 +50,7 @@ class Entry:
         update: Digest of what it was spent for.
         vector: Digest of the update alone, without numbers beside it; empty where the process died between.
         closed_at: Index of the event that closed it.
+        disputed: Given back by a word of which nobody here can say whether it is the site's: it counts, and accuses nobody.
     """
 
     number: int
@@ -66,6 +67,7 @@ class Entry:
     update: str = ""
     vector: str = ""
     closed_at: int = -1
+    disputed: bool = False
 
 
 @dataclass
@@ -362,6 +364,7 @@ def _close(
         if not sure & set(by) or record.get("plan") != entry.plan or record.get("left") != "nothing":
             entry.state = "lost"
             if by or any(name == ledger.name and i not in trust.sites for i, name in history.names.items()):
+                entry.disputed = True
                 what = "given back under a key of which the trust file does not say that it is this site's: it counts"
                 findings.incomplete("void", at, what)
             else:

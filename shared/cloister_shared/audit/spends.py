@@ -187,7 +187,7 @@ def _from_ledgers(
         for entry in ledger.entries.values():
             where = f"site {ledger.name}, entry {entry.number}, round {entry.round} of run {entry.run[:8]}"
             key = entry.plan, entry.run, entry.round
-            if entry.state == "void":
+            if entry.state == "void" or entry.disputed:
                 continue
             said = [one for one in told.get(key, ()) if of.get(one.client) is ledger]
             unknown = [i for one in told.get(key, ()) for i in [one.client] if i not in trust.sites]
