@@ -378,6 +378,24 @@ class Ledger:
             named = dict(zip(("log", "size", "root"), values, strict=True))
             events.append({"event": "witness", "at": time.time(), "note": note} | named)
 
+    def fetched_head(self, log: str) -> Checkpoint | None:
+        """The newest head of another's log that this site fetched beside its rounds; None before the first."""
+        event = "CAST(record AS TEXT)"
+        with self._chain.reading() as db:
+            row = db.execute(
+                f"SELECT json_extract({event}, '$.size'), json_extract({event}, '$.root') FROM event"  # noqa: S608
+                f" WHERE json_extract({event}, '$.event') = 'fetched' AND json_extract({event}, '$.log') = ?"
+                " ORDER BY seq DESC LIMIT 1",
+                (log,),
+            ).fetchone()
+        return None if row is None else Checkpoint(log, row[0], bytes.fromhex(row[1]))
+
+    def fetched(self, head: Checkpoint, note: str) -> None:
+        """Chains a head of another's log that this site fetched beside its rounds, with its keeper's signature: no quorum for it."""
+        with self._chain.transaction() as (_, events):
+            named = {"log": head.origin, "size": head.size, "root": head.root.hex()}
+            events.append({"event": "fetched", "at": time.time(), "note": note} | named)
+
     def receipt(self, record: dict[str, object]) -> None:
         """Chains what the coordinator says became of an update, once for each work."""
         with self._chain.transaction() as (db, events):

@@ -63,8 +63,38 @@ class Witness:
             RefusedError: The log shrank or forked, the view does not hold, or this site's own ledger was put back.
         """
         before = self.ledger.seen_head(self.origin)
+        now = self._follow(view, before)
+        self._own(own_head)
+        if before != now:
+            self.ledger.witness(now, own_note(view.note, self.coordinator, self.origin))
+        name = self.signing.verify_key.id.hex()
+        return before, now.cosigned(name, self.signing, int(time.time()))
+
+    def known(self) -> Checkpoint | None:
+        """The newest head of the coordinator's log that this site saw or fetched; None before the first."""
+        found = [self.ledger.seen_head(self.origin), self.ledger.fetched_head(self.origin)]
+        return max((head for head in found if head is not None), key=lambda head: head.size, default=None)
+
+    def fetched(self, view: View, before: Checkpoint | None) -> None:
+        """Follows the coordinator's log as this site fetched it beside its rounds, and remembers its head.
+
+        So an export says up to where this site knows of its rounds, though it takes part in none. Nothing is cosigned, and of the next
+        plan no quorum is asked for this head: the other sites need not have seen it.
+
+        Args:
+            view: The log from its first leaf.
+            before: What was ``known`` before it was fetched: an agent that is at work may have seen more by now.
+
+        Raises:
+            RefusedError: As ``look``.
+        """
+        now, known = self._follow(view, before), self.known()
+        if known is None or known.size < now.size:
+            self.ledger.fetched(now, own_note(view.note, self.coordinator, self.origin))
+
+    def _follow(self, view: View, before: Checkpoint | None) -> Checkpoint:
         try:
-            now = follow(view, self.coordinator, self.origin, before, "the coordinator's log")
+            return follow(view, self.coordinator, self.origin, before, "the coordinator's log")
         except RollbackError as error:
             shown = own_note(view.note, self.coordinator, self.origin)
             seen = "" if before is None else before.text
@@ -76,11 +106,6 @@ class Witness:
             raise RefusedError("witness.history", error.what, expected=error.expected, got=error.got) from error
         except VerificationError as error:
             raise RefusedError("witness.view", error.what, expected=error.expected, got=error.got) from error
-        self._own(own_head)
-        if before != now:
-            self.ledger.witness(now, own_note(view.note, self.coordinator, self.origin))
-        name = self.signing.verify_key.id.hex()
-        return before, now.cosigned(name, self.signing, int(time.time()))
 
     def enough(self, view: View, before: Checkpoint | None) -> None:
         """Sees that enough others saw what this site saw the last time.

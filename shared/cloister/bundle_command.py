@@ -1,8 +1,8 @@
 """``cloister audit export | fetch | trust``: what this machine holds, or may fetch, of a federation, as one file for an auditor.
 
-A site exports its own log, in which what says something of its text is a salted hash; a coordinator exports the federation's; where both
-are here (a demo, a laptop), both; neither needs a server. An auditor with a token fetches the
-federation's log alone, and remembers its head.
+A site exports its own log, in which what says something of its text is a salted hash, and beside it the federation's as its coordinator
+shows it, whose head it remembers; a coordinator exports the federation's; where both are here (a demo, a laptop), both. An auditor with a
+token fetches the federation's log alone, and remembers its head.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from cloister_shared import console
@@ -20,12 +20,15 @@ from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog, write_bund
 from cloister_shared.audit.findings import many
 from cloister_shared.audit.trust import AT_COORDINATOR, read_trust, trust_of, write_trust
 from cloister_shared.cards import read_coordinator_card, read_site_card
-from cloister_shared.errors import CloisterError, InputError, RollbackError, VerificationError
+from cloister_shared.errors import CloisterError, InputError, RefusedError, RollbackError, VerificationError
 from cloister_shared.invitation import Invitation
 from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import Checkpoint, claimed
 from cloister_shared.signing import SigningKey, VerifyKey, read_secret
-from cloister_shared.witness import log_of_federation, log_of_site
+from cloister_shared.witness import View, log_of_federation, log_of_site
+
+if TYPE_CHECKING:
+    from cloister_client.witness import Witness
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Home = Annotated[Path | None, typer.Option("--home", help="Folder of state.")]
@@ -38,17 +41,31 @@ def register(app: typer.Typer) -> None:
     app.command("trust")(trust)
 
 
-def _site_log(home: Path) -> tuple[str, SiteLog]:
+def _witness(home: Path) -> Witness:
+    """A site that is here, as a witness of its coordinator's log."""
     from cloister_client.data import open_ledger
     from cloister_client.site import act_as_agent, read_site
+    from cloister_client.witness import Witness
 
     site = read_site(home)
     act_as_agent(site)
     ledger, signing = open_ledger(site), SigningKey.load(site.agent_home / "sign.key")
-    origin, events = log_of_site(read_secret(site.agent_home / "unit.key", 32)), tuple(ledger.records())
+    origin = log_of_site(read_secret(site.agent_home / "unit.key", 32))
+    return Witness(ledger, signing, site.coordinator().verify_key, origin, {}, 0)
+
+
+def _seen_by(site: Witness, before: Checkpoint | None, federation: Bundle) -> None:
+    """A site remembers the federation's log as it is in the bundle, where that is its coordinator's."""
+    if federation.note.partition("\n")[0] == site.origin:
+        hashes = tuple(leaf_hash(leaf.record) for leaf in federation.leaves)
+        site.fetched(View(federation.note, 0, (), hashes, {}), before)
+
+
+def _site_log(site: Witness) -> SiteLog:
+    events = tuple(site.ledger.records())
     # Of exactly what was read: a round may go on beside this.
-    head = Checkpoint(origin, len(events), Tree(map(leaf_hash, events)).root())
-    return signing.verify_key.id.hex(), SiteLog(events, head.signed(signing))
+    head = Checkpoint(site.name, len(events), Tree(map(leaf_hash, events)).root())
+    return SiteLog(events, head.signed(site.signing))
 
 
 def _federation(made: float, *, adapters: bool) -> Bundle:
@@ -106,18 +123,38 @@ def export(
         )
     if os.path.lexists(out):
         raise InputError("there is a file already", where=str(out), mend="choose another --out")
-    made, logs, left_out, put_back = round(time.time()), dict[str, SiteLog](), list[str](), 0
-    # Sites first: what they saw of the federation's log is then in what is read of it.
+    made, logs, left_out, code = round(time.time()), dict[str, SiteLog](), list[str](), 0
+    known: dict[str, tuple[Witness, Checkpoint | None]] = {}
     for folder in sites:
         try:
-            client, log = _site_log(folder)
-            logs[client] = log
+            site = _witness(folder)
+            known[folder.name] = site, site.known()
         except CloisterError as error:
             if not here:
                 raise
             left_out.append(f"left out: the log of {folder.name}: {error}")
-            put_back = max(put_back, error.exit_code if isinstance(error, RollbackError) else 0)
-    bundle = replace(_federation(made, adapters=adapters) if here else _fetched(made, sites), sites=logs)
+            code = max(code, error.exit_code if isinstance(error, RollbackError) else 0)
+    federation = Bundle(made, (), "")
+    try:
+        federation = _federation(made, adapters=adapters) if here else _fetched(made, sites)
+    except CloisterError as error:
+        if here:
+            raise
+        # Its own log a site can show without its coordinator.
+        left_out.append(f"left out: the federation's log: {error}")
+        code = max(code, error.exit_code)
+    for name, (site, before) in known.items():
+        try:
+            _seen_by(site, before, federation)
+        except RefusedError as error:
+            left_out.append(f"{name} does not follow the federation's log: {error}")
+            code = max(code, RollbackError.exit_code if error.rule == "witness.history" else error.exit_code)
+        logs[site.signing.verify_key.id.hex()] = _site_log(site)
+    mine = [site.known() for site, _ in known.values() if federation.note.partition("\n")[0] == site.origin]
+    if not code and any(head is not None and head.size > len(federation.leaves) for head in mine):
+        # A round went on beside this: what sites saw must be in what is here.
+        federation = _federation(made, adapters=adapters) if here else _fetched(made, sites)
+    bundle = replace(federation, sites=logs)
     write_bundle(out, bundle)
     console.emit(
         {
@@ -135,8 +172,8 @@ def export(
             "give it to the auditor; the trust file goes another way: cloister audit trust --out TRUST.json",
         ],
     )
-    if put_back:
-        raise typer.Exit(put_back)
+    if code:
+        raise typer.Exit(code)
 
 
 def fetch(

@@ -39,7 +39,7 @@ def test_sites_join_by_token_and_one_is_put_out_while_a_run_goes_on(tiny_bert: P
         (alone / "sites").mkdir(parents=True)
         (alone / "sites" / "site-1").symlink_to(lab.home / "sites" / "site-1")
         exported = lab.done("--home", str(alone), "audit", "export", "--out", str(lab.home / "bundle.zip"))
-        assert (exported["sites"], exported["leaves"] >= 5) == (1, True)
+        assert (exported["sites"], exported["leaves"] >= 5, exported["left_out"]) == (1, True, [])
         lab.done("--home", str(alone), "audit", "trust", "--out", str(lab.home / "trust.json"))
         verify = [sys.executable, "-m", "cloister_shared.audit.command", str(lab.home / "bundle.zip"), "--json"]
         audited = subprocess.run(

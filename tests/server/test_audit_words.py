@@ -17,7 +17,21 @@ from cloister_shared.notes import Checkpoint
 from cloister_shared.plan import VOID_PURPOSE
 from cloister_shared.privacy import DpSgd, epsilon
 
-from support.forged import HUGE, RUN, RUN2, Forged, ForgedSite, again, began, by_key, check, found, lines, named
+from support.forged import (
+    HUGE,
+    RUN,
+    RUN2,
+    Forged,
+    ForgedSite,
+    again,
+    began,
+    by_key,
+    check,
+    found,
+    head_of,
+    lines,
+    named,
+)
 
 
 def put_under(made: Forged, name: str) -> ForgedSite:
@@ -99,6 +113,27 @@ def test_an_older_export_of_a_site_says_nothing_of_later_rounds(hidden: str) -> 
     older = replace(made.bundle, sites={**made.bundle.sites, first.id: early})
     older = replace(older, cosignatures={**made.cosigned, first.id: seen})
     assert ("incomplete", "stale") in found(audit(older, made.trust()))
+
+
+def test_a_site_that_was_away_says_what_it_knows_by_fetching_the_log() -> None:
+    made = began(2, sites=4)
+    made.close()
+    away = made.sites[0]
+    rows = [made.row(away, RUN, 3, verdict="missing", update="", charged=0, head="")]
+    for site in made.sites[1:]:
+        made.train(site, RUN, 3)
+        rows.append(made.row(site, RUN, 3))
+    made.commit(RUN, 3, rows)
+    for site in made.sites[1:]:
+        made.show(site)
+    assert found(audit(made.bundle, made.trust())) == {("incomplete", "stale")}
+    at = made.head
+    away.add("fetched", note=at.signed(made.key), log=at.origin, size=at.size, root=at.root.hex())
+    assert found(audit(made.bundle, made.trust())) == set()
+    # Another history that the coordinator signed is its fork, seen in a round or beside it.
+    other = head_of(made.origin, [leaf.record for leaf in made.leaves[::-1]])
+    away.add("fetched", note=other.signed(made.key), log=other.origin, size=other.size, root=other.root.hex())
+    assert ("fork", "witnessed") in found(audit(made.bundle, made.trust()))
 
 
 def test_a_last_round_that_a_site_has_no_receipt_of_is_no_later_one() -> None:

@@ -353,12 +353,66 @@ def test_an_export_without_a_log_that_was_put_back_says_so_by_its_exit_code(
     def put_back(_: Path) -> Any:
         raise RollbackError("the ledger was put back", where="site-1")
 
-    monkeypatch.setattr(bundle_command, "_site_log", put_back)
+    monkeypatch.setattr(bundle_command, "_witness", put_back)
     monkeypatch.setattr(console, "site_homes", lambda: [tmp_path / "site-1"])
     with pytest.raises(typer.Exit) as left:
         bundle_command.export(tmp_path / "bundle.zip")
     assert left.value.exit_code == 3
     assert read_bundle(tmp_path / "bundle.zip").sites == {}
+
+
+def test_a_site_that_exports_knows_of_the_federations_log_what_is_in_its_bundle(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    witness = world.desks[100].witness
+    monkeypatch.setattr(bundle_command, "_witness", lambda _: witness)
+    monkeypatch.setattr(console, "site_homes", lambda: [tmp_path / "site-1"])
+    world.store.log("recovery", {"what": "told after the last round"})
+    bundle_command.export(tmp_path / "one.zip")
+    bundle = read_bundle(tmp_path / "one.zip")
+    (log,) = bundle.sites.values()
+    assert json.loads(log.events[-1])["size"] == len(bundle.leaves) == len(world.store.leaves())
+    # A round that goes on beside it: what its log saw is in what is read once more.
+    real, asked = bundle_command._federation, list[int]()
+
+    def slow(made: float, *, adapters: bool) -> Bundle:
+        found = real(made, adapters=adapters)
+        asked.append(len(found.leaves))
+        if len(asked) == 1:
+            world.store.log("recovery", {"what": "seen by the agent meanwhile"})
+            at = world.store.checkpoint()
+            witness.ledger.witness(at, world.store.signed_checkpoint(at))
+        return found
+
+    monkeypatch.setattr(bundle_command, "_federation", slow)
+    bundle_command.export(tmp_path / "two.zip")
+    assert asked == [len(bundle.leaves), len(bundle.leaves) + 1]
+    assert len(read_bundle(tmp_path / "two.zip").leaves) == asked[1]
+    # Another history than the site saw: both are in the bundle, and the site's log says so.
+    monkeypatch.setattr(bundle_command, "_federation", lambda *_, **__: bundle)
+    with pytest.raises(typer.Exit) as left:
+        bundle_command.export(tmp_path / "three.zip")
+    assert left.value.exit_code == 3
+    three = read_bundle(tmp_path / "three.zip")
+    assert len(three.leaves) == len(bundle.leaves)
+    assert json.loads(three.sites[witness.signing.verify_key.id.hex()].events[-1])["event"] == "incident"
+
+
+def test_a_site_shows_its_own_log_though_its_coordinator_does_not_answer(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def down(*_: object) -> Bundle:
+        raise StateError("nobody answers", where="the coordinator")
+
+    monkeypatch.setattr(bundle_command, "_witness", lambda _: world.desks[100].witness)
+    monkeypatch.setattr(bundle_command, "_fetched", down)
+    monkeypatch.setattr(console, "coordinator_home", lambda: tmp_path / "none")
+    monkeypatch.setattr(console, "site_homes", lambda: [tmp_path / "site-1"])
+    with pytest.raises(typer.Exit) as left:
+        bundle_command.export(tmp_path / "bundle.zip")
+    assert left.value.exit_code == 2
+    bundle = read_bundle(tmp_path / "bundle.zip")
+    assert (bundle.leaves, len(bundle.sites)) == ((), 1)
 
 
 def test_a_signature_that_nobody_asked_for_is_not_dropped_silently(world: World, tmp_path: Path) -> None:

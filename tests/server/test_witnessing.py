@@ -26,7 +26,7 @@ from cloister_shared.merkle import Tree, check_consistency, leaf_hash
 from cloister_shared.notes import Checkpoint, read_checkpoint
 from cloister_shared.plan import Receipt
 from cloister_shared.signing import SigningKey
-from cloister_shared.witness import LEAF_PURPOSE
+from cloister_shared.witness import LEAF_PURPOSE, View
 
 from support.server_world import Loopback, World, forged_vector, make_world
 
@@ -149,6 +149,56 @@ def test_two_views_cannot_bring_a_quorum_together(world: World, tmp_path: Path) 
         one_round(replace(context, store=mine, members=one, federation=few), world.link, 2)
     assert world.charged(100) == 1
     one_round(replace(context, store=theirs, members=rest, federation=few), world.link, 2)
+
+
+def fetched(world: World, store: Store) -> View:
+    """The log from its first leaf, as a site fetches it beside its rounds."""
+    return View(store.signed_checkpoint(store.checkpoint()), 0, (), tuple(leaf.hash for leaf in store.leaves()), {})
+
+
+def test_a_head_that_was_fetched_is_remembered_and_asks_nothing_of_the_other_sites(world: World) -> None:
+    context, witness = world.context(), world.desks[100].witness
+    one_round(context, world.link, 1)
+    world.store.log("recovery", {"what": "a leaf that no plan brought"})
+    saw = witness.ledger.seen_head(witness.origin)
+    for _ in range(2):
+        before = witness.known()
+        witness.fetched(fetched(world, world.store), before)
+    (kept,) = [e for e in said(world, 100) if e["event"] == "fetched"]
+    assert (kept["size"], kept["root"]) == (world.store.checkpoint().size, world.store.checkpoint().root.hex())
+    assert (witness.known(), witness.ledger.seen_head(witness.origin)) == (world.store.checkpoint(), saw)
+    # The others did not see that head: a quorum for it would cost this site the round.
+    one_round(context, world.link, 2)
+    assert set(world.verdicts(2).values()) == {"accepted"}
+
+
+def test_what_was_fetched_before_an_agent_saw_more_accuses_nobody(world: World) -> None:
+    context, witness = world.context(), world.desks[100].witness
+    one_round(context, world.link, 1)
+    before, old = witness.known(), fetched(world, world.store)
+    one_round(context, world.link, 2)
+    one_round(context, world.link, 3)
+    witness.fetched(old, before)
+    assert {"fetched", "incident"}.isdisjoint(e["event"] for e in said(world, 100))
+
+
+@pytest.mark.parametrize("shrank", [False, True])
+def test_a_history_that_changed_is_seen_by_who_fetches_it(world: World, tmp_path: Path, shrank: bool) -> None:
+    context, witness = world.context(), world.desks[100].witness
+    one_round(context, world.link, 1)
+    shutil.copy(world.store.home / "registry.db", tmp_path / "old.db")
+    world.store.log("recovery", {"what": "seen by whoever fetches"})
+    witness.fetched(fetched(world, world.store), witness.known())
+    world.store.close()
+    shutil.copy(tmp_path / "old.db", world.store.home / "registry.db")
+    again = Store(world.store.home)
+    if not shrank:
+        again.log("recovery", {"what": "something else"})
+    with pytest.raises(RefusedError, match="shrank" if shrank else "history was changed"):
+        witness.fetched(fetched(world, again), witness.known())
+    assert [e["event"] for e in said(world, 100)][-1] == "incident"
+    with pytest.raises(RefusedError, match="not of the leaves"):
+        witness.fetched(replace(fetched(world, again), hashes=()), None)
 
 
 def test_a_quorum_that_was_lost_comes_together_at_the_next_attempt(world: World) -> None:

@@ -272,7 +272,7 @@ def _tell(
         _close(ledger, index, record, trust, history, findings, at)
     elif kind == "receipt":
         _receipt(ledger, record, trust, history, findings, at)
-    elif kind == "witness":
+    elif kind in ("witness", "fetched"):
         _seen(words_of_note(record, "note"), ledger, trust, history, findings, at)
         _same_as_note(record, trust, history, findings, at)
     elif kind == "nonprivate_release":
