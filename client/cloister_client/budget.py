@@ -178,6 +178,24 @@ class Ledger:
             broken_off.unlink(missing_ok=True)
         return lost
 
+    def attempted(self, plan: str, attempt: int) -> bool:
+        """Remembers that an attempt at a work is here, before anything is answered; whether it is the first time.
+
+        Whoever carries messages may bring one again after its answer: what that answer said of charges must stay true. Attempts are no
+        part of the log: they say nothing of the text, and there may be many.
+        """
+        with self._chain.transaction() as (db, _):
+            row = db.execute("SELECT newest FROM attempt WHERE plan = ?", (plan,)).fetchone()
+            if row is not None and attempt <= row[0]:
+                return False
+            how = (
+                "UPDATE attempt SET newest = ? WHERE plan = ?"
+                if row
+                else "INSERT INTO attempt (newest, plan) VALUES (?, ?)"
+            )
+            db.execute(how, (attempt, plan))
+            return True
+
     def reserve(self, core: PlanCore, rounds_per_day: int) -> Reservation:
         """Reserves the cost of ``core`` durably in every block that can bear it.
 

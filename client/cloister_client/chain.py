@@ -106,6 +106,10 @@ CREATE TABLE IF NOT EXISTS receipt (
   plan TEXT NOT NULL PRIMARY KEY,
   record TEXT NOT NULL CHECK (length(record) = 64)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS attempt (
+  plan TEXT NOT NULL PRIMARY KEY CHECK (length(plan) = 64),
+  newest INTEGER NOT NULL CHECK (newest >= 1)
+) WITHOUT ROWID;
 CREATE UNIQUE INDEX IF NOT EXISTS one_open_or_spent ON entry (plan) WHERE state IN ('reserved', 'spent');
 CREATE TRIGGER IF NOT EXISTS entry_stays BEFORE DELETE ON entry BEGIN SELECT RAISE(ABORT, 'entries are for good'); END;
 CREATE TRIGGER IF NOT EXISTS entry_not_replaced BEFORE INSERT ON entry WHEN EXISTS (SELECT 1 FROM entry WHERE id = NEW.id
@@ -116,6 +120,12 @@ CREATE TRIGGER IF NOT EXISTS entry_only_closes BEFORE UPDATE ON entry WHEN OLD.s
   OR NEW.plan <> OLD.plan OR NEW.run <> OLD.run OR NEW.reserved_at <> OLD.reserved_at
   OR NEW.base <> OLD.base OR NEW.record <> OLD.record
   BEGIN SELECT RAISE(ABORT, 'entries only close'); END;
+"""
+SCHEMA += """CREATE TRIGGER IF NOT EXISTS attempt_stays BEFORE DELETE ON attempt BEGIN SELECT RAISE(ABORT, 'for good'); END;
+CREATE TRIGGER IF NOT EXISTS attempt_only_grows BEFORE UPDATE ON attempt WHEN NEW.plan <> OLD.plan OR NEW.newest <= OLD.newest
+  BEGIN SELECT RAISE(ABORT, 'attempts only grow'); END;
+CREATE TRIGGER IF NOT EXISTS attempt_not_replaced BEFORE INSERT ON attempt WHEN EXISTS (SELECT 1 FROM attempt WHERE plan = NEW.plan)
+  BEGIN SELECT RAISE(ABORT, 'for good'); END;
 """
 for _table, _key in (
     ("event", "seq = NEW.seq"),

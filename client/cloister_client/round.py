@@ -1,6 +1,6 @@
 """The story of a round at the client.
 
-    open envelope -> verify plan -> receipts -> policy -> kept update? -> reserve -> account -> train with DP -> keep -> spend
+    open envelope -> verify plan -> receipts -> attempt -> policy -> kept update? -> reserve -> account -> train with DP -> keep -> spend
     -> release -> (mask) -> seal
 
 Under secure aggregation the plan comes between messages of ``sums``, which are answered here too and need no text.
@@ -138,6 +138,8 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
     core = plan.core
     _same(header, plan)
     settle(desk, plan.receipts)
+    # Not in what is answered: whoever cannot remember an attempt says nothing of it.
+    first = desk.ledger.attempted(core.digest, plan.attempt)
     # Told also where the log is refused: how far this site's own ledger goes hides nothing.
     preface: Callable[[], Preface] = partial(desk.witness.preface, "")
     try:
@@ -151,6 +153,13 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
             raise RefusedError("policy.plan_age", "the plan is stale", expected=f"issued within {PLAN_SECONDS} s")
         desk.sums.expect(core, plan.attempt, plan.sharers, plan.shares)
         kept = kept_update(desk, core)
+        if not kept and not first:
+            raise RefusedError(
+                "budget.attempt_again",
+                "this attempt was here before",
+                expected="a newer attempt",
+                got=f"attempt {plan.attempt}",
+            )
         update, others = (kept, ()) if kept else work(desk, core, rest)
         mask = None if core.secure is None else partial(_masked, desk, plan)
         passed = NoisedUpdate(update)

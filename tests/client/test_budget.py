@@ -87,6 +87,22 @@ def test_a_round_over_the_cap_is_refused_and_reserves_nothing(ledger: Ledger) ->
     ledger.reserve(core(2, steps=1), 1000)
 
 
+def test_an_attempt_is_new_once_and_attempts_only_grow(ledger: Ledger) -> None:
+    plan, other, before = "ab" * 32, "cd" * 32, ledger.records()
+    assert [ledger.attempted(plan, n) for n in (2, 2, 1, 3, 3)] == [True, False, False, True, False]
+    assert ledger.attempted(other, 1)
+    assert not _again(ledger).attempted(plan, 3)
+    assert ledger.records() == before
+    for statement in (
+        "DELETE FROM attempt",
+        "UPDATE attempt SET newest = 2",
+        "UPDATE attempt SET plan = 'ef', newest = 9",
+        f"INSERT OR REPLACE INTO attempt VALUES ('{plan}', 1)",
+    ):
+        with closing(sqlite3.connect(ledger.path)) as db, pytest.raises(sqlite3.IntegrityError):
+            db.execute(statement)
+
+
 def test_open_reservations_count_against_the_cap_at_once(ledger: Ledger) -> None:
     ledger.reserve(core(1, steps=12), 1000)
     assert _refused(ledger, 2) == "budget.epsilon_cap"

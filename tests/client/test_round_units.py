@@ -66,9 +66,9 @@ def desk_of(world: World, site: Site) -> Desk:
     return desk
 
 
-def answer(world: World, desk: Desk, number: int, **training: Any) -> tuple[Header, bytes]:
+def answer(world: World, desk: Desk, number: int, attempt: int = 1, **training: Any) -> tuple[Header, bytes]:
     core = world.core(desk.signing.verify_key.id, round=number, training=spec(**(ROUND | training)))
-    asked = ask(world, desk.signing.verify_key.id, desk.opening, core)
+    asked = ask(world, desk.signing.verify_key.id, desk.opening, core, attempt=attempt)
     return open_answer(world, asked, execute(desk, asked.envelope), desk.signing)
 
 
@@ -207,7 +207,7 @@ def test_a_block_that_is_spent_is_left_out_and_a_fresh_one_trains_on(
     assert refused(answer(world, desk, 3)) == "budget.epsilon_cap"
     add(site, Source(rows(tmp_path, "more.jsonl", range(10), 1), "text", "label"))
     desk = desk_of(world, site)
-    assert answer(world, desk, 3)[0].codec == Codec.UPDATE_F32
+    assert answer(world, desk, 3, 2)[0].codec == Codec.UPDATE_F32
     assert [len(data.units) for data in seen] == [6, 6, 4]
     old, new = desk.ledger.standings()
     assert (old.rounds, old.epsilon, new.rounds) == (2, two, 1)
@@ -223,7 +223,7 @@ def test_one_new_unit_does_not_decide_whether_there_is_an_answer(world: World, t
     assert answer(world, desk, 1)[0].codec == Codec.UPDATE_F32
     assert refused(answer(world, desk, 2)) == "budget.epsilon_cap"
     assert add(site, Source(rows(tmp_path, "more.jsonl", range(6 + more), 1), "text", "label")).new == more
-    assert answer(world, desk_of(world, site), 2)[0].codec == Codec.UPDATE_F32
+    assert answer(world, desk_of(world, site), 2, 2)[0].codec == Codec.UPDATE_F32
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cloister_shared.audit import command
+from cloister_shared.audit import accountant, command
 from cloister_shared.audit.alike import merged
 from cloister_shared.audit.bundle import Bundle, SiteLog, read_bundle, write_bundle
 from cloister_shared.audit.command import audit
@@ -320,6 +320,24 @@ def test_members_that_nobody_saw_come_and_go_are_told_so() -> None:
     made.leaf("revoke", site="site-3")
     assert "revoke site-3" in lines(made.bundle, made.trust(), "Who was enrolled")
     assert "; nobody else saw this leaf yet" in lines(made.bundle, made.trust(), "Who was enrolled")
+
+
+def test_points_on_a_blocks_way_are_bounded_by_rdp_but_for_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, composed = began(60), list[object]()
+    made.close()
+    accountant.forget()
+    real = accountant._distribution
+
+    def counted(*of: Any) -> Any:
+        composed.append(of)
+        return real(*of)
+
+    monkeypatch.setattr(accountant, "_distribution", counted)
+    blocks = audit(made.bundle, made.trust()).blocks
+    known = [point.pld for point in blocks[0].points if point.pld is not None]
+    assert len(blocks[0].points) == 60
+    assert 2 <= len(known) < 30
+    assert len(set(composed)) < 60
 
 
 def test_a_round_that_was_charged_again_costs_all_of_its_charges() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cloister_client import round as round_at_client
 from cloister_client.round import Desk, execute
 from cloister_flower.frames import reply
 from cloister_server.accounting import REFUSED, close_abandoned
@@ -116,6 +117,57 @@ def test_a_plan_that_is_delivered_again_stays_charged(world: World, tmp_path: Pa
     assert (row.verdict, row.charged, row.reason.split(";")[0]) == (REFUSED, 0, "policy.from_hour")
     export_round(world.store, world.run, 4, tmp_path / "x")
     assert all(signed(tmp_path / "x")[name] >= epsilon - 0.01 for name, epsilon in spent(world).items())
+
+
+def test_a_plan_that_was_refused_is_not_done_when_it_comes_again(world: World, tmp_path: Path) -> None:
+    """Whoever carries messages delivers a plan while the site's hours are over, and the very same again, soon or when all is over."""
+    frames = list[bytes]()
+
+    def refused_first(link: Loopback, node: int, frame: bytes, message: Any) -> Any:
+        frames.append(frame)
+        refusal = reply(execute(over_by_now(link.desks[node]), frame), message)
+        execute(link.desks[node], frame)
+        return refusal
+
+    one_round(world.context(), world.link, 2)
+    charged = world.charged(100)
+    world.link.behaviours = {100: refused_first}
+    one_round(world.context(), world.link, 3)
+    row = refused_in(world, 3)
+    assert (row.verdict, row.charged, world.charged(100)) == (REFUSED, 0, charged)
+    world.link.behaviours = {}
+    one_round(world.context(), world.link, 4)
+    before = spent(world)
+    execute(world.desks[100], frames[0])
+    assert spent(world) == before
+    export_round(world.store, world.run, 4, tmp_path / "x")
+    assert all(signed(tmp_path / "x")[name] >= epsilon for name, epsilon in before.items())
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first answer", "last answer"])
+def test_an_attempt_is_charged_once_however_often_it_comes(
+    world: World, monkeypatch: pytest.MonkeyPatch, last: bool
+) -> None:
+    """Training fails at a site, and the plan comes again and again."""
+    one_round(world.context(), world.link, 2)
+    before = world.charged(100)
+
+    def failing(desk: Desk, *_: object) -> Any:
+        raise RuntimeError("out of memory")
+
+    def again_and_again(link: Loopback, node: int, frame: bytes, message: Any) -> Any:
+        with monkeypatch.context() as broken:
+            broken.setattr(round_at_client, "_train", failing)
+            answers = [execute(link.desks[node], frame)]
+        answers += [execute(link.desks[node], frame) for _ in range(3)]
+        return reply(answers[-1 if last else 0], message)
+
+    world.link.behaviours = {100: again_and_again}
+    one_round(world.context(), world.link, 3)
+    row = refused_in(world, 3)
+    assert (row.verdict, row.charged) == (FAILED, 1)
+    assert row.reason.startswith("spent.budget.attempt_again" if last else "spent.train.failed")
+    assert world.charged(100) == before + 1
 
 
 def test_a_plan_of_a_sum_that_is_delivered_again_stays_charged(tmp_path: Path, tiny_bert: Path) -> None:

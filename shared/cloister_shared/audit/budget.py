@@ -166,7 +166,9 @@ def _block(ledger: Ledger, block: int, charged: list[Entry], looks: int, finding
         so_far = tuple(sorted(whole.items()))
         bound = by_rdp(so_far, delta)
         known = by_both(so_far, delta)[0] if place in sure_at or bound > entry.cap else None
-        points.append(Point(entry.at, entry.number, bound, known if sure(so_far, delta) else None))
+        points.append(
+            Point(entry.at, entry.number, bound, known if known is not None and sure(so_far, delta) else None)
+        )
         # Its cap was for the delta that its owner stated then.
         if known is not None and known > entry.cap + TOLERANCE:
             own = known if entry.terms[3] == delta else by_both(so_far, entry.terms[3])[0]
