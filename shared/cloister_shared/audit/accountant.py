@@ -95,6 +95,16 @@ def epsilon_of(steps: Counter[Step], delta: float) -> float:
     return by_both(tuple(sorted(steps.items())), delta)[0]
 
 
+def allowed(stated: float, least: float) -> float:
+    """The most that a history may come to here where somebody stated this: both figures have an error (``width``).
+
+    Args:
+        stated: In epsilon.
+        least: What is allowed above it up to 10; as much more as it is larger then.
+    """
+    return stated + least * max(1.0, stated / 10)
+
+
 def width(steps: Steps, delta: float) -> float:
     """Width of a distribution's dots, a power of two: the pessimism of connecting them grows with its square at each release.
 

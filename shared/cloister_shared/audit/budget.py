@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from cloister_shared.audit.accountant import Step, Steps, by_both, by_rdp, epsilon_of, sure
+from cloister_shared.audit.accountant import Step, Steps, allowed, by_both, by_rdp, epsilon_of, sure
 from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.sites import Entry, Ledger
 
@@ -20,6 +20,10 @@ from cloister_shared.audit.sites import Entry, Ledger
 TOLERANCE = 0.02
 # Kinds of release (noise multiplier and rate) of one site: a text that grew three hundred times.
 MOST_KINDS = 300
+# Kinds in all distinct histories of one site's blocks together: each is laid out by itself.
+MOST_IN_ALL = 3000
+# What a site with several logs is told by.
+SEVERAL = "logs, of one text or of several"
 # How often PLD is worked out for the way there, over all blocks: each takes about 0.1 s.
 _SURE_POINTS = 60
 
@@ -108,13 +112,22 @@ def check_budgets(ledgers: Mapping[str, Ledger], findings: Findings) -> list[Blo
             for block in entry.blocks:
                 of.setdefault(block, []).extend([entry] if entry.state != "void" else [])
         charged += [(ledger, block, of[block]) for block in sorted(of)]
-    known = dict[tuple[str, tuple[int, ...]], Block]()
+    known, in_all, beyond = dict[tuple[str, tuple[int, ...]], Block](), Counter[str](), dict[str, str]()
     for ledger, block, entries in charged:
         # Blocks that always were in the same rounds are one history.
         same = ledger.client, tuple(entry.number for entry in entries)
         if same not in known:
-            known[same] = _block(ledger, block, entries, max(2, _SURE_POINTS // len(charged)), findings)
+            kinds = len({step for entry in entries for step in entry.steps})
+            in_all[ledger.client] += kinds
+            if kinds and (kinds > MOST_KINDS or in_all[ledger.client] > MOST_IN_ALL):
+                known[same] = _bounded(ledger, block, entries)
+                beyond.setdefault(ledger.client, f"site {ledger.name} block {block}")
+            else:
+                known[same] = _block(ledger, block, entries, max(2, _SURE_POINTS // len(charged)), findings)
         out.append(replace(known[same], block=block))
+    for where in beyond.values():
+        what = f"releases of more than {MOST_KINDS} kinds, or {MOST_IN_ALL} with blocks before it: not worked out, nor others"
+        findings.incomplete("cap", where, what)
     _together_of_names(ledgers, charged, findings)
     if out:
         worst = max(out, key=lambda b: b.epsilon)
@@ -143,23 +156,31 @@ def _together_of_names(
             each = [sum((e.steps for e in entries), Counter[Step]()) for entries, of in mine if of is ledger]
             whole.update(max(each, key=_cost))
         last = max((entries[-1] for entries, _ in mine), key=lambda e: e.at, default=None)
-        if last is None or (total := epsilon_of(whole, last.terms[3])) <= last.cap + TOLERANCE:
+        if last is None:
+            continue
+        total, count = epsilon_of(whole, last.terms[3]), len({id(one) for _, one in mine})
+        if count > 1:
+            findings.held.append(f"{name} has charges in {count} {SEVERAL}: together they come to epsilon {total:.4f}")
+        if total <= allowed(last.cap, TOLERANCE):
             continue
         what = f"it has several logs: each is within its cap; if they are of the same text, epsilon is {total:.4f} of a cap of {last.cap:g}"
         findings.incomplete("cap", f"site {name}", what)
+
+
+def _bounded(ledger: Ledger, block: int, charged: list[Entry]) -> Block:
+    """A block whose releases are too unlike, or unlike other blocks', to be worked out in good time: by RDP alone."""
+    delta = min(e.terms[3] for e in charged)
+    bound, steps = by_rdp(_together(charged), delta), sum(sum(entry.steps.values()) for entry in charged)
+    return Block(
+        *(ledger.client, ledger.name, block, bound, bound, delta, charged[-1].cap, _rounds(charged), len(charged)),
+        *(steps, (), (), (), False),
+    )
 
 
 def _block(ledger: Ledger, block: int, charged: list[Entry], looks: int, findings: Findings) -> Block:
     # Of all that were stated, the least: an epsilon at a larger delta says less.
     delta = min((e.terms[3] for e in charged), default=1e-5)
     whole, points, where = Counter[Step](), list[Point](), f"site {ledger.name} block {block}"
-    if len({step for entry in charged for step in entry.steps}) > MOST_KINDS:
-        findings.incomplete("cap", where, f"its releases are of more than {MOST_KINDS} kinds: they were not worked out")
-        bound = by_rdp(_together(charged), delta)
-        return Block(
-            *(ledger.client, ledger.name, block, bound, bound, delta, charged[-1].cap, _rounds(charged), len(charged)),
-            *(sum(sum(entry.steps.values()) for entry in charged), (), (), (), False),
-        )
     sure_at = {round(i * (len(charged) - 1) / (looks - 1)) for i in range(looks)}
     for place, entry in enumerate(charged):
         whole += entry.steps
@@ -170,9 +191,9 @@ def _block(ledger: Ledger, block: int, charged: list[Entry], looks: int, finding
             Point(entry.at, entry.number, bound, known if known is not None and sure(so_far, delta) else None)
         )
         # Its cap was for the delta that its owner stated then.
-        if known is not None and known > entry.cap + TOLERANCE:
+        if known is not None and known > allowed(entry.cap, TOLERANCE):
             own = known if entry.terms[3] == delta else by_both(so_far, entry.terms[3])[0]
-            if own > entry.cap + TOLERANCE:
+            if own > allowed(entry.cap, TOLERANCE):
                 at, sure_of_it = f"{where} entry {entry.number}", sure(so_far, entry.terms[3])
                 if any(one.disputed for one in charged[: place + 1]):
                     what = f"epsilon {own:.4f} at delta {entry.terms[3]:g} is above the cap {entry.cap:g}, where what was given back counts"
@@ -190,13 +211,16 @@ def _block(ledger: Ledger, block: int, charged: list[Entry], looks: int, finding
         months.setdefault(_month(entry.at), []).append(entry)
         of_rounds.setdefault((entry.run, entry.round), []).append(entry)
     kinds = Counter(_together(found) for found in of_rounds.values())
-    ends = {_month(point.at): (point.rdp, False) if point.pld is None else (point.pld, True) for point in points}
+    # A site's clock may go back: by a month's end is what was charged up to its last entry, and to those of months before it.
+    last = {_month(point.at): place for place, point in enumerate(points)}
+    upto = {month: points[max(at for other, at in last.items() if other <= month)] for month in last}
+    ends = {month: (one.rdp, False) if one.pld is None else (one.pld, True) for month, one in upto.items()}
     periods = tuple(
         Period(month, _rounds(found), by_both(of_month, delta)[0], *ends[month], sure(of_month, delta))
         for month, found in months.items()
         for of_month in [_together(found)]
     )
-    few = len(kinds) <= MOST_KINDS
+    few = sum(len(of) for of in kinds) <= MOST_KINDS
     alone = tuple((by_both(of, delta)[0] if few else by_rdp(of, delta), count) for of, count in kinds.items())
     return Block(
         client=ledger.client,

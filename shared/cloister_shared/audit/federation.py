@@ -331,7 +331,9 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
                 if run not in runs or attempt != runs[run][0] + 1:
                     what = f"round {attempt} of run {run[:8]} was broken off, which was not the one under way"
                     findings.violation("rounds", where, what)
+                since = first = begun.get(run, index)
                 last[run] = index
+                _enrolled(history.aborted[-1], here, left, since, first, findings, where)
                 for one in history.aborted[-1].asked:
                     _named(trust, history, one.client, one.name, where, findings)
             elif kind == "round_commit":
@@ -352,15 +354,8 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
                 # A sum that an earlier attempt opened stays as it is, whoever left since.
                 since, first = last.get(commit.run, index), begun.get(commit.run, index)
                 last[commit.run] = begun[commit.run] = index
-                inside = frozenset().union(*commit.sums)
+                _enrolled(commit, here, left, since, first, findings, where)
                 for one in commit.asked:
-                    name, at = left.get(one.client, ("", -1))
-                    late = name == one.name and at > (first if one.client in inside else since)
-                    enrolled = here.get(one.client) == one.name or late
-                    if one.verdict == "accepted" and not enrolled:
-                        findings.violation(
-                            "not-enrolled", where, f"{one.name} in round {commit.number} was not enrolled then"
-                        )
                     _named(trust, history, one.client, one.name, where, findings)
         except (CloisterError, *MALFORMED) as error:
             findings.violation("leaf", where, f"malformed: {error}"[:300])
@@ -368,6 +363,26 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
         what = f"{many(len(history.commits), 'round')} of {many(len({c.run for c in history.commits}), 'run')}"
         wrong = ("rounds", "run", "parent", "base", "leaf", "leaf-order", "leaf-signature")
         findings.hold(f"{what}, in order and without gaps", *wrong)
+
+
+def _enrolled(
+    leaf: RoundCommit | Aborted,
+    here: Mapping[str, str],
+    left: Mapping[str, tuple[str, int]],
+    since: int,
+    first: int,
+    findings: Findings,
+    where: str,
+) -> None:
+    """Whoever's text was used was enrolled when this attempt began (``since``), or any attempt at the round (``first``)."""
+    inside = frozenset().union(*leaf.sums) if isinstance(leaf, RoundCommit) else frozenset[str]()
+    for one in leaf.asked:
+        name, at = left.get(one.client, ("", -1))
+        # What an earlier attempt charged stands in the rows of a later one, and a sum that it opened stays as it is.
+        entered = one.verdict == "accepted" and one.client not in inside
+        late = name == one.name and at > (since if entered else first)
+        if (one.took_part or one.client in inside) and here.get(one.client) != one.name and not late:
+            findings.violation("not-enrolled", where, f"{one.name} in round {leaf.number} was not enrolled then")
 
 
 def _named(trust: Trust, history: History, client: str, name: str, where: str, findings: Findings) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cloister_shared.audit.became import became, imported, round_of, standing
-from cloister_shared.audit.budget import Block
+from cloister_shared.audit.budget import SEVERAL, Block
 from cloister_shared.audit.bundle import Bundle
 from cloister_shared.audit.federation import History, RoundCommit
 from cloister_shared.audit.findings import Findings, many
@@ -150,7 +150,9 @@ def _trusted(
         if e.state == "spent" and not e.secure
     }
     bare |= {(leaf.run, leaf.number) for leaf in history.told if any(one.update for one in leaf.asked)}
-    single = [c for c in history.commits if not c.sums or (c.run, c.number) in bare]
+    # Of a round that was broken off only the sites themselves can say how they answered.
+    single = {(c.run, c.number) for c in history.commits if not c.sums or (c.run, c.number) in bare} | broken & bare
+    broken -= bare
     lines = [f"The coordinator of {trust.name} saw single noised updates in {many(len(single), 'round')}."]
     if sums:
         checked = not any(f.code in ("no-draw", "draw", "sums") for f in findings.found)
@@ -202,7 +204,8 @@ def answers(
     """Every question, in order."""
     records = history.records
     of = {kind: [r for r in records if r.get("kind") == kind] for kind in ("spend", "enrol")}
-    names = sorted({one.name for commit in history.commits for one in commit.asked})
+    used = {one.name for lost in history.aborted for one in lost.asked if one.took_part}
+    names = sorted(used | {one.name for commit in history.commits for one in commit.asked})
     own = sorted(ledgers.values(), key=lambda ledger: ledger.name)
     here = ledgers_by_client(ledgers, trust)
     asked = [(one.client, one.name) for leaf in history.told for one in leaf.asked if one.took_part]
@@ -227,6 +230,7 @@ def answers(
         enrolled_table(history),
     )
     overruns = [f"{f.kind}: {f.where}: {f.what}" for f in findings.found if f.code in _RESETS or f.kind == "fork"]
+    overruns += [one for one in findings.held if SEVERAL in one]
     broken = [f"{f.kind}: {f.where}: {f.what}" for f in findings.found if f.code in _SAMPLING]
     sums = [c for c in history.commits if c.sums]
     releases = [f"{ledger.name}: {line}" for ledger in own for line in ledger.releases]

@@ -87,7 +87,8 @@ class Ledger:
         caps: Every cap and delta that reservations were made under, in order, each with its time.
         receipts: By plan.
         anchors: Sizes of this log in commits, by leaf.
-        signed: Events of the longest head of this log that anybody has; where that is more than ``size``, the end is missing here.
+        signed: Events of the longest head of this log that any of ``keys`` signed; where that is more than ``size``, the end is
+            missing here. Also of keys that the log alone calls this site's: what they signed may be its own.
         federation: Leaves of the federation's log by the newest head or receipt in this log; more than are here where that is cut.
         plans: The entries again, by their work.
     """
@@ -216,8 +217,7 @@ def _check_heads(
                 head = read_checkpoint(note, key, ledger.origin, where).checkpoint
             except VerificationError:
                 continue  # of keys or a log before this one, or anybody's
-            if client in sure:
-                ledger.signed = max(ledger.signed, head.size)
+            ledger.signed = max(ledger.signed, head.size)
             if head.size <= len(tree) and tree.root(head.size) != head.root:
                 what = f"the coordinator has a head of {head.size} events that {_whose(client, sure)} signed: not the first ones here"
                 (findings.fork if client in sure else findings.incomplete)("newest-head", where, what)
@@ -232,8 +232,7 @@ def _check_heads(
             except VerificationError as error:
                 findings.violation("anchored-head", at, str(error)[:300])
                 continue
-            if one.client in sure:
-                ledger.signed = max(ledger.signed, head.size)
+            ledger.signed = max(ledger.signed, head.size)
             if head.size <= len(tree) and tree.root(head.size) != head.root:
                 what = (
                     f"this log does not begin with the {head.size} events that {_whose(one.client, sure)} signed then"
@@ -242,7 +241,7 @@ def _check_heads(
             elif head.size <= len(tree):
                 ledger.anchors[commit.index] = head.size
     if ledger.cut:
-        what = f"the coordinator has a head of {ledger.signed} events that this site signed, {len(tree)} are here: an older export, or cut"
+        what = f"the coordinator has a head of {ledger.signed} events of this log, {len(tree)} are here: an older export, or cut"
         findings.incomplete("newest-head", where, what)
     if ledger.anchors:
         commits = many(len(ledger.anchors), "commit of the federation says", "commits of the federation say")

@@ -140,6 +140,12 @@ def _sums(
                     findings.violation(
                         "sums", where, f"{one.name} answered under the masks of another group than was drawn"
                     )
+        verdicts = {rows[i].verdict for i in group if i in rows}
+        if "accepted" in verdicts and len(verdicts) > 1:
+            left = ", ".join(sorted(rows[i].name for i in group if i in rows and rows[i].verdict != "accepted"))
+            findings.violation(
+                "sums", where, f"a sum that entered has {left}, whose update is said to be left out of it"
+            )
         # One site under two keys is one.
         if (count := len({rows[i].name if i in rows else i for i in group})) < LEAST_SUM:
             findings.violation("sums", where, f"a sum of {many(count, 'site')} alone")
@@ -222,16 +228,16 @@ def _from_ledgers(
         )
 
 
-def unsure(of: Mapping[str, Ledger], commit: RoundCommit) -> list[str]:
+def unsure(of: Mapping[str, Ledger], leaf: RoundCommit | Aborted) -> list[str]:
     """Sites of a round that spent for it, or may have, and of which the coordinator says that their update did not enter.
 
     Args:
         of: From ``ledgers_by_client``.
-        commit: The round.
+        leaf: The round.
     """
     return sorted(
         one.name
-        for one in commit.asked
+        for one in leaf.asked
         if one.verdict != "accepted" and (one.took_part or _spent(of.get(one.client), one.plan))
     )
 

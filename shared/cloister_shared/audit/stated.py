@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cloister_shared.audit.accountant import Step, Steps, beyond, by_both, by_rdp, one_release, width
+from cloister_shared.audit.accountant import Step, Steps, allowed, beyond, by_both, by_rdp, one_release, width
 
 F64 = npt.NDArray[np.float64]
 C128 = npt.NDArray[np.complex128]
@@ -46,16 +46,16 @@ class Stated:
 
 
 def too_low(stated: Sequence[Stated], tolerance: float) -> list[int]:
-    """Places of those that are more than ``tolerance`` below their releases' epsilon, or that cannot be known not to be.
+    """Places of those that are more than is ``allowed`` below their releases' epsilon, or that cannot be known not to be.
 
     Args:
         stated: In the order in which they were stated.
-        tolerance: In epsilon, 0 or more.
+        tolerance: In epsilon, 0 or more: what is allowed at least.
     """
     found, first, stride, screen, end = list[int](), 0, 1, _Screen((), 1.0), -1
     while first < len(stated):
         one = stated[first]
-        if by_rdp(one.steps, one.delta) <= one.epsilon + tolerance:
+        if by_rdp(one.steps, one.delta) <= allowed(one.epsilon, tolerance):
             first += 1
             continue
         if first > end:
@@ -63,12 +63,12 @@ def too_low(stated: Sequence[Stated], tolerance: float) -> list[int]:
             screen = _Screen(stated[end].steps, one.delta)
         last = min(end, first + stride - 1)
         least = min(each.epsilon for each in stated[first : last + 1])
-        if screen.covers(least + tolerance, stated[last].steps):
+        if screen.covers(allowed(least, tolerance), stated[last].steps):
             first, stride = last + 1, min(_LONGEST, 2 * stride)
         elif last > first:
             stride = max(1, (last - first + 1) // 2)
         else:
-            found += [first] if by_both(one.steps, one.delta)[0] > one.epsilon + tolerance else []
+            found += [first] if by_both(one.steps, one.delta)[0] > allowed(one.epsilon, tolerance) else []
             first += 1
     return found
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cloister_shared.audit.federation import History, RoundCommit
+from cloister_shared.audit.federation import Aborted, History, RoundCommit
 from cloister_shared.audit.reading import printable, when
 from cloister_shared.audit.sites import Ledger
 from cloister_shared.audit.spends import unsure
@@ -48,7 +48,7 @@ def spans(numbers: Iterable[int]) -> str:
 
 
 def rounds_table(history: History, ledgers: Mapping[str, Ledger]) -> Table:
-    """Each committed round: who is in it, who was charged and is not, with which noise.
+    """Each round, those that were broken off too: who is in it, who was charged and is not, with which noise.
 
     Args:
         history: The federation's log.
@@ -56,23 +56,23 @@ def rounds_table(history: History, ledgers: Mapping[str, Ledger]) -> Table:
     """
     columns = ("round", "leaf", "in it", "charged, and not in it", "noise multiplier", "sample rate", "steps",
                "epsilon published, the most", "accuracy")  # fmt: skip
-    return Table(columns, tuple(_round(one, ledgers) for one in history.commits))
+    return Table(columns, tuple(_round(one, ledgers) for one in history.told))
 
 
-def _round(commit: RoundCommit, ledgers: Mapping[str, Ledger]) -> tuple[str, ...]:
-    asked = [one for one in commit.asked if one.took_part]
-    new = sorted(one.name for one in asked if one.verdict == "accepted")
-    told = {one.name for one in asked if one.verdict != "accepted"} | set(unsure(ledgers, commit))
+def _round(leaf: RoundCommit | Aborted, ledgers: Mapping[str, Ledger]) -> tuple[str, ...]:
+    asked, commit = [one for one in leaf.asked if one.took_part], leaf if isinstance(leaf, RoundCommit) else None
+    new = sorted(one.name for one in asked if commit is not None and one.verdict == "accepted")
+    told = {one.name for one in asked if one.name not in new} | set(unsure(ledgers, leaf))
     return (
-        f"{commit.number} of run {commit.run[:8]}",
-        str(commit.index),
+        f"{leaf.number} of run {leaf.run[:8]}" + (", broken off" if commit is None else ""),
+        str(leaf.index),
         merged(new) or "nobody",
         merged(sorted(told)),
         _range(one.noise_multiplier for one in asked),
         _range(one.sample_rate for one in asked),
         _range(one.steps for one in asked),
         f"{max((one.epsilon for one in asked), default=0.0):.4f}",
-        f"{commit.metrics['accuracy']:.3f}" if "accuracy" in commit.metrics else "",
+        f"{commit.metrics['accuracy']:.3f}" if commit is not None and "accuracy" in commit.metrics else "",
     )
 
 
