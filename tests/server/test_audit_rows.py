@@ -77,6 +77,9 @@ def test_who_left_while_a_round_was_tried_was_enrolled() -> None:
         made.train(site, RUN, 2)
     made.leaf("incident", what="too few", run=RUN, round=2, clients=rows)
     made.leaf("revoke", site=gone.name)
+    # Its charge stands in every later attempt's rows.
+    for _ in range(2):
+        made.leaf("incident", what="too few", run=RUN, round=2, clients=rows)
     rows = [made.row(gone, RUN, 2, verdict="revoked", update="", epsilon=rows[3]["epsilon"])]
     for site in made.sites[:3]:
         rows.append(made.row(site, RUN, 2))
@@ -192,6 +195,12 @@ def test_several_logs_of_a_site_are_told() -> None:
         both, made.trust(), "overrun"
     )
     assert "logs" not in lines(began(1).bundle, made.trust(), "overrun")
+    # One that nothing was charged to yet says nothing together.
+    fresh = began(1)
+    old, _ = again(fresh)
+    fresh.close()
+    both = replace(fresh.bundle, sites={**fresh.bundle.sites, old.id: old.log})
+    assert "logs, of one" not in lines(both, fresh.trust(), "overrun")
 
 
 def test_histories_beyond_what_is_worked_out_are_incomplete(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +243,32 @@ def test_figures_at_ever_other_deltas_are_incomplete(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(published, "MOST_IN_ALL", 10)
     got = audit(made.bundle, made.trust())
     assert [f.where for f in got.findings.found if f.code == "published"] == ["site site-1, round 5 of run aaaaaaaa"]
+
+
+def test_attempts_that_take_the_place_of_others_are_laid_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Forged((ForgedSite("site-1"),))
+    made.begin()
+    (site,) = made.sites
+    for number in range(1, 6):
+        kinds = [(1.5 + number / 100 + attempt / 1000, 0.02, 5) for attempt in range(2)]
+        rows = [made.row(site, RUN, number, terms, verdict="missing", update="", head="") for terms in kinds]
+        made.leaf("incident", what="too few", run=RUN, round=number, clients=rows[:1])
+        start = made.adapters[RUN]
+        facts = {
+            "start": start,
+            "adapter": start,
+            "base": named("base"),
+            "clients": rows[1:],
+            "sums": [],
+            "metrics": {},
+        }
+        made.leaf("round_commit", run=RUN, round=number, attempt=1, **facts)
+    made.close()
+    monkeypatch.setattr(published, "MOST_IN_ALL", 8)
+    assert any(
+        "were not worked out" in f.what or "was not worked out" in f.what
+        for f in audit(made.bundle, made.trust()).findings.found
+    )
 
 
 def test_what_is_allowed_is_both_accountants_error() -> None:
