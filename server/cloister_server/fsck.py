@@ -432,6 +432,9 @@ def _last_of(found: Sequence[Figure], run: str, number: int) -> list[Figure]:
 
 
 def _blobs(store: Store) -> Iterator[Wrong]:
+    if not store.leaves(0, 1) and (lost := sum(1 for _ in store.blobs.stored())):
+        what = f"the log has not a leaf, and {lost} blobs are there: it was emptied, or the first run was broken off"
+        yield Wrong("log", what, "restore the database from a copy, or cloister run")
     for name, blob in store.named_blobs().items():
         size = store.blobs.size(name)
         if size is not None and blob.bytes and size != blob.bytes:

@@ -39,13 +39,14 @@ class LogBook:
 
     Raises:
         InputError: ``storage.json`` is not right.
-        StateError: The database cannot be opened, or is of another version.
+        StateError: The database cannot be opened, is of another version, or was emptied.
     """
 
     def __init__(self, home: Path) -> None:
         self.home = home
         storage = read_storage(home)
-        self.blobs, self.database = Blobs(storage.blobs), Database(storage.database)
+        self.blobs = Blobs(storage.blobs)
+        self.database = Database(storage.database, self.blobs.held)
         self._tree, self._growing = Tree(), Lock()
 
     def close(self) -> None:

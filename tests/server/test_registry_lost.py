@@ -1,0 +1,87 @@
+"""A registry that is not what was left here: emptied, put back beneath a process, without its key or a leaf."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cloister_server import upkeep
+from cloister_server.fsck import check
+from cloister_server.rounds import one_round
+from cloister_server.storage import write_storage
+from cloister_server.store import Store
+from cloister_shared import console
+from cloister_shared.errors import StateError
+from cloister_shared.signing import SigningKey
+
+from support.server_world import World, make_world
+
+
+@pytest.fixture
+def world(tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """Two committed rounds of two sites, an alias and a statement."""
+    made = make_world(tmp_path, tiny_bert, sites=2, rounds=3)
+    made.store.log_members(made.coordinator.sites)
+    for number in (1, 2):
+        one_round(made.context(), made.link, number)
+    monkeypatch.setattr(console.OUTPUT, "home", made.coordinator.home.parent)
+    yield made
+    made.store.close()
+
+
+def blobs_of(home: Path) -> list[Path]:
+    """Every blob's file."""
+    return sorted(path for path in (home / "blobs").rglob("*") if len(path.name) == 64)
+
+
+@pytest.mark.parametrize("claimed", [True, False])
+@pytest.mark.parametrize("how", ["emptied", "gone"])
+def test_an_emptied_database_is_no_new_registry(world: World, how: str, claimed: bool) -> None:
+    home = world.store.home
+    world.store.close()
+    before, path = blobs_of(home), home / "registry.db"
+    if claimed:
+        world.store.blobs.claim(world.store.origin)
+    else:
+        (home / "blobs" / "owner").unlink(missing_ok=True)
+    path.unlink()
+    if how == "emptied":
+        path.touch()
+    with pytest.raises(StateError, match=r"database is empty, and its place for blobs is not.*restore"):
+        Store(home)
+    # What is left of the attempt is not taken for a registry by the next command either.
+    assert path.read_bytes() == b""
+    commands: tuple[Callable[[], None], ...] = (upkeep.fsck, upkeep.migrate, upkeep.gc)
+    for command in commands:
+        with pytest.raises(StateError, match=r"database is empty"):
+            command()
+    assert (blobs_of(home), path.read_bytes()) == (before, b"")
+
+
+def test_an_emptied_postgresql_database_is_no_new_registry(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    home, server = tmp_path / "coordinator", request.getfixturevalue("postgres")
+    home.mkdir()
+    SigningKey.generate().save(home / "sign.key")
+    write_storage(home, server.database(), "")
+    store = Store(home)
+    store.blobs.claim(store.origin)  # as init does; no run ever was
+    store.close()
+    Store(home).close()
+    write_storage(home, server.database(), "")
+    with pytest.raises(StateError, match=r"database is empty.*cloister/federation/"):
+        Store(home)
+
+
+def test_a_database_whose_rows_are_gone_takes_nothing_away(world: World) -> None:
+    store, other = world.store, world.store.home.parent / "other"
+    other.mkdir()
+    store.close()
+    Store(other).close()
+    shutil.copy(other / "registry.db", store.home / "registry.db")
+    before = blobs_of(store.home)
+    with pytest.raises(StateError, match=r"knows of nothing.*restore the database"):
+        upkeep.gc(grace_days=0.0)
+    assert blobs_of(store.home) == before
+    assert [one.where for one in check(store)] == ["log"]
