@@ -13,18 +13,20 @@ A site's own spends are leaves of its own log; its head stands in each commit. N
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from cloister_shared.encoding import canonical, digest
-from cloister_shared.errors import StateError
+from cloister_shared.encoding import canonical, digest, parse_record
+from cloister_shared.errors import StateError, VerificationError
 from cloister_shared.signing import SigningKey
 from cloister_shared.witness import LEAF_KINDS, LEAF_PURPOSE, log_of_federation
 from sqlmodel import Session, func, select
 
 from cloister_server.tables import Leaf
+
+# Where rows or leaves are not what this version writes.
+DAMAGED = "cloister registry fsck says what is wrong; restore the registry from a copy"
 
 
 def append(session: Session, kind: str, body: Mapping[str, Any], by: SigningKey) -> Leaf:
@@ -68,16 +70,28 @@ def leaves(session: Session, start: int = 0, end: int | None = None) -> list[Lea
     return list(session.exec(chosen if end is None else chosen.where(Leaf.index < end)))
 
 
+def said(leaf: Leaf) -> dict[str, Any]:
+    """What a leaf says; nothing of it is checked but its form.
+
+    Raises:
+        StateError: It was changed by hand, and is no record.
+    """
+    try:
+        return parse_record(leaf.record, f"leaf {leaf.index}")
+    except VerificationError as error:
+        raise StateError("a leaf is no record", where=f"leaf {leaf.index}", got=error.what, mend=DAMAGED) from error
+
+
 def membership(found: Iterable[Leaf]) -> dict[str, str]:
     """The sites that the log has as enrolled: digest of the card, by name."""
     here = dict[str, str]()
     for leaf in found:
         if leaf.kind in ("enrol", "revoke"):
-            record = json.loads(leaf.record)
+            record = said(leaf)
             if leaf.kind == "enrol":
-                here[record["site"]] = digest(canonical(record["card"]))
+                here[str(record.get("site"))] = digest(canonical(record.get("card")))
             else:
-                here.pop(record["site"], None)
+                here.pop(str(record.get("site")), None)
     return here
 
 

@@ -22,7 +22,7 @@ from cloister_shared.statement import Proof
 from sqlmodel import Session, select
 
 from cloister_server import rules
-from cloister_server.log import ABORTED_CLIENT, append, commit_body, size
+from cloister_server.log import ABORTED_CLIENT, DAMAGED, append, commit_body, said, size
 from cloister_server.releases import Releases
 from cloister_server.tables import (
     ABORTED,
@@ -144,8 +144,15 @@ class Store(Releases):
             )
 
     def proof(self, run: str, number: int) -> Proof:
-        """That the log has a round: its commit, or for round 0 the leaf that its run began with."""
-        leaf, at = self.commit_leaf(run, number) or self.policy_leaf(run), self.checkpoint()
+        """That the log has a round: its commit, or for round 0 the leaf that its run began with.
+
+        Raises:
+            StateError: That leaf is missing.
+            RollbackError: The log is not the one that was read before, or that sites cosigned.
+        """
+        leaf, at = self.commit_leaf(run, number) if number else self.policy_leaf(run), self.checkpoint()
+        if leaf is None:
+            raise StateError("the leaf of its commit is missing", where=f"run {run[:8]} round {number}", mend=DAMAGED)
         path = self.tree().inclusion(leaf.index, at.size)
         return Proof(leaf.record, leaf.signature, leaf.index, path, self.signed_checkpoint(at))
 
@@ -193,7 +200,7 @@ class Store(Releases):
             return set(session.exec(select(Model.digest)))
 
     def commit_leaf(self, run: str, number: int) -> Leaf | None:
-        """The leaf of a round's commit; None for round 0, which is none."""
+        """The leaf of a round's commit, by its row; None where that names none."""
         with self.database.reading() as session:
             row = session.get(Round, (run, number))
             return None if row is None or row.leaf is None else session.get(Leaf, row.leaf)
@@ -218,8 +225,8 @@ class Store(Releases):
 
     def imported(self, run: Run) -> dict[str, Any] | None:
         """Where an imported run's adapter comes from, as its leaf says; None for a run of this federation's own."""
-        came = None if run.rounds else json.loads(self.policy_leaf(run.id).record).get("imported")
-        return dict(came) if came else None
+        came = None if run.rounds else said(self.policy_leaf(run.id)).get("imported")
+        return dict(came) if isinstance(came, dict) else None
 
     def start_run(self, run: Run, adapter: bytes, model: Model, origin: Origin | None = None) -> None:
         """Registers a run with the adapter that it starts from, as round 0.
@@ -248,12 +255,12 @@ class Store(Releases):
             body = run_facts(run) | {"rounds": run.rounds, "adapter": name}
             if origin is not None:
                 for leaf in session.exec(select(Leaf).where(Leaf.kind == "policy")):
-                    before = json.loads(leaf.record).get("imported") or {}
+                    before = (record := said(leaf)).get("imported") or {}
                     if (before.get("log"), before.get("leaf")) == (origin.said["log"], origin.said["leaf"]):
                         raise StateError(
                             "this round was imported before",
                             where=f"leaf {leaf.index}",
-                            got=f"run {json.loads(leaf.record)['run'][:8]} began with it",
+                            got=f"run {str(record.get('run'))[:8]} began with it",
                             mend="rounds show RUN 0",
                         )
                 self._stated(session, run.id, 0, statement, origin.key, origin.statement)
@@ -496,9 +503,28 @@ class Store(Releases):
         with self.database.reading() as session:
             return list(session.exec(select(Round).where(Round.run == run).order_by(Round.number)))  # type: ignore[arg-type]
 
+    def round(self, run: str, number: int) -> Round:
+        """A round of a run.
+
+        Raises:
+            StateError: There is none.
+        """
+        with self.database.reading() as session:
+            row = session.get(Round, (run, number))
+        if row is None:
+            raise StateError("no such round", where=f"run {run[:8]}", got=str(number), mend=DAMAGED)
+        return row
+
     def last_committed(self, run: str) -> Round:
-        """The newest committed round of a run; round 0 at least."""
-        return [r for r in self.rounds(run) if r.state == COMMITTED][-1]
+        """The newest committed round of a run; round 0 at least.
+
+        Raises:
+            StateError: Not even that: rows were changed by hand.
+        """
+        found = [r for r in self.rounds(run) if r.state == COMMITTED]
+        if not found:
+            raise StateError("the run has no committed round", where=f"run {run[:8]}", expected="round 0", mend=DAMAGED)
+        return found[-1]
 
     def clients(self, run: str, number: int) -> list[RoundClient]:
         """Clients of a round, by name."""

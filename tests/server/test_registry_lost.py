@@ -13,10 +13,11 @@ from cloister_server.rounds import one_round
 from cloister_server.storage import write_storage
 from cloister_server.store import Store
 from cloister_shared import console
-from cloister_shared.errors import StateError
+from cloister_shared.errors import RollbackError, StateError
 from cloister_shared.signing import SigningKey
 
 from support.server_world import World, make_world
+from support.tampering import edit
 
 
 @pytest.fixture
@@ -84,4 +85,43 @@ def test_a_database_whose_rows_are_gone_takes_nothing_away(world: World) -> None
     with pytest.raises(StateError, match=r"knows of nothing.*restore the database"):
         upkeep.gc(grace_days=0.0)
     assert blobs_of(store.home) == before
-    assert [one.where for one in check(store)] == ["log"]
+    again = Store(store.home)
+    assert [one.where for one in check(again)] == ["log"]
+    again.close()
+
+
+@pytest.mark.parametrize("grown", [0, 5])
+def test_a_log_that_was_put_back_beneath_a_process_is_signed_no_further(world: World, grown: int) -> None:
+    served, path = Store(world.store.home), world.store.home / "registry.db"
+    world.store.close()
+    shutil.copy(path, path.with_name("older"))
+    for number in range(3):
+        world.store.log("incident", {"what": f"a test {number}"})
+    seen = served.checkpoint()
+    served.close()
+    world.store.close()
+    shutil.move(path.with_name("older"), path)
+    other = Store(path.parent)
+    for number in range(grown):
+        other.log("incident", {"what": f"another test {number}"})
+    for deed in (served.checkpoint, served.tree, lambda: served.signed_checkpoint(seen), served.check_history):
+        with pytest.raises(RollbackError, match=r"was put back.*start this process again"):
+            deed()
+    # Whoever starts again sees the log that is.
+    assert other.checkpoint().size == seen.size - 3 + grown
+    other.close()
+    served.close()
+
+
+def test_a_gap_is_signed_by_nobody(world: World) -> None:
+    edit(world.store, 'DELETE FROM log_leaf WHERE "index" = 1')
+    with pytest.raises(RollbackError, match=r"leaf 1: a leaf of the log is missing; got leaf 2; mend: .*fsck"):
+        Store(world.store.home).checkpoint()
+
+
+@pytest.mark.parametrize("change", ["kind = 'note'", "record = '{}'", "record = 'no record'"])
+def test_a_run_whose_leaf_is_gone_is_an_answer(world: World, change: str) -> None:
+    """A bare StopIteration would leave whoever asks the service waiting until its deadline."""
+    edit(world.store, f"UPDATE log_leaf SET {change} WHERE kind = 'policy'")
+    with pytest.raises(StateError, match=r"run began with is missing.*fsck"):
+        world.store.proof(world.run.id, 0)
