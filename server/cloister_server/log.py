@@ -13,6 +13,7 @@ A site's own spends are leaves of its own log; its head stands in each commit. N
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -80,6 +81,21 @@ def said(leaf: Leaf) -> dict[str, Any]:
         return parse_record(leaf.record, f"leaf {leaf.index}")
     except VerificationError as error:
         raise StateError("a leaf is no record", where=f"leaf {leaf.index}", got=error.what, mend=DAMAGED) from error
+
+
+def column(text: str, where: str) -> dict[str, Any]:
+    """The JSON object that a row holds as text.
+
+    Raises:
+        StateError: It was changed by hand, and is none.
+    """
+    try:
+        record = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise StateError("a row holds no JSON", where=where, got=repr(text)[:60], mend=DAMAGED) from error
+    if not isinstance(record, dict):
+        raise StateError("a row holds no JSON object", where=where, got=repr(text)[:60], mend=DAMAGED)
+    return record
 
 
 def membership(found: Iterable[Leaf]) -> dict[str, str]:

@@ -49,6 +49,9 @@ from cloister_server.tables import (
     Tombstone,
 )
 
+# What the client-level statement is about.
+CLIENT_UNIT = "one client's whole update in a round"
+
 
 @dataclass(frozen=True)
 class Commit:
@@ -194,10 +197,10 @@ class Store(Releases):
             found = select(Privacy).where(Privacy.run == run)
             return list(session.exec(found.order_by(Privacy.number, Privacy.scope, Privacy.client)))  # type: ignore[arg-type]
 
-    def models(self) -> set[str]:
-        """Digests of the base models that runs trained on."""
+    def models(self) -> dict[str, Model]:
+        """The base models that runs trained on, by digest."""
         with self.database.reading() as session:
-            return set(session.exec(select(Model.digest)))
+            return {row.digest: row for row in session.exec(select(Model))}
 
     def commit_leaf(self, run: str, number: int) -> Leaf | None:
         """The leaf of a round's commit, by its row; None where that names none."""
@@ -459,7 +462,7 @@ class Store(Releases):
                     number=row.number,
                     client="",
                     scope="client",
-                    unit="one client's whole update in a round",
+                    unit=CLIENT_UNIT,
                     epsilon=price([*of_run, row]),
                     delta=row.delta,
                     lifetime=row.epsilon,

@@ -125,3 +125,34 @@ def test_a_run_whose_leaf_is_gone_is_an_answer(world: World, change: str) -> Non
     edit(world.store, f"UPDATE log_leaf SET {change} WHERE kind = 'policy'")
     with pytest.raises(StateError, match=r"run began with is missing.*fsck"):
         world.store.proof(world.run.id, 0)
+
+
+@pytest.mark.parametrize("how", ["gone", "another"])
+def test_a_missing_key_accuses_no_leaf(world: World, how: str) -> None:
+    path = world.store.home / "sign.key"
+    path.unlink()
+    if how == "another":
+        SigningKey.generate().save(path)
+    store = Store(world.store.home)
+    (wrong,) = check(store)
+    assert (wrong.where, "back from a copy" in wrong.mend) == ("sign.key", True)
+    edit(store, "UPDATE log_leaf SET signature = '00' WHERE \"index\" = 2")
+    assert [one.where for one in check(store)][:2] == ["sign.key", "leaf 2"]
+    store.close()
+
+
+def test_a_gap_is_named_and_accuses_nobody_else(world: World) -> None:
+    # Of a round's commit, whose row names it.
+    place = world.store.round(world.run.id, 1).leaf
+    edit(world.store, f'DELETE FROM log_leaf WHERE "index" = {place}')
+    store = Store(world.store.home)
+    assert [(one.where, one.what) for one in check(store)] == [(f"leaf {place}", "missing: the log has a gap")]
+    edit(
+        store,
+        f'DELETE FROM log_leaf WHERE "index" = {(place or 0) - 1}',
+        "UPDATE round SET residual = 1 WHERE number = 2",
+    )
+    found = {one.where: one.what for one in check(store)}
+    assert found[f"leaves {(place or 0) - 1} to {place}"] == "missing: the log has a gap"
+    assert "residual" in found[f"run {world.run.id[:8]} round 2"]
+    store.close()
