@@ -83,18 +83,37 @@ def said(leaf: Leaf) -> dict[str, Any]:
         raise StateError("a leaf is no record", where=f"leaf {leaf.index}", got=error.what, mend=DAMAGED) from error
 
 
+def parsed(text: str, where: str) -> Any:
+    """The JSON that a row holds as text.
+
+    Raises:
+        StateError: It was changed by hand, and is none.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise StateError("a row holds no JSON", where=where, got=repr(text)[:60], mend=DAMAGED) from error
+
+
 def column(text: str, where: str) -> dict[str, Any]:
     """The JSON object that a row holds as text.
 
     Raises:
         StateError: It was changed by hand, and is none.
     """
-    try:
-        record = json.loads(text)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise StateError("a row holds no JSON", where=where, got=repr(text)[:60], mend=DAMAGED) from error
-    if not isinstance(record, dict):
+    if not isinstance(record := parsed(text, where), dict):
         raise StateError("a row holds no JSON object", where=where, got=repr(text)[:60], mend=DAMAGED)
+    return record
+
+
+def items(text: str, where: str) -> list[Any]:
+    """The JSON list that a row holds as text.
+
+    Raises:
+        StateError: It was changed by hand, and is none.
+    """
+    if not isinstance(record := parsed(text, where), list):
+        raise StateError("a row holds no JSON list", where=where, got=repr(text)[:60], mend=DAMAGED)
     return record
 
 

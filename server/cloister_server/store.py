@@ -19,10 +19,11 @@ from typing import Any
 from cloister_shared.encoding import canonical, digest, parse_record
 from cloister_shared.errors import InputError, RefusedError, StateError, VerificationError
 from cloister_shared.statement import Proof
+from cloister_shared.vectors import Schema
 from sqlmodel import Session, select
 
 from cloister_server import rules
-from cloister_server.log import ABORTED_CLIENT, DAMAGED, append, commit_body, said, size
+from cloister_server.log import ABORTED_CLIENT, DAMAGED, append, column, commit_body, items, said, size
 from cloister_server.releases import Releases
 from cloister_server.tables import (
     ABORTED,
@@ -574,7 +575,20 @@ class Store(Releases):
     @staticmethod
     def labels(run: Run) -> tuple[str, ...]:
         """The run's labels."""
-        return tuple(json.loads(run.task)["labels"])
+        return tuple(column(run.task, f"run {run.id[:8]} task").get("labels", ()))
+
+
+def tensors_of(run: Run) -> Schema:
+    """The tensors of a run's adapters.
+
+    Raises:
+        StateError: Its row was changed by hand, and names none.
+    """
+    where = f"run {run.id[:8]} tensors"
+    try:
+        return Schema.from_list(items(run.tensors, where), where)
+    except VerificationError as error:
+        raise StateError(error.what, where=where, got=error.got, mend=DAMAGED) from error
 
 
 def _run_of(record: bytes) -> str:

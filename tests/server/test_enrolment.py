@@ -346,7 +346,9 @@ def test_rounds_are_listed_and_one_is_proven(served: Coordinator, tmp_path: Path
             fetching.fetch_round(site, run, 1, odd)
     with pytest.raises(RefusedError, match="no such sizes"):
         fetching.fetch_round(site, run, 1, replace(early, size=10_000))
-    # Another adapter in a leaf, by whoever has the database: the head was signed over the other.
+    # Another adapter in a leaf that is not the newest, by whoever has the database: the head was signed over the other.
+    store.log("incident", {"what": "a test"})
+    fetching.fetch_round(site, run, 1, early)
     with sqlite3.connect(served.home / "registry.db") as db:
         db.execute("DROP TRIGGER kept_log_leaf_update")
         leaf = store.commit_leaf(run, 1)

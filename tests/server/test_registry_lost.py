@@ -8,16 +8,24 @@ from pathlib import Path
 
 import pytest
 from cloister_server import upkeep
+from cloister_server.cli import show
+from cloister_server.export_commands import export as export_folder
 from cloister_server.fsck import check
+from cloister_server.keeping_commands import give_up, hold
+from cloister_server.release_commands import aliases, diff, promote, rollback
 from cloister_server.rounds import one_round
 from cloister_server.storage import write_storage
 from cloister_server.store import Store
 from cloister_shared import console
-from cloister_shared.errors import RollbackError, StateError
+from cloister_shared.errors import CloisterError, RollbackError, StateError
+from cloister_shared.notes import Checkpoint
 from cloister_shared.signing import SigningKey
 
 from support.server_world import World, make_world
 from support.tampering import edit
+
+# Text in a column of bytes, as SQLite lets whoever has the file.
+_TEXT = 'UPDATE log_leaf SET record = \'{"a":1}\' WHERE "index" = 3'
 
 
 @pytest.fixture
@@ -156,3 +164,40 @@ def test_a_gap_is_named_and_accuses_nobody_else(world: World) -> None:
     assert found[f"leaves {(place or 0) - 1} to {place}"] == "missing: the log has a gap"
     assert "residual" in found[f"run {world.run.id[:8]} round 2"]
     store.close()
+
+
+ENDED: list[tuple[list[str], Callable[[], None]]] = [
+    (["DELETE FROM round"], lambda: show(1)),
+    (["DELETE FROM round"], lambda: diff(1, 2)),
+    (["DELETE FROM round"], lambda: promote("new", 1)),
+    (["DELETE FROM round"], lambda: export_folder(None)),
+    (["UPDATE round SET state = 'open'"], lambda: promote("new", 1)),
+    (["UPDATE round SET state = 'open'"], lambda: export_folder(1)),
+    (["UPDATE alias_event SET rollback = 1"], lambda: rollback("production")),
+    (["UPDATE alias_event SET at = 1e300"], aliases),
+    (["UPDATE run SET config = 'x'"], lambda: diff(1, 2)),
+    (["UPDATE run SET tensors = '{}'"], lambda: diff(1, 2)),
+    (["UPDATE round_client SET report = 'x', verdict = 'open', reason = ''"], lambda: show(1)),
+    (["UPDATE round_client SET report = '{\"a\": \"x\"}', reason = ''"], lambda: show(1)),
+    ([_TEXT], lambda: export_folder(1)),
+    ([_TEXT], lambda: promote("new", 1)),
+    ([_TEXT], lambda: rollback("production")),
+    ([_TEXT], lambda: hold(1, why="a test")),
+    ([_TEXT], lambda: give_up(1, why="a test")),
+]
+
+
+@pytest.mark.parametrize(("statements", "command"), ENDED)
+def test_a_damaged_registry_ends_commands_in_words(
+    world: World, statements: list[str], command: Callable[[], None]
+) -> None:
+    for number in (1, 2):
+        promote("production", number)
+    for card in world.coordinator.sites():
+        at = world.store.checkpoint()
+        world.store.keep_witness(card.verify_key.id.hex(), at, "a line", Checkpoint("x", 0, bytes(32)), "")
+    world.store.close()
+    edit(world.store, *statements)
+    with pytest.raises(CloisterError) as caught:
+        command()
+    assert "fsck" in caught.value.mend
