@@ -33,7 +33,7 @@ from cloister_server.store import CLIENT_UNIT, Store, commit_facts, run_facts
 from cloister_server.tables import ABORTED, COMMITTED, STATES, Leaf, Privacy, Round, RoundClient, Run, Summed
 
 _RESTORE = "restore the registry from a copy"
-# Seconds between a row's time and its leaf's: one transaction writes both, by one clock.
+# Seconds between a row's time and its leaf's: older versions looked at the clock for each, in one transaction.
 _AT_MOST = 60.0
 Key = TypeVar("Key", bound=Hashable)
 

@@ -30,8 +30,20 @@ from cloister_server.tables import Leaf
 DAMAGED = "cloister registry fsck says what is wrong; restore the registry from a copy"
 
 
-def append(session: Session, kind: str, body: Mapping[str, Any], by: SigningKey) -> Leaf:
+def now() -> float:
+    """What the log's clock says: a row that has its leaf's time takes it from here once, for both."""
+    return time.time()
+
+
+def append(session: Session, kind: str, body: Mapping[str, Any], by: SigningKey, at: float | None = None) -> Leaf:
     """Adds a leaf in the session's transaction.
+
+    Args:
+        session: The transaction.
+        kind: What happened.
+        body: What the leaf says of it.
+        by: The log's key.
+        at: When, where a row says so too.
 
     Raises:
         StateError: There is no such kind, or the log is another key's.
@@ -47,7 +59,7 @@ def append(session: Session, kind: str, body: Mapping[str, Any], by: SigningKey)
             got=f"key {first.key}",
             mend="a database of its own for each federation ([storage])",
         )
-    named = {"log": log_of_federation(by.verify_key), "index": index, "kind": kind, "at": time.time()}
+    named = {"log": log_of_federation(by.verify_key), "index": index, "kind": kind, "at": now() if at is None else at}
     record = canonical(dict(body) | named)
     leaf = Leaf(
         index=index,

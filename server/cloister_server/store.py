@@ -23,7 +23,7 @@ from cloister_shared.vectors import Schema
 from sqlmodel import Session, select
 
 from cloister_server import rules
-from cloister_server.log import ABORTED_CLIENT, DAMAGED, append, column, commit_body, items, said, size
+from cloister_server.log import ABORTED_CLIENT, DAMAGED, append, column, commit_body, items, now, said, size
 from cloister_server.releases import Releases
 from cloister_server.tables import (
     ABORTED,
@@ -170,16 +170,18 @@ class Store(Releases):
         with self.database.writing() as session:
             adapter = session.get_one(Round, (run, number)).adapter
             _not_given_up(session, adapter or "")
-            self._stated(session, run, number, name, key, statement)
+            self._stated(session, run, number, name, key, statement, at := now())
             body = {"run": run, "round": number, "adapter": adapter, "statement": name}
-            append(session, "export", body, self.signing)
+            append(session, "export", body, self.signing, at)
         return name
 
-    def _stated(self, session: Session, run: str, number: int, name: str, key: str, statement: bytes) -> None:
+    def _stated(
+        self, session: Session, run: str, number: int, name: str, key: str, statement: bytes, at: float
+    ) -> None:
         self._named(session, name, "statement")
         if session.get(Signature, (name, key)) is None:
             signature = str(json.loads(statement)["signature"])
-            made = Signature(statement=name, key=key, run=run, number=number, signature=signature, at=time.time())
+            made = Signature(statement=name, key=key, run=run, number=number, signature=signature, at=at)
             session.add(made)
 
     def statements(self) -> list[Signature]:
@@ -256,7 +258,7 @@ class Store(Releases):
             session.add(
                 Round(run=run.id, number=0, state=COMMITTED, adapter=name, opened=run.created, committed=run.created)
             )
-            body = run_facts(run) | {"rounds": run.rounds, "adapter": name}
+            body, at = run_facts(run) | {"rounds": run.rounds, "adapter": name}, now()
             if origin is not None:
                 for leaf in session.exec(select(Leaf).where(Leaf.kind == "policy")):
                     before = (record := said(leaf)).get("imported") or {}
@@ -267,9 +269,9 @@ class Store(Releases):
                             got=f"run {str(record.get('run'))[:8]} began with it",
                             mend="rounds show RUN 0",
                         )
-                self._stated(session, run.id, 0, statement, origin.key, origin.statement)
+                self._stated(session, run.id, 0, statement, origin.key, origin.statement, at)
                 body["imported"] = dict(origin.said) | {"statement": statement}
-            append(session, "policy", body, self.signing)
+            append(session, "policy", body, self.signing, at)
 
     def set_flower_run(self, run: str, flower_run: int) -> None:
         """Remembers Flower's id of the run's present attempt."""
@@ -401,7 +403,7 @@ class Store(Releases):
                 session.exec(select(RoundClient).where(RoundClient.run == run, RoundClient.number == number))
             )
             of_run, row.leaf = session.get_one(Run, run), size(session)
-            row.state, row.adapter, row.committed, row.fence = COMMITTED, commit.adapter, time.time(), self._fence
+            row.state, row.adapter, row.committed, row.fence = COMMITTED, commit.adapter, (at := now()), self._fence
             row.seconds, row.judging_seconds, row.residual = commit.seconds, commit.judging_seconds, commit.residual
             drawn = session.get(Draw, run)
             transcript = None if drawn is None else drawn.transcript
@@ -410,7 +412,7 @@ class Store(Releases):
             )
             before = session.get(Round, (run, number - 1))
             start = "" if before is None else before.adapter or ""
-            append(session, "round_commit", commit_body(row, start, clients, facts, commit.heads), self.signing)
+            append(session, "round_commit", commit_body(row, start, clients, facts, commit.heads), self.signing, at)
 
     def abort_round(
         self, run: str, number: int, clients: dict[str, dict[str, Any]], privacy: Sequence[Privacy] = ()
