@@ -17,7 +17,6 @@ from cloister_shared.cards import read_coordinator_card, read_site_card
 from cloister_shared.encoding import canonical, write_durably
 from cloister_shared.errors import CloisterError, InputError, RefusedError, StateError
 from cloister_shared.invitation import Invitation
-from cloister_shared.notes import own_note
 from cloister_shared.processes import Group, free_port
 from cloister_shared.signing import VerifyKey
 from cloister_shared.witness import log_of_federation
@@ -253,14 +252,12 @@ def pull(
 ) -> None:
     """Fetch the adapter that an alias points at; log, moves and operator's signatures are checked before anything is kept."""
     console.choose(json, home)
-    from cloister_client.fetching import PULLED, fetch_release, pulled_head
+    from cloister_client.fetching import fetch_release
 
     own = read_site(console.site_home(site))
-    key = own.coordinator().verify_key
-    log = log_of_federation(key)
-    seen = [open_ledger(own).seen_head(log), pulled_head(own)]
+    seen = open_ledger(own).seen_head(log_of_federation(own.coordinator().verify_key))
     wanted = VerifyKey.from_hex(guard, "--guard").raw.hex() if guard else ""
-    got = fetch_release(own, alias, [head for head in seen if head is not None])
+    got = fetch_release(own, alias, [] if seen is None else [seen])
     if wanted and got.guard != wanted:
         raise RefusedError(
             "registry.guarded",
@@ -271,11 +268,17 @@ def pull(
             mend="ask the operator that you trust whether the alias is theirs",
         )
     folder = out or own.home / "pulled" / f"{alias}-{got.run[:8]}-{got.number}"
-    if folder.exists():
-        raise InputError("there is a folder already", where=str(folder), mend="choose another --out")
-    folder.mkdir(parents=True)
-    # Not the ledger's: a head that no round brought has no cosignatures yet, and the next round asks for them.
-    write_durably(own.home / PULLED, own_note(got.record["head"], key, log).encode(), mode=0o644)
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError as error:
+        raise InputError("there is a folder already", where=str(folder), mend="choose another --out") from error
+    except OSError as error:
+        raise StateError(
+            "no folder can be made there",
+            where=str(folder)[:200],
+            got=error.strerror or "",
+            mend="choose another --out",
+        ) from error
     write_durably(folder / "adapter.safetensors", got.adapter, mode=0o644)
     write_durably(folder / "release.json", canonical(got.record) + b"\n", mode=0o644)
     name = got.record["commit"]["adapter"]

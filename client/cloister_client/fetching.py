@@ -1,22 +1,26 @@
 """What a site or an auditor fetches from a coordinator's registry, and the proofs that are checked before anything of it is kept.
 
 Whoever fetches believes the coordinator's pinned key and heads of its log that were seen before, and nothing else: a log that shrank or
-forked is an error with exit code 3. Nothing here writes a file.
+forked is an error with exit code 3. Nothing here writes a file but the newest head that a pull saw, which is kept as soon as it is
+checked: whatever becomes of the pull, nothing older is the newest any more.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cloister_shared.aliases import Move, newest_move
 from cloister_shared.cards import CoordinatorCard
-from cloister_shared.encoding import digest, parse_record
-from cloister_shared.errors import RefusedError, RollbackError, VerificationError
+from cloister_shared.encoding import digest, parse_record, write_durably
+from cloister_shared.errors import RefusedError, RollbackError, StateError, VerificationError
 from cloister_shared.invitation import Invitation
 from cloister_shared.merkle import Tree, check_consistency, check_inclusion, leaf_hash
-from cloister_shared.notes import Checkpoint, claimed, read_checkpoint
+from cloister_shared.notes import Checkpoint, claimed, own_note, read_checkpoint
 from cloister_shared.v1 import registry_pb2
 from cloister_shared.vectors import Schema, check_bounded, from_safetensors, most_bytes
 from cloister_shared.witness import LEAF_PURPOSE, log_of_federation
@@ -25,10 +29,12 @@ from cloister_client.registry import CALL_SECONDS, LONG_SECONDS, certified, regi
 from cloister_client.site import Site
 
 # Where a pull leaves the head that it saw.
-PULLED = "pulled.head"
+PULLED, PULLED_LOCK = "pulled.head", "pulled.lock"
 _LOG_BYTES = 1 << 30
 # What a leaf takes beside its bytes: one without any costs whoever holds it something too.
 _LEAF_BYTES = 250
+# Whoever gives leaves in drops keeps whoever fetches for ever: a page that does not end the log has as many, and all of it is here in time.
+_LEAST_PAGE, _LOG_SECONDS = 100, 3600.0
 SignedRecord = tuple[bytes, str, str]
 # Leaves, signed head, cosignatures and heads of sites' own logs by client.
 FetchedLog = tuple[list[SignedRecord], str, dict[str, tuple[int, str, str]], dict[str, str]]
@@ -77,12 +83,24 @@ def fetch_as_auditor(invitation: Invitation, card: CoordinatorCard, seen: Sequen
 
 
 def _whole_log(stub: Any) -> tuple[list[SignedRecord], Any]:
-    """The leaves that a head is said to be of, and that head; nothing of it is checked."""
-    leaves, held = list[SignedRecord](), 0
+    """The leaves that a head is said to be of, and that head; nothing of it is checked.
+
+    Raises:
+        VerificationError: It is more than whoever fetches holds or waits for, or less than its head says.
+    """
+    leaves, held, end = list[SignedRecord](), 0, time.monotonic() + _LOG_SECONDS
     head = stub.Head(registry_pb2.HeadRequest(), timeout=CALL_SECONDS)
     size = claimed(head.note, "head of the log").size
+    if size * _LEAF_BYTES > _LOG_BYTES:
+        raise _too_large(f"a head of {size} leaves")
     while len(leaves) < size:
-        before, page = len(leaves), stub.Log(registry_pb2.LogRequest(start=len(leaves)), timeout=LONG_SECONDS)
+        before, left = len(leaves), end - time.monotonic()
+        if left <= 0:
+            raise VerificationError(
+                "the log comes too slowly", where="the coordinator's", expected=f"{size} leaves in {_LOG_SECONDS:g} s",
+                got=f"{before} leaves", mend="try again; or ask its operator",
+            )  # fmt: skip
+        page = stub.Log(registry_pb2.LogRequest(start=before), timeout=min(LONG_SECONDS, left))
         for one in page:
             leaves.append((one.record, one.key, one.signature))
             held += _LEAF_BYTES + len(one.record) + len(one.key) + len(one.signature)
@@ -90,12 +108,21 @@ def _whole_log(stub: Any) -> tuple[list[SignedRecord], Any]:
                 page.cancel()
                 break
         if held > _LOG_BYTES:
-            raise VerificationError(
-                "the log is too large", where="the coordinator's", expected=f"<= {_LOG_BYTES} bytes"
-            )
+            raise _too_large("more")
         if len(leaves) == before:
             raise VerificationError("the log is shorter than its head says", expected=str(size), got=str(before))
+        if len(leaves) < min(size, before + _LEAST_PAGE):
+            raise VerificationError(
+                "the log comes in drops", where="the coordinator's", expected=f">= {_LEAST_PAGE} leaves a call",
+                got=str(len(leaves) - before), mend="ask its operator",
+            )  # fmt: skip
     return leaves, head
+
+
+def _too_large(got: str) -> VerificationError:
+    return VerificationError(
+        "the log is too large", where="the coordinator's", expected=f"<= {_LOG_BYTES} bytes", got=got
+    )
 
 
 def fetch_rounds(site: Site, run: str = "") -> list[dict[str, Any]]:
@@ -179,29 +206,70 @@ def pulled_head(site: Site) -> Checkpoint | None:
     return read_checkpoint(path.read_text(), key, log_of_federation(key), str(path)).checkpoint
 
 
+def _keep_pulled(site: Site, note: str, tree: Tree, before: Checkpoint | None, where: str) -> None:
+    """Keeps a checked head as the newest that a pull saw: forward alone, and one at a time, so that the slower of two takes none back.
+
+    Args:
+        site: The site.
+        note: The head, signed.
+        tree: The leaves that it is of.
+        before: What was kept when the pull began.
+        where: For errors.
+
+    Raises:
+        RollbackError: Another pull kept a head of other leaves meanwhile.
+        StateError: Another pull saw a newer head meanwhile, or it cannot be written.
+    """
+    key = site.coordinator().verify_key
+    try:
+        lock = os.open(site.home / PULLED_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            now = pulled_head(site)
+            if now is not None and now != before and now.size > len(tree):
+                raise StateError(
+                    "another pull saw a newer log meanwhile", where=where, expected=f"{now.size} leaves",
+                    got=str(len(tree)), mend="the same command again",
+                )  # fmt: skip
+            _begins_with(tree, [] if now is None else [now], where)
+            if now is None or now.size < len(tree):
+                # Not the ledger's: a head that no round brought has no cosignatures yet, and the next round asks for them.
+                write_durably(site.home / PULLED, own_note(note, key, log_of_federation(key)).encode(), mode=0o644)
+        finally:
+            os.close(lock)
+    except OSError as error:
+        raise StateError(
+            "the newest head cannot be kept", where=str(site.home / PULLED), got=error.strerror or "",
+            mend="see to the folder's owner and mode",
+        ) from error  # fmt: skip
+
+
 def fetch_release(site: Site, alias: str, seen: Sequence[Checkpoint]) -> Release:
     """Fetches what an alias points at, after all of it was checked and before anything of it is loaded.
 
-    Head signed by the pinned key -> the whole log is what it signs, and begins with what this site saw -> the alias's moves, each in its
-    order and a guarded one by its operator -> its newest one and the commit that it names say one adapter -> the adapter's bytes have
-    that digest, and its tensors are those that the commit's run has. What was promoted after the newest head that this site ever saw
-    can be kept from it; nothing older can be shown to it as the newest.
+    Head signed by the pinned key -> the whole log is what it signs, and begins with what this site saw -> that head is kept -> the
+    alias's moves, each in its order and a guarded one by its operator -> its newest one and the commit that it names say one adapter ->
+    the adapter's bytes have that digest, and its tensors are those that the commit's run has. What was promoted after the newest head
+    that this site ever saw can be kept from it; nothing older can be shown to it as the newest.
 
     Args:
         site: The site.
         alias: The alias.
-        seen: Heads of the log that this site saw.
+        seen: Heads of the log that this site saw, beside that of its newest pull.
 
     Raises:
         VerificationError: A proof does not hold, or a move of a guarded alias is not its operator's.
         RollbackError: The log shrank or forked.
+        StateError: Another pull saw a newer log meanwhile, or the head cannot be kept.
         CloisterError: Nobody answers, or the coordinator refuses.
     """
-    card, where = site.coordinator(), f"alias {alias}"
+    card, where, before = site.coordinator(), f"alias {alias}", pulled_head(site)
+    known = [*seen, before] if before is not None else list(seen)
     with registry_of(site) as stub:
         leaves, answer = _whole_log(stub)
         head = read_checkpoint(answer.note, card.verify_key, log_of_federation(card.verify_key), where).checkpoint
-        _check_whole([record for record, _, _ in leaves], head, seen, where)
+        tree = _check_whole([record for record, _, _ in leaves], head, known, where)
+        _keep_pulled(site, answer.note, tree, before, where)
         records = [_own(record, index, head.origin, where) for index, (record, _, _) in enumerate(leaves)]
         move = newest_move(records, alias, where)
         if move is None:
@@ -253,15 +321,20 @@ def _part(data: bytes, named: object, where: str) -> Any:
     return record["part"]
 
 
-def _check_whole(records: Sequence[bytes], head: Checkpoint, seen: Sequence[Checkpoint], where: str) -> None:
-    """Sees that leaves are what a head is of, and begin with what was seen."""
+def _check_whole(records: Sequence[bytes], head: Checkpoint, seen: Sequence[Checkpoint], where: str) -> Tree:
+    """Sees that leaves are what a head is of, and begin with what was seen; returns their tree."""
     tree = Tree(map(leaf_hash, records))
     if tree.root() != head.root:
         raise VerificationError("the log's leaves are other ones than its signed head is of", where=where)
+    _begins_with(tree, seen, where)
+    return tree
+
+
+def _begins_with(tree: Tree, seen: Sequence[Checkpoint], where: str) -> None:
     for one in seen:
-        if one.size > head.size:
+        if one.size > len(tree):
             raise RollbackError(
-                "the log shrank", where=where, expected=f">= {one.size} leaves, as was seen", got=str(head.size)
+                "the log shrank", where=where, expected=f">= {one.size} leaves, as was seen", got=str(len(tree))
             )
         if tree.root(one.size) != one.root:
             raise RollbackError("the log's history was changed", where=where, expected=f"the {one.size} leaves seen")

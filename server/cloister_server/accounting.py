@@ -22,7 +22,7 @@ from cloister_shared.plan import NoisedNumber, PlanCore
 from cloister_shared.privacy import ACCOUNTANT, DpSgd, epsilon
 
 from cloister_server.federation import ClientLevel
-from cloister_server.store import Store
+from cloister_server.store import CLIENT_UNIT, Store
 from cloister_server.tables import AGGREGATING, OPEN, PLANNED, NoisedSum, Privacy, Round, RoundClient
 
 REFUSED = "refused-by-site"
@@ -240,7 +240,7 @@ def client_level_statement(store: Store) -> dict[str, Any] | None:
     committed = {(r.run, r.number) for run in store.runs() for r in store.rounds(run.id) if r.number and r.adapter}
     delta = max(s.delta for s in sums)
     return {
-        "unit": "one client's whole update in a round",
+        "unit": CLIENT_UNIT,
         "neighbours": "add/remove one client's updates; who was asked and who took part is public",
         "against": "whoever sees what rounds publish, not the coordinator",
         "epsilon": epsilon(events_of(sums), delta),

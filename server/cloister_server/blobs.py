@@ -112,6 +112,22 @@ class Blobs:
                 mend="a place of its own for each federation ([storage])",
             )
 
+    def held(self) -> str:
+        """What lies here, in words: whose blobs, whether anybody claimed them or not; nothing where nobody ever used the place.
+
+        Raises:
+            StateError: The place cannot be reached.
+        """
+        address = f"{self._root}/{_OWNER}"
+        with self._reached(address):
+            self._files.invalidate_cache()
+            try:
+                owner = self._files.cat_file(address)[:80].decode(errors="replace")
+                return f"blobs of {owner or 'nobody'} at {self.place}"
+            except FileNotFoundError:
+                found = self._files.find(self._root)
+        return f"blobs at {self.place}" if any(_DIGEST.fullmatch(a.rsplit("/", 1)[-1]) for a in found) else ""
+
     def address(self, name: str) -> str:
         """Where the blob of this digest lies, inside the place's file system.
 

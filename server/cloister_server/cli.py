@@ -6,7 +6,6 @@ import signal
 import threading
 import time
 from dataclasses import asdict
-from json import loads
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +22,7 @@ from cloister_server.federation import admit_site, open_coordinator, read_federa
 from cloister_server.federation import init as make_coordinator
 from cloister_server.fsck import check_round
 from cloister_server.here import Home, Json, RunName, registry
+from cloister_server.log import DAMAGED, column, items
 from cloister_server.operators import sign_file, whose_move
 from cloister_server.store import Store
 
@@ -487,10 +487,11 @@ def show(
     found = store.find_run(run_name)
     row = next((r for r in round_rows(store, found.id) if r["round"] == number), None)
     if row is None:
+        newest = max(store.last_committed(found.id).number, *(r.number for r in store.rounds(found.id)))
         raise StateError(
             "no such round",
             where=f"run {found.id[:8]}",
-            expected=f"0 to {store.rounds(found.id)[-1].number}",
+            expected=f"0 to {newest}",
             got=str(number),
         )
     clients = [
@@ -516,7 +517,7 @@ def show(
             f"{c['epsilon']:.4f}",
             f"{c['received_bytes'] / 1e3:.0f}",
             c["update"][:12],
-            c["reason"] or _told(c["report"]),
+            c["reason"] or _told(c["report"], f"run {found.id[:8]} round {number}, {c['name']}"),
         ]
         for c in clients
     ]
@@ -535,7 +536,8 @@ def show(
     sums = [s.model_dump(exclude={"run", "number"}) for s in store.summed(found.id) if s.number == number]
     names = {c["client"]: c["name"] for c in clients}
     for one in sums:
-        one["sites"] = [names[client] for client in loads(one.pop("clients"))]
+        where = f"run {found.id[:8]} round {number}, {one['group']}"
+        one["sites"] = [names.get(str(client), str(client)) for client in items(one.pop("clients"), where)]
     if sums:
         seen = "; ".join(f"{s['group']} ({len(s['sites'])} of {s['members']}: {', '.join(s['sites'])})" for s in sums)
         title += f"\nsecure aggregation: no update was seen, only the sums of {seen}"
@@ -555,8 +557,16 @@ def show(
         raise damaged
 
 
-def _told(report: str) -> str:
+def _told(report: str, where: str) -> str:
+    """What a client told of itself, for a table.
+
+    Raises:
+        StateError: Its row was changed by hand, and is no report.
+    """
+    told = column(report or "{}", f"{where}, report")
+    if any(type(value) not in (int, float) for value in told.values()):
+        raise StateError("a report that has no numbers", where=where, got=report[:60], mend=DAMAGED)
     return ", ".join(
         f"{name.removeprefix('noised_')} {value:.4g} ({'noised' if name.startswith('noised_') else 'not private'})"
-        for name, value in loads(report or "{}").items()
+        for name, value in told.items()
     )

@@ -3,7 +3,8 @@
 Whoever writes takes the registry's lock before anything else (BEGIN IMMEDIATE; an advisory lock), so that what it reads
 stays so until it commits: leaves get their places and budgets are priced there. Readers take none and see what was committed.
 
-A database with nothing in it is made; one of an older version is changed by ``cloister registry migrate`` alone, in one transaction
+A database with nothing in it is made, where no blobs say that there was a registry: a new one would sign a fork of the log that was lost,
+and gc take whatever it does not name. One of an older version is changed by ``cloister registry migrate`` alone, in one transaction
 under the same lock: of two started at once one migrates and the other finds it done, and one that is killed has changed nothing.
 Passwords have no place in a URL: libpq reads them from PGPASSWORD or ~/.pgpass.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,13 +108,15 @@ class Database:
 
     Args:
         url: From ``checked_url``.
+        held: What lies in the registry's place for blobs, in words; empty where nothing does.
         migrating: Whether an older version is let in, for ``migrate``.
 
     Raises:
-        StateError: It cannot be opened, or it is of another version.
+        StateError: It cannot be opened, it is of another version, or it is empty and the place for blobs is not.
     """
 
-    def __init__(self, url: URL, *, migrating: bool = False) -> None:
+    def __init__(self, url: URL, held: Callable[[], str], *, migrating: bool = False) -> None:
+        self._held = held
         self.sqlite = url.drivername == "sqlite"
         self.where = str(url.database) if self.sqlite else url.render_as_string()
         if self.sqlite:
@@ -122,11 +125,14 @@ class Database:
                 os.chmod(self.where, 0o600)
         self._reading = _engine(url)
         self._writing = self._reading.execution_options(registry_lock=True)
-        with self._as_state_error():
-            with self._reading.connect() as connection:
-                found = _version(connection)
-            if not found and not migrating:
+        with self._as_state_error(), self._reading.connect() as connection:
+            found = _version(connection)
+        if not found and not migrating:
+            try:
                 found = self.migrate().after
+            except StateError:
+                self.close()
+                raise
         if found != VERSION and not migrating:
             self.close()
             newer = found.isdigit() and found > VERSION
@@ -180,13 +186,22 @@ class Database:
         """Brings the tables to this version, in one transaction under the registry's lock.
 
         Raises:
-            StateError: The database is older than migrations are, or newer than this version, or fails.
+            StateError: The database is older than migrations are, or newer than this version, or fails; or it was emptied.
         """
         from alembic import command
         from alembic.config import Config
 
         with self._as_state_error(), self._writing.connect() as connection, connection.begin():
             before = _version(connection)
+            # Under the lock: whoever made the tables may have put a blob since.
+            if not before and (held := self._held()):
+                raise StateError(
+                    "the registry's database is empty, and its place for blobs is not",
+                    where=self.where,
+                    expected="the registry that those blobs are of",
+                    got=held,
+                    mend="restore the database from a copy; a new registry takes a place of its own, or what lies there moved away",
+                )
             if before == VERSION:
                 laid = tuple(rules.missing(rules.found(connection)))
                 rules.lift(connection)

@@ -27,7 +27,7 @@ from cloister_shared.vectors import F32, Schema, from_safetensors, to_safetensor
 
 from cloister_server.accounting import client_level_of
 from cloister_server.export_card import card_text
-from cloister_server.fsck import check_charges, check_round
+from cloister_server.fsck import check_charges, check_rounds
 from cloister_server.store import Store
 from cloister_server.tables import COMMITTED, Round, RoundClient, Run
 
@@ -80,8 +80,7 @@ def export_round(store: Store, run: Run, number: int, out: Path) -> Path:
     if (grave := store.tombstones().get(row.adapter)) is not None:
         raise InputError("its adapter was given up", where=f"run {run.id[:8]} round {number}", got=grave.why)
     # What is signed of the round are rows, and those of the rounds before it: they must be what their leaves say.
-    for earlier in range(number + 1):
-        check_round(store, run, earlier)
+    check_rounds(store, run, range(number + 1))
     check_charges(store, run, number)
     if os.path.lexists(out):
         raise InputError("the folder is there already", where=str(out), mend="choose another --out")
@@ -169,16 +168,16 @@ def statement_of(store: Store, run: Run, row: Round, proof: Proof) -> dict[str, 
         "settings": leaf.get("settings", ""),
         "code": leaf.get("code", run.code),
         "lock": leaf.get("lock", ""),
-        "parent": row.parent,
-        "residual": row.residual,
-        "committed": row.committed,
+        "parent": leaf.get("parent"),
+        "residual": leaf.get("residual"),
+        "committed": leaf.get("at"),
         "imported": leaf.get("imported"),
         "run_task": run.task,
         "run_tensors": run.tensors,
         "frozen": config["frozen"],
         "fan_in_fan_out": config["fan_in_fan_out"],
         "frozen_a": FROZEN_FORMAT if config["frozen"] is not None else None,
-        "metrics": store.metrics(run.id, row.number),
+        "metrics": leaf.get("metrics", {}),
         "accountant": ACCOUNTANT,
         "neighbours": NEIGHBOURS,
         "client_level": client_level_of(store, run.id, row.number),

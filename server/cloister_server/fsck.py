@@ -1,7 +1,8 @@
 """What is wrong with a registry: its log, every row against the leaf that tells of it, blobs, the database's own rules.
 
 It reads everything and changes nothing. Leaves are signed and hold each other's places; rows are not: so a row is right where a leaf says
-the same, and each leaf has its row. Tests of a defence, states of rounds that are not committed and receipts have no leaf of their own.
+the same, and each leaf has its row. What a client was refused for and what it told of itself, tests of a defence, states of rounds that
+are not committed, how long a round took, when a run began, where a base model came from and receipts have no leaf of their own.
 A whole log that was written anew by whoever has its key is for its witnesses to see.
 """
 
@@ -9,25 +10,31 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import isclose
 from typing import Any, TypeVar
 
 from cloister_shared.aliases import newest_move
 from cloister_shared.audit.reading import MALFORMED, record_of
+from cloister_shared.cards import read_coordinator_card
 from cloister_shared.encoding import digest, parse_record
-from cloister_shared.errors import CloisterError, VerificationError
+from cloister_shared.errors import CloisterError, StateError, VerificationError
 from cloister_shared.notes import Checkpoint, claimed, read_checkpoint, read_cosignature
+from cloister_shared.privacy import DpSgd, epsilon
 from cloister_shared.signing import VerifyKey
-from cloister_shared.witness import LEAF_PURPOSE
+from cloister_shared.witness import LEAF_PURPOSE, log_of_federation
 
 from cloister_server import rules
 from cloister_server.charges import Figure, broken_off, figures, understated
-from cloister_server.log import ABORTED_CLIENT, commit_body
-from cloister_server.store import Store, commit_facts, run_facts
-from cloister_server.tables import ABORTED, COMMITTED, STATES, Leaf, Round, RoundClient, Run
+from cloister_server.log import ABORTED_CLIENT, column, commit_body
+from cloister_server.store import CLIENT_UNIT, Store, commit_facts, run_facts
+from cloister_server.tables import ABORTED, COMMITTED, STATES, Leaf, Privacy, Round, RoundClient, Run, Summed
 
 _RESTORE = "restore the registry from a copy"
+# Seconds between a row's time and its leaf's: older versions looked at the clock for each, in one transaction.
+_AT_MOST = 60.0
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -48,10 +55,23 @@ class Wrong:
 
 @dataclass
 class _Log:
-    """What the log tells, by kind of leaf, in order; empty records where a leaf is not whole."""
+    """What the log tells, by kind of leaf, in order; empty records where a leaf is not whole.
+
+    Attributes:
+        records: What leaves say.
+        kinds: The same, by kind.
+        gaps: Places whose leaves are missing.
+        key: The log's key; None where nobody says which it is.
+    """
 
     records: list[dict[str, Any]] = field(default_factory=list)
     kinds: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
+    gaps: list[range] = field(default_factory=list)
+    key: VerifyKey | None = None
+
+    def lost(self, place: object) -> bool:
+        """Whether this leaf is in a gap, which is told once."""
+        return isinstance(place, int) and any(place in gap for gap in self.gaps)
 
 
 Part = tuple[str, Callable[[], Iterator[Wrong]]]
@@ -112,13 +132,18 @@ def _rules(store: Store) -> Iterator[Wrong]:
 
 
 def _read(store: Store, log: _Log) -> Iterator[Wrong]:
-    for place, leaf in enumerate(store.leaves()):
+    found, place = store.leaves(), 0
+    yield from _key(store, log, found[0].key if found else "")
+    for leaf in found:
         where, record = f"leaf {leaf.index}", dict[str, Any]()
         if leaf.index != place:
-            yield Wrong(where, f"stands at place {place}: a leaf is missing", _RESTORE)
-            return
+            gap = range(place, leaf.index)
+            named = f"leaf {gap[0]}" if len(gap) == 1 else f"leaves {gap[0]} to {gap[-1]}"
+            log.gaps.append(gap)
+            yield Wrong(named, "missing: the log has a gap", _RESTORE)
+        place = leaf.index + 1
         try:
-            record = _whole(store, leaf)
+            record = _whole(leaf, log.key)
         except (CloisterError, *MALFORMED) as error:
             record = {}
             yield Wrong(where, str(error).removeprefix(f"{where}: ")[:200], f"the log was changed by hand: {_RESTORE}")
@@ -127,9 +152,27 @@ def _read(store: Store, log: _Log) -> Iterator[Wrong]:
             log.kinds[leaf.kind].append(record)
 
 
+def _key(store: Store, log: _Log, named: str) -> Iterator[Wrong]:
+    """Finds the log's key: the coordinator's own, or the card's where that one is missing or another than leaves name."""
+    mend = "put the coordinator's own key back from a copy: without it nothing more is signed"
+    try:
+        log.key = store.signing.verify_key
+    except CloisterError as error:
+        yield Wrong("sign.key", str(error)[:200], mend)
+    card = store.home / "card.json"
+    if (log.key is None or named not in ("", log.key.id.hex())) and card.is_file():
+        key = read_coordinator_card(card).verify_key
+        if log.key is not None and named == key.id.hex():
+            yield Wrong("sign.key", f"it is key {log.key.id.hex()}, and the log is of key {named}", mend)
+        if log.key is None or named == key.id.hex():
+            log.key = key
+
+
 def _witnesses(store: Store, log: _Log) -> Iterator[Wrong]:
     """What sites cosigned is where this log was, and its present has it; the heads that they signed are kept as commits have them."""
     yield from _kept_heads(store, log)
+    if log.gaps:
+        return  # there is no tree over a gap, which is told already
     size = len(store.tree())
     for row in store.unlike():
         where = f"site of key {row.client}"
@@ -161,25 +204,36 @@ def _kept_heads(store: Store, log: _Log) -> Iterator[Wrong]:
                 own = read_checkpoint(row.head, keys[client], claimed(row.head, where).origin, where).checkpoint
                 if own.size != row.head_size:
                     raise VerificationError("the head is of another size", where=where)
-            if row.line:
-                seen = Checkpoint(store.origin, row.size, bytes.fromhex(row.root)).text
+            if row.line and log.key is not None:
+                seen = Checkpoint(log_of_federation(log.key), row.size, bytes.fromhex(row.root)).text
                 read_cosignature(row.line, seen, client, keys[client], where)
         except (CloisterError, ValueError):
             yield Wrong(where, "what is kept of its heads and cosignatures is not what it signed", _RESTORE)
 
 
 def _pairs(
-    rows: Mapping[Key, Mapping[str, Any]], told: Mapping[Any, Mapping[str, Any]], name: Callable[[Key], str]
+    log: _Log,
+    rows: Mapping[Key, Mapping[str, Any]],
+    told: Mapping[Any, Mapping[str, Any]],
+    name: Callable[[Key], str],
 ) -> Iterator[Wrong]:
     """Rows and leaves that say other things of the same; a leaf of an older version says nothing of what came later."""
     for key, row in rows.items():
         if key not in told:
-            yield Wrong(name(key), "its leaf is missing: the log tells nothing of it", _RESTORE)
-        elif others := sorted(n for n, value in row.items() if n in told[key] and told[key][n] != value):
-            yield Wrong(name(key), f"its leaf says something else of its {', '.join(others)}", _RESTORE)
+            if not log.lost(row.get("index")):
+                yield Wrong(name(key), "its leaf is missing: the log tells nothing of it", _RESTORE)
+        elif others := sorted(n for n, value in row.items() if n in told[key] and _unlike(n, value, told[key][n])):
+            said = ", ".join("time" if n == "at" else n for n in others)
+            yield Wrong(name(key), f"its leaf says something else of its {said}", _RESTORE)
     for key in told:
         if key not in rows:
             yield Wrong(name(key), f"its row is missing: leaf {told[key].get('index')} tells of it", _RESTORE)
+
+
+def _unlike(name: str, row: object, leaf: object) -> bool:
+    if name != "at":
+        return row != leaf
+    return not (isinstance(row, int | float) and isinstance(leaf, int | float) and abs(row - leaf) <= _AT_MOST)
 
 
 def _place(key: tuple[Any, ...]) -> str:
@@ -189,11 +243,12 @@ def _place(key: tuple[Any, ...]) -> str:
 def _runs(store: Store, log: _Log) -> Iterator[Wrong]:
     began, rows, aborted = dict[str, dict[str, Any]](), dict[tuple[str, int], dict[str, Any]](), dict(_aborted(log))
     told = {(r.get("run"), r.get("round")): _without_heads(r) for r in log.kinds["round_commit"]}
-    unfinished, models = dict[tuple[str, int], dict[str, Any]](), store.models()
-    for run in store.runs():
+    unfinished, runs = dict[tuple[str, int], dict[str, Any]](), store.runs()
+    yield from _models(store, runs)
+    for run in runs:
         of = store.rounds(run.id)
-        if run.base not in models and run.tokenizer:
-            yield Wrong(f"run {run.id[:8]}", "the row of its base model is missing", _RESTORE)
+        if odd := _first_unlike(run, of[:1]):
+            yield Wrong(_place((run.id, 0)), f"it is what the run began with, and its row has another {odd}", _RESTORE)
         if [row.number for row in of] != list(range(len(of))):
             yield Wrong(f"run {run.id[:8]}", "its rounds have gaps", _RESTORE)
         began[run.id] = run_facts(run) | {"rounds": run.rounds, "adapter": of[0].adapter if of else None}
@@ -211,9 +266,40 @@ def _runs(store: Store, log: _Log) -> Iterator[Wrong]:
             elif row.state == ABORTED:
                 asked = [{n: getattr(c, n) for n in ABORTED_CLIENT} for c in clients]
                 unfinished[key] = {"attempt": row.attempt, "clients": sorted(asked, key=lambda c: str(c["client"]))}
-    yield from _pairs(began, {str(r.get("run")): r for r in log.kinds["policy"]}, lambda key: f"run {key[:8]}")
-    yield from _pairs(rows, told, _place)
-    yield from _pairs(unfinished, {k: v for k, v in aborted.items() if k in unfinished}, _place)
+    yield from _pairs(log, began, {str(r.get("run")): r for r in log.kinds["policy"]}, lambda key: f"run {key[:8]}")
+    yield from _pairs(log, rows, told, _place)
+    yield from _pairs(log, unfinished, {k: v for k, v in aborted.items() if k in unfinished}, _place)
+
+
+def _models(store: Store, runs: Sequence[Run]) -> Iterator[Wrong]:
+    """A base model's row says what the leaves of its runs say of it: of some, since a run's leaf may not say it."""
+    models = store.models()
+    for run in runs:
+        if run.base not in models and run.tokenizer:
+            yield Wrong(f"run {run.id[:8]}", "the row of its base model is missing", _RESTORE)
+    for name, model in models.items():
+        of = [run for run in runs if run.base == name]
+        known = {
+            "tokenizer": (model.tokenizer, {run.tokenizer for run in of}),
+            "kind": (model.kind, {_kind(run) for run in of}),
+        }
+        for what, (here, told) in known.items():
+            if told - {""} and here not in told:
+                yield Wrong(f"base model {name[:16]}", f"no run on it has its {what}", _RESTORE)
+
+
+def _kind(run: Run) -> str:
+    """What kind of task a run is; nothing where its row does not say."""
+    try:
+        return str(column(run.task, run.id).get("kind", ""))
+    except StateError:
+        return ""  # its leaf says something else of its task, as is told
+
+
+def _first_unlike(run: Run, found: Sequence[Round]) -> str:
+    """What of round 0's row is not as every run begins, in words: no leaf of its own tells of it."""
+    always = {"state": COMMITTED, "parent": None, "residual": None, "leaf": None, "committed": run.created}
+    return ", ".join(n for row in found for n, value in always.items() if getattr(row, n) != value)
 
 
 def check_round(store: Store, run: Run, number: int) -> None:
@@ -227,29 +313,47 @@ def check_round(store: Store, run: Run, number: int) -> None:
     Raises:
         VerificationError: They do not, or the leaf is missing or changed.
     """
-    where, rounds = f"run {run.id[:8]} round {number}", {row.number: row for row in store.rounds(run.id)}
-    if number and number - 1 not in rounds:
-        raise VerificationError(
-            "the round before it is missing", where=where, mend=f"cloister registry fsck; {_RESTORE}"
-        )
+    check_rounds(store, run, [number])
+
+
+def check_rounds(store: Store, run: Run, numbers: Sequence[int]) -> None:
+    """Sees the same of several rounds of a run, whose rows are read once.
+
+    Raises:
+        VerificationError: As ``check_round``.
+    """
+    made, rounds = _Made(store, run), {row.number: row for row in store.rounds(run.id)}
+    for number in numbers:
+        where = f"run {run.id[:8]} round {number}"
+        if not {max(number - 1, 0), number} <= set(rounds):
+            raise VerificationError(
+                "the round or the one before it is missing", where=where, mend=f"cloister registry fsck; {_RESTORE}"
+            )
+        for one in _unlike_leaf(store, made, run, rounds, number):
+            what = f"the registry is not as its log says: {one.what}"
+            raise VerificationError(what, where=one.where, mend=f"cloister registry fsck; {one.mend}")
+
+
+def _unlike_leaf(store: Store, made: _Made, run: Run, rounds: Mapping[int, Round], number: int) -> Iterator[Wrong]:
+    """How one round's rows are unlike its leaf."""
+    where, row = f"run {run.id[:8]} round {number}", rounds[number]
+    found, told = list[Leaf](), dict[str, dict[str, Any]]()
     if number:
-        place = rounds[number].leaf
-        found = [] if place is None else store.leaves(place, place + 1)
-        says = _Made(store, run).commit(rounds[number - 1], rounds[number], store.clients(run.id, number))
+        found = [] if row.leaf is None else store.leaves(row.leaf, row.leaf + 1)
+        says = made.commit(rounds[number - 1], row, store.clients(run.id, number))
     else:
-        found = [leaf for leaf in store.leaves() if leaf.kind == "policy" and run.id.encode() in leaf.record]
-        says = run_facts(run) | {"rounds": run.rounds, "adapter": rounds[0].adapter}
-    told, wrong = dict[str, dict[str, Any]](), list[Wrong]()
-    for leaf in found[:1]:
+        says = run_facts(run) | {"rounds": run.rounds, "adapter": row.adapter}
+        if odd := _first_unlike(run, [row]):
+            yield Wrong(where, f"its row has another {odd} than what a run begins with", _RESTORE)
+        with suppress(StateError):  # the leaf is missing, as is told below
+            found = [store.policy_leaf(run.id)]
+    for leaf in found:
         try:
-            told[run.id] = _without_heads(_whole(store, leaf))
+            told[run.id] = _without_heads(_whole(leaf, store.signing.verify_key))
         except (CloisterError, *MALFORMED) as error:
             at = f"leaf {leaf.index}"
-            wrong.append(Wrong(at, str(error).removeprefix(f"{at}: ")[:200], _RESTORE))
-    wrong += _pairs({run.id: says}, told, lambda _: where)
-    for one in wrong:
-        what = f"the registry is not as its log says: {one.what}"
-        raise VerificationError(what, where=one.where, mend=f"cloister registry fsck; {one.mend}")
+            yield Wrong(at, str(error).removeprefix(f"{at}: ")[:200], _RESTORE)
+    yield from _pairs(_Log(), {run.id: says}, told, lambda _: where)
 
 
 def check_charges(store: Store, run: Run, number: int) -> None:
@@ -265,8 +369,9 @@ def check_charges(store: Store, run: Run, number: int) -> None:
     """
     log, wanted = _Log(), ("spend", "incident", "round_commit")
     try:
-        log.records = [_whole(store, leaf) for leaf in store.leaves() if leaf.kind in wanted]
-        log.kinds["spend"] = [record for record in log.records if record["kind"] == "spend"]
+        log.records = [_whole(leaf, store.signing.verify_key) for leaf in store.leaves() if leaf.kind in wanted]
+        for record in log.records:
+            log.kinds[record["kind"]].append(record)
         found = [
             *_charges(store, log),
             *_broken_off(store, log.records),
@@ -281,18 +386,20 @@ def check_charges(store: Store, run: Run, number: int) -> None:
         raise VerificationError(what, where=one.where, mend=f"cloister registry fsck; {one.mend}")
 
 
-def _whole(store: Store, leaf: Leaf) -> dict[str, Any]:
-    """A leaf's record, signed by this log's key and at its own place.
+def _whole(leaf: Leaf, key: VerifyKey | None) -> dict[str, Any]:
+    """A leaf's record, signed by the log's key, where that is known, and at its own place.
 
     Raises:
         VerificationError: Its signature does not hold.
         ValueError: It says that it is another leaf.
     """
-    key, where = store.signing.verify_key, f"leaf {leaf.index}"
-    key.verify(LEAF_PURPOSE, leaf.record, bytes.fromhex(leaf.signature), where)
+    where = f"leaf {leaf.index}"
+    if key is not None:
+        key.verify(LEAF_PURPOSE, leaf.record, bytes.fromhex(leaf.signature), where)
     record = record_of(leaf.record, where)
-    said = record.get("index"), record.get("log"), record.get("kind")
-    if said != (leaf.index, store.origin, leaf.kind) or leaf.key != key.id.hex():
+    if (record.get("index"), record.get("kind")) != (leaf.index, leaf.kind):
+        raise ValueError("it says that it is another leaf")
+    if key is not None and (record.get("log"), leaf.key) != (log_of_federation(key), key.id.hex()):
         raise ValueError("it says that it is another leaf")
     return record
 
@@ -317,22 +424,27 @@ class _Made:
 
     def __init__(self, store: Store, run: Run) -> None:
         self._store, self._run, self._transcript = store, run, store.transcript(run.id)
-        self._judged, self._summed = store.judgements(run.id), store.summed(run.id)
-        self._costs = [p for p in store.privacy(run.id) if p.scope == "record"]
+        self._judged = {one.number: one for one in store.judgements(run.id)}
+        self._summed, self._costs = defaultdict[int, list[Summed]](list), defaultdict[int, list[Privacy]](list)
+        for one in store.summed(run.id):
+            self._summed[one.number].append(one)
+        for cost in store.privacy(run.id):
+            if cost.scope == "record":
+                self._costs[cost.number].append(cost)
 
     def commit(self, before: Round, row: Round, clients: Sequence[RoundClient]) -> dict[str, Any]:
         """Of one round."""
-        judgement = next((one for one in self._judged if one.number == row.number), None)
-        summed = [one for one in self._summed if one.number == row.number]
-        costs = [one for one in self._costs if one.number == row.number]
-        metrics = self._store.metrics(row.run, row.number)
-        facts = commit_facts(self._run, row, self._transcript, metrics, judgement, summed, costs)
-        return _without_heads(commit_body(row, before.adapter or "", clients, facts, {})) | {"index": row.leaf}
+        metrics, judged = self._store.metrics(row.run, row.number), self._judged.get(row.number)
+        summed, costs = self._summed[row.number], self._costs[row.number]
+        facts = commit_facts(self._run, row, self._transcript, metrics, judged, summed, costs)
+        made = _without_heads(commit_body(row, before.adapter or "", clients, facts, {}))
+        return made | {"index": row.leaf, "at": row.committed}
 
 
 def _releases(store: Store, log: _Log) -> Iterator[Wrong]:
     names = store.aliases()
-    for name in sorted({str(r.get("alias")) for r in log.kinds["alias_set"]}):
+    # Where leaves are missing, so may moves be.
+    for name in sorted({str(r.get("alias")) for r in log.kinds["alias_set"] if not log.gaps}):
         try:
             newest_move(log.records, name, "log")
         except CloisterError as error:
@@ -341,10 +453,11 @@ def _releases(store: Store, log: _Log) -> Iterator[Wrong]:
             )
     moves = [event for alias in names for event in store.alias_events(alias.name)]
     yield from _pairs(
+        log,
         {
             (e.name, e.version): {
                 "run": e.run, "round": e.number, "adapter": e.adapter, "rollback": e.rollback, "why": e.why,
-                "guard": e.guard, "index": e.leaf,
+                "guard": e.guard, "index": e.leaf, "at": e.at,
             }
             for e in moves
         },
@@ -357,18 +470,28 @@ def _releases(store: Store, log: _Log) -> Iterator[Wrong]:
             yield Wrong(f"alias {alias.name}", "it points elsewhere than its last move", "cloister rounds promote")
     held = store.holds()
     yield from _pairs(
-        {h.leaf: {"run": h.run, "round": h.number, "adapter": h.adapter, "why": h.why} for h in held},
+        log,
+        {
+            h.leaf: {"run": h.run, "round": h.number, "adapter": h.adapter, "why": h.why, "index": h.leaf, "at": h.at}
+            for h in held
+        },
         {r["index"]: r for r in log.kinds["hold"] if not r.get("released")},
         lambda key: f"hold of leaf {key}",
     )
     yield from _pairs(
-        {h.leaf: {"run": h.run, "round": h.number, "adapter": h.adapter} for h in held if h.released is not None},
+        log,
+        {
+            h.leaf: {"run": h.run, "round": h.number, "adapter": h.adapter, "at": h.released}
+            for h in held
+            if h.released is not None
+        },
         {r.get("hold"): r for r in log.kinds["hold"] if r.get("released")},
         lambda key: f"release of the hold of leaf {key}",
     )
     yield from _pairs(
+        log,
         {
-            t.adapter: {"run": t.run, "round": t.number, "why": t.why, "index": t.leaf}
+            t.adapter: {"run": t.run, "round": t.number, "why": t.why, "index": t.leaf, "at": t.at}
             for t in store.tombstones().values()
         },
         {str(r.get("adapter")): r for r in log.kinds["tombstone"]},
@@ -377,9 +500,12 @@ def _releases(store: Store, log: _Log) -> Iterator[Wrong]:
     stated = {str(r.get("statement")): r for r in log.kinds["export"]}
     for record in log.kinds["policy"]:
         if isinstance(came := record.get("imported"), dict):
-            stated[str(came.get("statement"))] = {"run": record.get("run"), "round": 0, "index": record["index"]}
+            stated[str(came.get("statement"))] = {"run": record.get("run"), "round": 0} | {
+                n: record[n] for n in ("index", "at")
+            }
     yield from _pairs(
-        {s.statement: {"run": s.run, "round": s.number} for s in store.statements()},
+        log,
+        {s.statement: {"run": s.run, "round": s.number, "at": s.at} for s in store.statements()},
         stated,
         lambda key: f"statement {key[:16]}",
     )
@@ -389,16 +515,52 @@ def _charges(store: Store, log: _Log) -> Iterator[Wrong]:
     """The federation's own ledger: every sum that noise was drawn for, and what was stated of it."""
     sums = store.noised_sums()
     yield from _pairs(
+        log,
         {(s.run, s.number, s.attempt): s.model_dump() for s in sums},
         {(r.get("run"), r.get("number"), r.get("attempt")): r for r in log.kinds["spend"]},
         lambda key: f"charge of {_place(key[:2])}, attempt {key[2]}",
     )
-    # By attempt: a clock may have gone back between two.
-    newest = {(s.run, s.number): (s.epsilon, s.delta) for s in sorted(sums, key=lambda s: s.attempt)}
-    for run in store.runs():
-        for p in store.privacy(run.id):
-            if p.scope == "client" and (p.lifetime, p.delta) != newest.get((p.run, p.number)):
-                yield Wrong(_place((p.run, p.number)), "what is stated of whole clients was not charged so", _RESTORE)
+    yield from _client_level(store, log)
+
+
+def _client_level(store: Store, log: _Log) -> Iterator[Wrong]:
+    """What is stated of whole clients is what was charged: of the run, and of all runs, after the round's newest attempt."""
+    told, of_run, count = dict[tuple[str, int], _Charged](), defaultdict[str, list[DpSgd]](list), 0
+    for record in log.kinds["spend"]:
+        events, count = of_run[str(record["run"])], count + 1
+        events.append(DpSgd(float(record["noise_multiplier"]), 1.0, 1))
+        # Where no other run was ever charged, both are one figure.
+        told[str(record["run"]), int(record["number"])] = _Charged(record, tuple(events), len(events) == count)
+    rows = {(p.run, p.number): p for run in store.runs() for p in store.privacy(run.id) if p.scope == "client"}
+    for key, row in rows.items():
+        if key not in told or not told[key].of(row):
+            yield Wrong(_place(key), "what is stated of whole clients was not charged so", _RESTORE)
+    # Older versions stated it nowhere, and nothing of costs in their leaves.
+    commits = {(str(r.get("run")), r.get("round")) for r in log.kinds["round_commit"] if "privacy" in r}
+    for key in sorted((set(told) & commits) - set(rows)):
+        yield Wrong(_place(key), "what it cost of whole clients was charged and is not stated", _RESTORE)
+
+
+@dataclass(frozen=True)
+class _Charged:
+    """A charge for whole clients.
+
+    Attributes:
+        leaf: What its leaf says.
+        events: Of its run up to it.
+        alone: Whether those are all that there were.
+    """
+
+    leaf: Mapping[str, Any]
+    events: tuple[DpSgd, ...]
+    alone: bool
+
+    def of(self, row: Privacy) -> bool:
+        """Whether a statement is of this charge."""
+        if (row.lifetime, row.delta, row.unit) != (self.leaf["epsilon"], self.leaf["delta"], CLIENT_UNIT):
+            return False
+        whole = float(self.leaf["epsilon"]) if self.alone else epsilon(self.events, float(self.leaf["delta"]))
+        return isclose(row.epsilon, whole, rel_tol=1e-6)
 
 
 def _broken_off(store: Store, records: Sequence[Mapping[str, Any]]) -> Iterator[Wrong]:
@@ -432,6 +594,9 @@ def _last_of(found: Sequence[Figure], run: str, number: int) -> list[Figure]:
 
 
 def _blobs(store: Store) -> Iterator[Wrong]:
+    if not store.leaves(0, 1) and (lost := sum(1 for _ in store.blobs.stored())):
+        what = f"the log has not a leaf, and {lost} blobs are there: it was emptied, or the first run was broken off"
+        yield Wrong("log", what, "restore the database from a copy, or cloister run")
     for name, blob in store.named_blobs().items():
         size = store.blobs.size(name)
         if size is not None and blob.bytes and size != blob.bytes:
@@ -458,7 +623,7 @@ def _blobs(store: Store) -> Iterator[Wrong]:
         where = f"statement of {_place((made.run, made.number))}"
         try:
             said = parse_record(store.blobs.get(made.statement), where)
-            if said.get("signature") != made.signature:
-                yield Wrong(where, "its signature's row is another than the statement has", _RESTORE)
+            if (said.get("signature"), said.get("key")) != (made.signature, made.key):
+                yield Wrong(where, "its row's signature or key is another than the statement has", _RESTORE)
         except CloisterError as error:
             yield Wrong(where, error.what, error.mend or "restore the blob from a copy")

@@ -62,6 +62,8 @@ def registry() -> Store:
     home = console.coordinator_home()
     if not has_registry(home):
         raise StateError(
-            "no registry here", where=str(home), mend="cloister coordinator init FEDERATION.toml, or --home"
+            "no registry here",
+            where=str(home),
+            mend="cloister coordinator init FEDERATION.toml, or --home; one that was here: restore it from a copy",
         )
     return Store(home)

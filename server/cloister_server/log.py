@@ -18,17 +18,32 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from cloister_shared.encoding import canonical, digest
-from cloister_shared.errors import StateError
+from cloister_shared.encoding import canonical, digest, parse_record
+from cloister_shared.errors import StateError, VerificationError
 from cloister_shared.signing import SigningKey
 from cloister_shared.witness import LEAF_KINDS, LEAF_PURPOSE, log_of_federation
 from sqlmodel import Session, func, select
 
 from cloister_server.tables import Leaf
 
+# Where rows or leaves are not what this version writes.
+DAMAGED = "cloister registry fsck says what is wrong; restore the registry from a copy"
 
-def append(session: Session, kind: str, body: Mapping[str, Any], by: SigningKey) -> Leaf:
+
+def now() -> float:
+    """What the log's clock says: a row that has its leaf's time takes it from here once, for both."""
+    return time.time()
+
+
+def append(session: Session, kind: str, body: Mapping[str, Any], by: SigningKey, at: float | None = None) -> Leaf:
     """Adds a leaf in the session's transaction.
+
+    Args:
+        session: The transaction.
+        kind: What happened.
+        body: What the leaf says of it.
+        by: The log's key.
+        at: When, where a row says so too.
 
     Raises:
         StateError: There is no such kind, or the log is another key's.
@@ -44,7 +59,7 @@ def append(session: Session, kind: str, body: Mapping[str, Any], by: SigningKey)
             got=f"key {first.key}",
             mend="a database of its own for each federation ([storage])",
         )
-    named = {"log": log_of_federation(by.verify_key), "index": index, "kind": kind, "at": time.time()}
+    named = {"log": log_of_federation(by.verify_key), "index": index, "kind": kind, "at": now() if at is None else at}
     record = canonical(dict(body) | named)
     leaf = Leaf(
         index=index,
@@ -68,16 +83,62 @@ def leaves(session: Session, start: int = 0, end: int | None = None) -> list[Lea
     return list(session.exec(chosen if end is None else chosen.where(Leaf.index < end)))
 
 
+def said(leaf: Leaf) -> dict[str, Any]:
+    """What a leaf says; nothing of it is checked but its form.
+
+    Raises:
+        StateError: It was changed by hand, and is no record.
+    """
+    try:
+        return parse_record(leaf.record, f"leaf {leaf.index}")
+    except VerificationError as error:
+        raise StateError("a leaf is no record", where=f"leaf {leaf.index}", got=error.what, mend=DAMAGED) from error
+
+
+def parsed(text: str, where: str) -> Any:
+    """The JSON that a row holds as text.
+
+    Raises:
+        StateError: It was changed by hand, and is none.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise StateError("a row holds no JSON", where=where, got=repr(text)[:60], mend=DAMAGED) from error
+
+
+def column(text: str, where: str) -> dict[str, Any]:
+    """The JSON object that a row holds as text.
+
+    Raises:
+        StateError: It was changed by hand, and is none.
+    """
+    if not isinstance(record := parsed(text, where), dict):
+        raise StateError("a row holds no JSON object", where=where, got=repr(text)[:60], mend=DAMAGED)
+    return record
+
+
+def items(text: str, where: str) -> list[Any]:
+    """The JSON list that a row holds as text.
+
+    Raises:
+        StateError: It was changed by hand, and is none.
+    """
+    if not isinstance(record := parsed(text, where), list):
+        raise StateError("a row holds no JSON list", where=where, got=repr(text)[:60], mend=DAMAGED)
+    return record
+
+
 def membership(found: Iterable[Leaf]) -> dict[str, str]:
     """The sites that the log has as enrolled: digest of the card, by name."""
     here = dict[str, str]()
     for leaf in found:
         if leaf.kind in ("enrol", "revoke"):
-            record = json.loads(leaf.record)
+            record = said(leaf)
             if leaf.kind == "enrol":
-                here[record["site"]] = digest(canonical(record["card"]))
+                here[str(record.get("site"))] = digest(canonical(record.get("card")))
             else:
-                here.pop(record["site"], None)
+                here.pop(str(record.get("site")), None)
     return here
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -12,7 +11,7 @@ from typing import Any
 
 from cloister_shared.cards import SiteCard
 from cloister_shared.encoding import canonical, digest
-from cloister_shared.errors import RollbackError
+from cloister_shared.errors import RollbackError, StateError
 from cloister_shared.merkle import Tree
 from cloister_shared.notes import Checkpoint
 from cloister_shared.signing import SigningKey
@@ -21,7 +20,7 @@ from sqlmodel import select
 
 from cloister_server.blobs import Blobs
 from cloister_server.database import Database
-from cloister_server.log import append, leaves, membership
+from cloister_server.log import DAMAGED, append, leaves, membership, said
 from cloister_server.storage import read_storage
 from cloister_server.tables import Leaf, Witnessed
 
@@ -39,13 +38,14 @@ class LogBook:
 
     Raises:
         InputError: ``storage.json`` is not right.
-        StateError: The database cannot be opened, or is of another version.
+        StateError: The database cannot be opened, is of another version, or was emptied.
     """
 
     def __init__(self, home: Path) -> None:
         self.home = home
         storage = read_storage(home)
-        self.blobs, self.database = Blobs(storage.blobs), Database(storage.database)
+        self.blobs = Blobs(storage.blobs)
+        self.database = Database(storage.database, self.blobs.held)
         self._tree, self._growing = Tree(), Lock()
 
     def close(self) -> None:
@@ -73,10 +73,29 @@ class LogBook:
             return leaves(session, start, end)
 
     def tree(self) -> Tree:
-        """The log's tree, as far as it goes now: the caller's own."""
+        """The log's tree, as far as it goes now: the caller's own.
+
+        Raises:
+            RollbackError: The log is no longer the one that was read before, or a leaf of it is missing.
+        """
         # Services answer in several threads: two that grew it at once would sign a log that is nowhere.
         with self._growing:
-            for leaf in self.leaves(len(self._tree)):
+            known = len(self._tree)
+            # The last one again: a database that was put back beneath this process has another there, or none.
+            found = self.leaves(max(known - 1, 0))
+            if known and [leaf.hash for leaf in found[:1]] != self._tree.hashes(known - 1, known):
+                raise RollbackError(
+                    "the log is not the one that was read before: its database was put back, and nothing of it is signed",
+                    where=str(self.home),
+                    expected=f"the {known} leaves that were read",
+                    got="another leaf in the last one's place" if found else "fewer",
+                    mend="put the newest database back; if this is it, start this process again",
+                )
+            for place, leaf in enumerate(found[1 if known else 0 :], known):
+                if leaf.index != place:
+                    raise RollbackError(
+                        "a leaf of the log is missing", where=f"leaf {place}", got=f"leaf {leaf.index}", mend=DAMAGED
+                    )
                 self._tree.append(leaf.hash)
             return self._tree.copy()
 
@@ -177,7 +196,14 @@ class LogBook:
         return {i: row.head for i, row in self.witnessed().items() if row.head}
 
     def policy_leaf(self, run: str) -> Leaf:
-        """The leaf that a run began with."""
+        """The leaf that a run began with.
+
+        Raises:
+            StateError: There is none: the log was changed by hand.
+        """
         with self.database.reading() as session:
-            found = session.exec(select(Leaf).where(Leaf.kind == "policy"))
-            return next(leaf for leaf in found if json.loads(leaf.record)["run"] == run)
+            for leaf in session.exec(select(Leaf).where(Leaf.kind == "policy").order_by(Leaf.index)):  # type: ignore[arg-type]
+                # Most are of other runs: one that is damaged is theirs.
+                if run.encode() in leaf.record and said(leaf).get("run") == run:
+                    return leaf
+        raise StateError("the leaf that the run began with is missing", where=f"run {run[:8]}", mend=DAMAGED)

@@ -7,7 +7,6 @@ operator, which need not be on this machine but for the move itself.
 
 from __future__ import annotations
 
-import json as jsonlib
 import time
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -21,12 +20,13 @@ from cloister_shared.cards import check_name
 from cloister_shared.encoding import write_durably
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.signing import SigningKey, VerifyKey
-from cloister_shared.vectors import Schema, from_safetensors
+from cloister_shared.vectors import from_safetensors
 
 from cloister_server.compare import fields, modules
 from cloister_server.here import Home, Json, RunName, because, public_key, registry, registry_to_change
+from cloister_server.log import DAMAGED, column
 from cloister_server.operators import signed, with_key, with_signature
-from cloister_server.store import Store
+from cloister_server.store import Store, tensors_of
 from cloister_server.tables import Alias, AliasEvent, Round, Run
 
 Key = Annotated[Path | None, typer.Option("--key", help="The operator's key file, where the alias is guarded.")]
@@ -126,6 +126,8 @@ def rollback(
     stack = list[tuple[str, int, str]]()
     for event in events:
         if event.rollback:
+            if not stack:
+                raise StateError("a rollback from nothing", where=f"move {event.version} of {alias}", mend=DAMAGED)
             stack.pop()
         elif not stack or stack[-1] != (event.run, event.number, event.adapter):  # who guards it may change in place
             stack.append((event.run, event.number, event.adapter))
@@ -239,7 +241,7 @@ def aliases(json: Json = False, home: Home = None) -> None:
     events = {one.name: store.alias_events(one.name) for one in now}
     cells = [
         [
-            *(one.name, e.version, time.strftime("%F %R", time.gmtime(e.at)), e.run[:8], e.number, e.adapter[:12]),
+            *(one.name, e.version, _utc(e), e.run[:8], e.number, e.adapter[:12]),
             *(what, _id(e.guard)[:8] if e.guard else "", e.why),
         ]
         for one in now
@@ -251,6 +253,19 @@ def aliases(json: Json = False, home: Home = None) -> None:
     }
     columns = ["alias", "move", "at (UTC)", "run", "round", "adapter", "what", "guard", "why"]
     console.table(record, "aliases, newest move first", columns, cells)
+
+
+def _utc(event: AliasEvent) -> str:
+    """When an alias moved, for a table.
+
+    Raises:
+        StateError: At no time that there is: the row was changed by hand.
+    """
+    try:
+        return time.strftime("%F %R", time.gmtime(event.at))
+    except (OverflowError, ValueError, TypeError, OSError) as error:
+        where = f"move {event.version} of {event.name}"
+        raise StateError("a time that is none", where=where, got=repr(event.at)[:40], mend=DAMAGED) from error
 
 
 def moves(events: Sequence[AliasEvent]) -> list[tuple[AliasEvent, str]]:
@@ -267,14 +282,14 @@ def moves(events: Sequence[AliasEvent]) -> list[tuple[AliasEvent, str]]:
 
 def _facts(store: Store, run: Run, number: int) -> dict[str, Any]:
     clients = store.clients(run.id, number)
-    settings = jsonlib.loads(run.config)
+    settings = column(run.config, f"run {run.id[:8]} config").get("settings", "")
     return {
         "run": run.id[:16],
         "base": run.base[:16],
         "rule": run.rule,
         "code": run.code,
         "task": run.task,
-        "settings": settings["settings"],
+        "settings": settings,
         "participants": ", ".join(sorted(c.name for c in clients if c.verdict == "accepted")),
         "refused": ", ".join(sorted(f"{c.name} ({c.verdict})" for c in clients if c.verdict != "accepted")),
         **{f"weight of {c.name}": c.weight for c in clients},
@@ -303,7 +318,7 @@ def diff(
     runs = store.find_run(run_name), store.find_run(other_run or run_name)
     gone = store.tombstones()
     rows = [_committed(store, run, number, gone) for run, number in zip(runs, (first, second), strict=True)]
-    schemas = [Schema.from_list(jsonlib.loads(run.tensors), "registry") for run in runs]
+    schemas = [tensors_of(run) for run in runs]
     changed = fields(_facts(store, runs[0], first), _facts(store, runs[1], second))
     moved = []
     lost = [f"round {row.number}" for row in rows if row.adapter in gone]

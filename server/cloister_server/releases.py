@@ -7,14 +7,13 @@ Nothing here refunds privacy, and giving up an adapter takes back nothing that o
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from cloister_shared.aliases import alias_move
 from cloister_shared.errors import RefusedError, StateError
 from sqlmodel import Session, select
 
-from cloister_server.log import append
+from cloister_server.log import append, now
 from cloister_server.logbook import LogBook
 from cloister_server.operators import Operator, signed
 from cloister_server.tables import COMMITTED, Alias, AliasEvent, Hold, Round, Run, Tombstone
@@ -82,9 +81,9 @@ class Releases(LogBook):
             signature = signed(operator, by, alias_move(body), name) if by else ""
             row.run, row.number, row.adapter = run, number, adapter
             row.version, row.guard = body["version"], body["guard"]
-            leaf = append(session, "alias_set", body | {"why": why, "operator": signature}, self.signing)
+            leaf = append(session, "alias_set", body | {"why": why, "operator": signature}, self.signing, at := now())
             session.add(row)
-            session.add(AliasEvent(**row.model_dump(), rollback=rollback, why=why, at=time.time(), leaf=leaf.index))
+            session.add(AliasEvent(**row.model_dump(), rollback=rollback, why=why, at=at, leaf=leaf.index))
         return row
 
     def asked_move(
@@ -121,11 +120,11 @@ class Releases(LogBook):
             raise StateError("only a committed round can be released", where=f"run {run[:8]} round {number}")
         if (grave := session.get(Tombstone, adapter)) is not None:
             raise StateError("its adapter was given up", where=f"run {run[:8]} round {number}", got=grave.why)
-        now = "" if row is None else row.guard
-        then = now if guard is None else guard
+        present = "" if row is None else row.guard
+        then = present if guard is None else guard
         body = {"log": self.origin, "alias": name, "run": run, "round": number, "adapter": adapter}
         # Whoever guards it from now on shows with the first move that the key is there.
-        return body | {"version": expected + 1, "rollback": rollback, "guard": then}, now or then
+        return body | {"version": expected + 1, "rollback": rollback, "guard": then}, present or then
 
     def hold(self, run: str, number: int, why: str) -> Hold:
         """Keeps a round's adapter whatever happens, until the hold is released.
@@ -136,8 +135,8 @@ class Releases(LogBook):
         with self.database.writing() as session:
             adapter = _adapter_of(session, run, number)
             body = {"run": run, "round": number, "adapter": adapter, "why": why, "released": False}
-            leaf = append(session, "hold", body, self.signing)
-            row = Hold(run=run, number=number, adapter=adapter, why=why, at=time.time(), leaf=leaf.index)
+            leaf = append(session, "hold", body, self.signing, at := now())
+            row = Hold(run=run, number=number, adapter=adapter, why=why, at=at, leaf=leaf.index)
             session.add(row)
         return row
 
@@ -151,10 +150,10 @@ class Releases(LogBook):
             row = session.get(Hold, hold)
             if row is None or row.released is not None:
                 raise StateError("no such hold", where=f"hold {hold}", got="none" if row is None else "released before")
-            row.released = time.time()
+            row.released = at = now()
             body = {"run": row.run, "round": row.number, "adapter": row.adapter, "why": why, "released": True}
             body["hold"] = row.leaf
-            append(session, "hold", body, self.signing)
+            append(session, "hold", body, self.signing, at)
         return row
 
     def holds(self) -> list[Hold]:
@@ -181,8 +180,8 @@ class Releases(LogBook):
             if needed := [f"{what} {', '.join(names)}" for what, names in named if names]:
                 raise RefusedError("registry.needed", "the adapter is needed", where=where, got="; ".join(needed))
             body = {"run": run, "round": number, "adapter": adapter, "why": why}
-            leaf = append(session, "tombstone", body, self.signing)
-            row = Tombstone(adapter=adapter, run=run, number=number, why=why, at=time.time(), leaf=leaf.index)
+            leaf = append(session, "tombstone", body, self.signing, at := now())
+            row = Tombstone(adapter=adapter, run=run, number=number, why=why, at=at, leaf=leaf.index)
             session.add(row)
         return row
 

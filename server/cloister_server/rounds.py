@@ -185,9 +185,7 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
             }
     made = entered.made
     # A round that is taken back leaves the adapter of the one before it.
-    adapter = (
-        before if not back else next(r for r in store.rounds(context.run.id) if r.number == number - 2)
-    ).adapter or ""
+    adapter = (before if not back else store.round(context.run.id, number - 2)).adapter or ""
     if not held:
         named = {"run": context.run.id, "round": str(number), "base": context.run.base}
         adapter = store.blobs.put(to_safetensors(made.vector, context.schema, named))

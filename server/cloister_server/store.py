@@ -19,10 +19,11 @@ from typing import Any
 from cloister_shared.encoding import canonical, digest, parse_record
 from cloister_shared.errors import InputError, RefusedError, StateError, VerificationError
 from cloister_shared.statement import Proof
+from cloister_shared.vectors import Schema
 from sqlmodel import Session, select
 
 from cloister_server import rules
-from cloister_server.log import ABORTED_CLIENT, append, commit_body, size
+from cloister_server.log import ABORTED_CLIENT, DAMAGED, append, column, commit_body, items, now, said, size
 from cloister_server.releases import Releases
 from cloister_server.tables import (
     ABORTED,
@@ -48,6 +49,9 @@ from cloister_server.tables import (
     Summed,
     Tombstone,
 )
+
+# What the client-level statement is about.
+CLIENT_UNIT = "one client's whole update in a round"
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,15 @@ class Store(Releases):
             )
 
     def proof(self, run: str, number: int) -> Proof:
-        """That the log has a round: its commit, or for round 0 the leaf that its run began with."""
-        leaf, at = self.commit_leaf(run, number) or self.policy_leaf(run), self.checkpoint()
+        """That the log has a round: its commit, or for round 0 the leaf that its run began with.
+
+        Raises:
+            StateError: That leaf is missing.
+            RollbackError: The log is not the one that was read before, or that sites cosigned.
+        """
+        leaf, at = self.commit_leaf(run, number) if number else self.policy_leaf(run), self.checkpoint()
+        if leaf is None:
+            raise StateError("the leaf of its commit is missing", where=f"run {run[:8]} round {number}", mend=DAMAGED)
         path = self.tree().inclusion(leaf.index, at.size)
         return Proof(leaf.record, leaf.signature, leaf.index, path, self.signed_checkpoint(at))
 
@@ -159,16 +170,18 @@ class Store(Releases):
         with self.database.writing() as session:
             adapter = session.get_one(Round, (run, number)).adapter
             _not_given_up(session, adapter or "")
-            self._stated(session, run, number, name, key, statement)
+            self._stated(session, run, number, name, key, statement, at := now())
             body = {"run": run, "round": number, "adapter": adapter, "statement": name}
-            append(session, "export", body, self.signing)
+            append(session, "export", body, self.signing, at)
         return name
 
-    def _stated(self, session: Session, run: str, number: int, name: str, key: str, statement: bytes) -> None:
+    def _stated(
+        self, session: Session, run: str, number: int, name: str, key: str, statement: bytes, at: float
+    ) -> None:
         self._named(session, name, "statement")
         if session.get(Signature, (name, key)) is None:
             signature = str(json.loads(statement)["signature"])
-            made = Signature(statement=name, key=key, run=run, number=number, signature=signature, at=time.time())
+            made = Signature(statement=name, key=key, run=run, number=number, signature=signature, at=at)
             session.add(made)
 
     def statements(self) -> list[Signature]:
@@ -187,13 +200,13 @@ class Store(Releases):
             found = select(Privacy).where(Privacy.run == run)
             return list(session.exec(found.order_by(Privacy.number, Privacy.scope, Privacy.client)))  # type: ignore[arg-type]
 
-    def models(self) -> set[str]:
-        """Digests of the base models that runs trained on."""
+    def models(self) -> dict[str, Model]:
+        """The base models that runs trained on, by digest."""
         with self.database.reading() as session:
-            return set(session.exec(select(Model.digest)))
+            return {row.digest: row for row in session.exec(select(Model))}
 
     def commit_leaf(self, run: str, number: int) -> Leaf | None:
-        """The leaf of a round's commit; None for round 0, which is none."""
+        """The leaf of a round's commit, by its row; None where that names none."""
         with self.database.reading() as session:
             row = session.get(Round, (run, number))
             return None if row is None or row.leaf is None else session.get(Leaf, row.leaf)
@@ -218,8 +231,8 @@ class Store(Releases):
 
     def imported(self, run: Run) -> dict[str, Any] | None:
         """Where an imported run's adapter comes from, as its leaf says; None for a run of this federation's own."""
-        came = None if run.rounds else json.loads(self.policy_leaf(run.id).record).get("imported")
-        return dict(came) if came else None
+        came = None if run.rounds else said(self.policy_leaf(run.id)).get("imported")
+        return dict(came) if isinstance(came, dict) else None
 
     def start_run(self, run: Run, adapter: bytes, model: Model, origin: Origin | None = None) -> None:
         """Registers a run with the adapter that it starts from, as round 0.
@@ -245,20 +258,20 @@ class Store(Releases):
             session.add(
                 Round(run=run.id, number=0, state=COMMITTED, adapter=name, opened=run.created, committed=run.created)
             )
-            body = run_facts(run) | {"rounds": run.rounds, "adapter": name}
+            body, at = run_facts(run) | {"rounds": run.rounds, "adapter": name}, now()
             if origin is not None:
                 for leaf in session.exec(select(Leaf).where(Leaf.kind == "policy")):
-                    before = json.loads(leaf.record).get("imported") or {}
+                    before = (record := said(leaf)).get("imported") or {}
                     if (before.get("log"), before.get("leaf")) == (origin.said["log"], origin.said["leaf"]):
                         raise StateError(
                             "this round was imported before",
                             where=f"leaf {leaf.index}",
-                            got=f"run {json.loads(leaf.record)['run'][:8]} began with it",
+                            got=f"run {str(record.get('run'))[:8]} began with it",
                             mend="rounds show RUN 0",
                         )
-                self._stated(session, run.id, 0, statement, origin.key, origin.statement)
+                self._stated(session, run.id, 0, statement, origin.key, origin.statement, at)
                 body["imported"] = dict(origin.said) | {"statement": statement}
-            append(session, "policy", body, self.signing)
+            append(session, "policy", body, self.signing, at)
 
     def set_flower_run(self, run: str, flower_run: int) -> None:
         """Remembers Flower's id of the run's present attempt."""
@@ -390,7 +403,7 @@ class Store(Releases):
                 session.exec(select(RoundClient).where(RoundClient.run == run, RoundClient.number == number))
             )
             of_run, row.leaf = session.get_one(Run, run), size(session)
-            row.state, row.adapter, row.committed, row.fence = COMMITTED, commit.adapter, time.time(), self._fence
+            row.state, row.adapter, row.committed, row.fence = COMMITTED, commit.adapter, (at := now()), self._fence
             row.seconds, row.judging_seconds, row.residual = commit.seconds, commit.judging_seconds, commit.residual
             drawn = session.get(Draw, run)
             transcript = None if drawn is None else drawn.transcript
@@ -399,7 +412,7 @@ class Store(Releases):
             )
             before = session.get(Round, (run, number - 1))
             start = "" if before is None else before.adapter or ""
-            append(session, "round_commit", commit_body(row, start, clients, facts, commit.heads), self.signing)
+            append(session, "round_commit", commit_body(row, start, clients, facts, commit.heads), self.signing, at)
 
     def abort_round(
         self, run: str, number: int, clients: dict[str, dict[str, Any]], privacy: Sequence[Privacy] = ()
@@ -452,7 +465,7 @@ class Store(Releases):
                     number=row.number,
                     client="",
                     scope="client",
-                    unit="one client's whole update in a round",
+                    unit=CLIENT_UNIT,
                     epsilon=price([*of_run, row]),
                     delta=row.delta,
                     lifetime=row.epsilon,
@@ -496,9 +509,28 @@ class Store(Releases):
         with self.database.reading() as session:
             return list(session.exec(select(Round).where(Round.run == run).order_by(Round.number)))  # type: ignore[arg-type]
 
+    def round(self, run: str, number: int) -> Round:
+        """A round of a run.
+
+        Raises:
+            StateError: There is none.
+        """
+        with self.database.reading() as session:
+            row = session.get(Round, (run, number))
+        if row is None:
+            raise StateError("no such round", where=f"run {run[:8]}", got=str(number), mend=DAMAGED)
+        return row
+
     def last_committed(self, run: str) -> Round:
-        """The newest committed round of a run; round 0 at least."""
-        return [r for r in self.rounds(run) if r.state == COMMITTED][-1]
+        """The newest committed round of a run; round 0 at least.
+
+        Raises:
+            StateError: Not even that: rows were changed by hand.
+        """
+        found = [r for r in self.rounds(run) if r.state == COMMITTED]
+        if not found:
+            raise StateError("the run has no committed round", where=f"run {run[:8]}", expected="round 0", mend=DAMAGED)
+        return found[-1]
 
     def clients(self, run: str, number: int) -> list[RoundClient]:
         """Clients of a round, by name."""
@@ -545,7 +577,20 @@ class Store(Releases):
     @staticmethod
     def labels(run: Run) -> tuple[str, ...]:
         """The run's labels."""
-        return tuple(json.loads(run.task)["labels"])
+        return tuple(column(run.task, f"run {run.id[:8]} task").get("labels", ()))
+
+
+def tensors_of(run: Run) -> Schema:
+    """The tensors of a run's adapters.
+
+    Raises:
+        StateError: Its row was changed by hand, and names none.
+    """
+    where = f"run {run.id[:8]} tensors"
+    try:
+        return Schema.from_list(items(run.tensors, where), where)
+    except VerificationError as error:
+        raise StateError(error.what, where=where, got=error.got, mend=DAMAGED) from error
 
 
 def _run_of(record: bytes) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from cloister_shared.merkle import leaf_hash
+from sqlalchemy import Dialect, LargeBinary, TypeDecorator
 from sqlmodel import BigInteger, Field, SQLModel
 
 # Planned: work is written down. Open: it is being sent. Aggregating: what came back is being made into a candidate.
@@ -16,6 +19,16 @@ MOVES = (
     *((state, ABORTED) for state in (PLANNED, OPEN, AGGREGATING)),
     *((state, PLANNED) for state in (OPEN, AGGREGATING, ABORTED)),
 )
+
+
+class Bytes(TypeDecorator[bytes]):
+    """A column of bytes. SQLite keeps in it what somebody put there by hand, text too: that is read as its bytes, which are then wrong."""
+
+    impl, cache_ok = LargeBinary, True
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> bytes:
+        """What was read, as bytes."""
+        return value if isinstance(value, bytes) else str(value).encode()
 
 
 class Blob(SQLModel, table=True):
@@ -42,7 +55,7 @@ class Leaf(SQLModel, table=True):
     __tablename__ = "log_leaf"
     index: int = Field(primary_key=True)
     kind: str
-    record: bytes
+    record: bytes = Field(sa_type=Bytes)
     key: str
     signature: str
 

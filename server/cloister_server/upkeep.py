@@ -15,7 +15,7 @@ import typer
 from cloister_shared import console
 from cloister_shared.errors import StateError
 
-from cloister_server.blobs import Stored
+from cloister_server.blobs import Blobs, Stored
 from cloister_server.database import Database
 from cloister_server.fsck import check
 from cloister_server.here import Home, Json, registry
@@ -43,9 +43,21 @@ def reachable(store: Store) -> set[str]:
 
 
 def unreachable(store: Store) -> list[Stored]:
-    """Blobs that nothing names, whatever their age."""
+    """Blobs that nothing names, whatever their age.
+
+    Raises:
+        StateError: The registry has not a single leaf, and so knows nothing of what it may let go.
+    """
     keep = reachable(store)
-    return [blob for blob in store.blobs.stored() if blob.name not in keep]
+    found = [blob for blob in store.blobs.stored() if blob.name not in keep]
+    if found and not store.leaves(0, 1):
+        raise StateError(
+            "the registry knows of nothing, and blobs are there: it was emptied",
+            where=store.database.where,
+            got=f"no leaf, {len(found)} blobs",
+            mend="restore the database from a copy; where the first run was broken off, cloister run",
+        )
+    return found
 
 
 def _older(found: list[Stored], oldest: float) -> list[Stored]:
@@ -122,7 +134,8 @@ def migrate(json: Json = False, home: Home = None) -> None:
     folder = console.coordinator_home()
     if not has_registry(folder):
         raise StateError("no registry here", where=str(folder), mend="--home, at a coordinator")
-    database = Database(read_storage(folder).database, migrating=True)
+    storage = read_storage(folder)
+    database = Database(storage.database, Blobs(storage.blobs).held, migrating=True)
     try:
         done = database.migrate()
     finally:

@@ -158,6 +158,7 @@ def disk(home: Path) -> Iterator[Look]:
 
 def of_coordinator(home: Path) -> Iterator[Look]:
     """Keys, certificates, registry and log of the coordinator that is here."""
+    from cloister_server.blobs import Blobs
     from cloister_server.database import Database
     from cloister_server.federation import open_coordinator
     from cloister_server.fsck import check
@@ -184,7 +185,7 @@ def of_coordinator(home: Path) -> Iterator[Look]:
         )
         return
     storage = read_storage(home)
-    database = Database(storage.database, migrating=True)
+    database = Database(storage.database, Blobs(storage.blobs).held, migrating=True)
     version = database.version()
     database.close()
     yield Look("registry", OK, f"version {version or 'none yet'} at {database.where}")

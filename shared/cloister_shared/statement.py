@@ -142,8 +142,9 @@ def _said_alike(stated: dict[str, Any], leaf: dict[str, Any], index: int, key: V
     again = {"log": log_of_federation(key), "leaf": index} | {name: leaf.get(name) for name in _ALIKE}
     again |= {name: leaf.get(name, "") for name in ("settings", "lock")}
     again |= {"accountant": ACCOUNTANT, "neighbours": NEIGHBOURS}
+    again |= {"committed": leaf.get("at"), "parent": leaf.get("parent"), "residual": leaf.get("residual")}
     if leaf.get("kind") == "round_commit":
-        again |= {name: leaf.get(name) for name in ("metrics", "parent", "residual")}
+        again["metrics"] = leaf.get("metrics")
     else:
         again |= {"metrics": {}, "privacy": []}
     if odd := [name for name, value in again.items() if stated[name] != value]:

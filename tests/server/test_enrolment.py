@@ -7,6 +7,7 @@ import datetime
 import io
 import json
 import os
+import secrets
 import socket
 import sqlite3
 import ssl
@@ -19,13 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from cloister.bundle_command import fetch
-from cloister_client import fetching
+from cloister_client import cli, fetching
 from cloister_client import registry as client
 from cloister_client.policy import Policy
 from cloister_client.site import Site, enrol, read_site
@@ -37,6 +39,7 @@ from cloister_server.operators import with_key
 from cloister_server.rounds import run_rounds
 from cloister_server.store import Commit, Store
 from cloister_server.tables import RoundClient, Run
+from cloister_shared import console
 from cloister_shared.audit.bundle import read_bundle
 from cloister_shared.audit.trust import read_trust, write_trust
 from cloister_shared.cards import CoordinatorCard, SiteCard, read_site_card
@@ -343,7 +346,9 @@ def test_rounds_are_listed_and_one_is_proven(served: Coordinator, tmp_path: Path
             fetching.fetch_round(site, run, 1, odd)
     with pytest.raises(RefusedError, match="no such sizes"):
         fetching.fetch_round(site, run, 1, replace(early, size=10_000))
-    # Another adapter in a leaf, by whoever has the database: the head was signed over the other.
+    # Another adapter in a leaf that is not the newest, by whoever has the database: the head was signed over the other.
+    store.log("incident", {"what": "a test"})
+    fetching.fetch_round(site, run, 1, early)
     with sqlite3.connect(served.home / "registry.db") as db:
         db.execute("DROP TRIGGER kept_log_leaf_update")
         leaf = store.commit_leaf(run, 1)
@@ -502,6 +507,116 @@ def test_whatever_a_registry_feigns_is_a_plain_refusal(
         return
     with pytest.raises(VerificationError):
         fetching.fetch_release(site, "best", [])
+
+
+@pytest.fixture
+def pulling(
+    served: Coordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> tuple[Site, list[Feigned], Callable[..., None]]:
+    """A site, logs of 2, 3 and 4 leaves that begin with each other, and a pull from one of them."""
+    name = f"puller-{len(request.node.name)}-{secrets.token_hex(2)}"
+    site, run = joined(served, tmp_path / "state" / "sites" / name, name), "ab" * 16
+    parts = {"task": b'{"labels":[]}', "tensors": json.dumps(SCHEMA.as_list()).encode(), "config": b"{}"}
+    parts |= {"adapter": to_safetensors(np.full(6, 0.2, np.float32), SCHEMA, {})}
+    told: dict[str, Any] = {n: digest(parts[n]) for n in ("task", "tensors", "config", "adapter")}
+    move = {"kind": "alias_set", "alias": "best", "run": run, "round": 1, "adapter": told["adapter"], "guard": ""}
+    records = [{"kind": "round_commit", "run": run, "round": 1} | told]
+    records += [move | {"version": n, "rollback": n > 1} for n in (1, 2, 3)]
+    shown = [Feigned(served.signing, records[:size], **parts) for size in (2, 3, 4)]
+
+    @contextmanager
+    def registry(_: Site) -> Iterator[Any]:
+        yield shown[0]
+
+    def pull(out: str, *, of: int = 0, guard: str = "") -> None:
+        shown[0] = logs[of]
+        given: dict[str, Any] = {"guard": guard, "out": tmp_path / out, "site": name, "home": tmp_path / "state"}
+        cli.pull("best", **given)
+
+    logs = list(shown)
+    monkeypatch.setattr(console.OUTPUT, "home", tmp_path / "state")
+    monkeypatch.setattr(fetching, "registry_of", registry)
+    return site, logs, pull
+
+
+def kept(site: Site) -> int:
+    """Leaves of the head that is kept."""
+    head = fetching.pulled_head(site)
+    return 0 if head is None else head.size
+
+
+def test_a_head_that_a_pull_saw_is_kept_whatever_becomes_of_the_pull(pulling: Any) -> None:
+    site, _, pull = pulling
+    pull("a")
+    assert kept(site) == 2
+    with pytest.raises(RefusedError, match="does not guard"):
+        pull("b", of=1, guard=SigningKey.generate().verify_key.raw.hex())
+    assert kept(site) == 3
+    with pytest.raises(InputError, match="a folder already"):
+        pull("a", of=2)
+    assert kept(site) == 4
+    for of in (0, 1):
+        with pytest.raises(RollbackError, match="shrank"):
+            pull("b", of=of)
+    for out in ("b", "c"):
+        pull(out, of=2)
+    assert kept(site) == 4
+
+
+@pytest.mark.parametrize("seen", ["before it kept its own", "after"])
+def test_the_slower_of_two_pulls_takes_no_head_back(pulling: Any, tmp_path: Path, seen: str) -> None:
+    site, logs, pull = pulling
+    pull("a")
+    slower, name = logs[1], "Log" if seen.startswith("before") else "Run"
+    real = getattr(slower, name)
+
+    def beside(*given: Any, **named: Any) -> Any:
+        setattr(slower, name, real)
+        pull("fast", of=2)
+        return real(*given, **named)
+
+    setattr(slower, name, beside)
+    if name == "Log":
+        with pytest.raises(StateError, match=r"saw a newer log meanwhile.*again"):
+            pull("slow", of=1)
+    else:
+        pull("slow", of=1)
+    assert kept(site) == 4
+    pull("again", of=2)
+
+
+@pytest.mark.parametrize("out", ["file/x", "/proc/none/x", "n" * 300])
+def test_a_pull_says_where_no_folder_can_be_made(pulling: Any, tmp_path: Path, out: str) -> None:
+    site, _, pull = pulling
+    (tmp_path / "file").touch()
+    with pytest.raises(StateError, match=r"no folder can be made there.*choose another --out"):
+        pull(out)
+    assert kept(site) == 2
+
+
+def test_a_log_in_drops_is_not_waited_for(served: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that claims more than anybody holds, pages of a leaf each, and pages that each come late."""
+    few = Feigned(served.signing, [{"kind": "x"}] * 300)
+    calls = list[int]()
+
+    def stub(note: str, most: int) -> Any:
+        def log(asked: Any, **_: Any) -> Any:
+            calls.append(asked.start)
+            return Page(few.Log(asked)[:most])
+
+        head = registry_pb2.HeadReply(note=note, cosignatures=b"{}", heads=b"{}")
+        return SimpleNamespace(Head=lambda *_, **__: head, Log=log)
+
+    with pytest.raises(VerificationError, match="too large"):
+        fetching._whole_log(stub(Checkpoint(few.origin, 10**12, bytes(32)).signed(served.signing), 1))
+    assert calls == []
+    with pytest.raises(VerificationError, match="drops"):
+        fetching._whole_log(stub(few.note, 99))
+    assert calls == [0]
+    assert len(fetching._whole_log(stub(few.note, 100))[0]) == 300
+    monkeypatch.setattr(fetching, "_LOG_SECONDS", 0.0)
+    with pytest.raises(VerificationError, match="too slowly"):
+        fetching._whole_log(stub(few.note, 100))
 
 
 def test_no_more_of_a_log_is_taken_than_its_head_says(served: Coordinator) -> None:

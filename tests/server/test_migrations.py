@@ -159,7 +159,7 @@ def test_a_version_that_is_none_is_not_migrated(home: Path, rows: list[str]) -> 
         sql(home, f"INSERT INTO alembic_version (version_num) VALUES ('{row}')")
     with pytest.raises(StateError):
         Store(home)
-    database = Database(read_storage(home).database, migrating=True)
+    database = Database(read_storage(home).database, lambda: "", migrating=True)
     with pytest.raises(StateError, match="cannot be migrated"):
         database.migrate()
     database.close()
@@ -169,7 +169,7 @@ def test_an_adapter_that_is_a_groups_mean_too_is_one_blob(home: Path) -> None:
     older(home)
     columns = 'run, number, "group", clients, mean'
     sql(home, f"INSERT INTO opening ({columns}) VALUES ('{RUN}', 1, 'g', '[]', '{'11' * 32}')")
-    database = Database(read_storage(home).database, migrating=True)
+    database = Database(read_storage(home).database, lambda: "", migrating=True)
     database.migrate()
     database.close()
     assert [tuple(row)[1] for row in sql(home, "SELECT digest, kind FROM blob")] == ["adapter"]
@@ -184,7 +184,7 @@ def test_a_registry_that_was_in_use_migrates_with_all_that_it_had(tmp_path: Path
     with sqlite3.connect(home / "registry.db") as db:
         db.executescript(text)
         was = {t: db.execute(f"SELECT * FROM {t}").fetchall() for t in ("log_leaf", "round_client", "witnessed")}
-    database = Database(read_storage(home).database, migrating=True)
+    database = Database(read_storage(home).database, lambda: "", migrating=True)
     assert database.migrate().before == "0001"
     database.close()
     with sqlite3.connect(home / "registry.db") as db:
@@ -209,7 +209,7 @@ def test_what_this_version_does_not_know_is_left_alone(home: Path, found: str) -
     before = shape(home)
     with pytest.raises(StateError, match="newer version" if found == "9999" else "older version"):
         Store(home)
-    database = Database(read_storage(home).database, migrating=True)
+    database = Database(read_storage(home).database, lambda: "", migrating=True)
     with pytest.raises(StateError, match="cannot be migrated"):
         database.migrate()
     database.close()
@@ -229,7 +229,7 @@ from pathlib import Path
 from sqlalchemy import event
 from cloister_server.database import Database
 from cloister_server.storage import read_storage
-database, left = Database(read_storage(Path(sys.argv[1])).database, migrating=True), int(sys.argv[2])
+database, left = Database(read_storage(Path(sys.argv[1])).database, str, migrating=True), int(sys.argv[2])
 @event.listens_for(database._reading, "before_cursor_execute")
 def count(*_):
     global left
@@ -261,7 +261,7 @@ import sys
 from pathlib import Path
 from cloister_server.database import Database
 from cloister_server.storage import read_storage
-database = Database(read_storage(Path(sys.argv[1])).database, migrating=True)
+database = Database(read_storage(Path(sys.argv[1])).database, str, migrating=True)
 print("ready", flush=True)
 sys.stdin.readline()
 print(database.migrate().before)

@@ -27,6 +27,7 @@ from cloister_server.keeping_commands import hold
 from cloister_server.release_commands import promote
 from cloister_server.rounds import one_round, run_rounds
 from cloister_server.store import Store
+from cloister_server.tables import Run
 from cloister_shared import console
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import InputError, RollbackError, StateError, VerificationError
@@ -34,10 +35,11 @@ from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import Checkpoint
 from cloister_shared.plan import TaskSpec
 from cloister_shared.signing import SigningKey
-from cloister_shared.statement import FILE, Proof, make_statement
+from cloister_shared.statement import FILE, Proof, check_statement, make_statement
 from cloister_shared.vectors import F32, Schema, from_safetensors, to_safetensors
 from cloister_shared.witness import LEAF_PURPOSE, log_of_federation
 
+from support.registry import a_model
 from support.server_world import World, make_world
 from support.tampering import edit
 
@@ -201,6 +203,76 @@ def test_charges_of_whole_clients_go_by_attempts_and_not_by_a_clock(
         edit(noised.store, statement)
         with pytest.raises(VerificationError, match="not as its log says"):
             export_round(noised.store, noised.run, 1, tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM privacy WHERE scope = 'client' AND number = 2",
+        "UPDATE privacy SET epsilon = 0.001 WHERE scope = 'client' AND number = 2",
+        "UPDATE privacy SET unit = 'galaxy' WHERE scope = 'client'",
+    ],
+)
+def test_what_is_stated_of_whole_clients_is_what_was_charged(noised: World, tmp_path: Path, statement: str) -> None:
+    for number in (1, 2):
+        one_round(noised.context(), noised.link, number)
+    # Of a second run, whose own figure is less than that of both.
+    second = Run(**(noised.run.model_dump() | {"id": "9" * 32}))
+    noised.store.start_run(second, noised.store.adapter(noised.store.rounds(noised.run.id)[0].adapter or ""), a_model())
+    one_round(replace(noised.context(), run=second), noised.link, 1)
+    assert check(noised.store) == []
+    edit(noised.store, statement)
+    assert "whole clients" in check(noised.store)[0].what
+    with pytest.raises(VerificationError, match=r"not as its log says.*whole clients"):
+        export_round(noised.store, noised.run, 2, tmp_path / "x")
+    noised.store.close()
+
+
+def test_a_base_models_row_is_as_its_runs_say(world: World) -> None:
+    run = Run(**(world.run.model_dump() | {"id": "9" * 32, "tokenizer": "77" * 32}))
+    first = world.store.adapter(world.store.rounds(world.run.id)[0].adapter or "")
+    world.store.start_run(run, first, a_model(run.base))
+    assert check(world.store) == []
+    edit(world.store, "UPDATE model SET tokenizer = 'ff'")
+    assert [one.what for one in check(world.store)] == ["no run on it has its tokenizer"]
+
+
+def test_what_is_signed_of_a_round_is_what_its_leaf_says(world: World, tmp_path: Path) -> None:
+    """Round 0 too, whose row has no leaf of its own."""
+    signed = dict[int, Any]()
+    for number in (0, 2):
+        export_round(world.store, world.run, number, tmp_path / f"e{number}")
+        signed[number] = json.loads((tmp_path / f"e{number}" / FILE).read_text())
+        leaf = json.loads(signed[number]["leaf"]["record"])
+        stated = signed[number]["statement"]
+        assert (stated["committed"], stated["leaf"]) == (leaf["at"], leaf["index"])
+        assert (stated["parent"], stated["residual"]) == (leaf.get("parent"), leaf.get("residual"))
+    # The row too, to the last digit: a clock may jump between two looks at it.
+    assert world.store.round(world.run.id, 2).committed == signed[2]["statement"]["committed"]
+    for number, change in (
+        (2, "committed = 1.0 WHERE number = 2"),
+        (0, "residual = 0.5 WHERE number = 0"),
+        (0, "parent = 'ff' WHERE number = 0"),
+        (0, "leaf = 5 WHERE number = 0"),
+    ):
+        edit(world.store, f"UPDATE round SET {change}")
+        with pytest.raises(VerificationError, match="not as its log says"):
+            export_round(world.store, world.run, number, tmp_path / "x")
+    # Whoever has the key states another all the same.
+    key = world.coordinator.signing
+    others: tuple[tuple[int, dict[str, Any]], ...] = (
+        (2, {"committed": 1.0}),
+        (0, {"residual": 0.5}),
+        (0, {"parent": "ff"}),
+    )
+    for number, other in others:
+        record = signed[number]
+        leaf = record["leaf"]
+        proof = Proof(leaf["record"].encode(), leaf["signature"], leaf["index"],
+                      [bytes.fromhex(one) for one in record["path"]], record["head"])  # fmt: skip
+        check_statement(make_statement(record["statement"], proof, key), key.verify_key, "test")
+        with pytest.raises(VerificationError, match=f"something else than the statement.*{next(iter(other))}"):
+            check_statement(make_statement(record["statement"] | other, proof, key), key.verify_key, "test")
 
 
 def test_a_row_that_is_open_is_told_as_if_it_were_charged(world: World) -> None:
@@ -386,14 +458,13 @@ def test_what_is_fetched_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     for one in (
         {"record": b"", "key": "", "signature": "x" * 1000},
         {"record": b"", "key": "x" * 1000, "signature": ""},
-        {"record": b"", "key": "", "signature": ""},
     ):
         leaves = Flood(**one)
-        head = SimpleNamespace(note=Checkpoint("x", 10_000, bytes(32)).text + "\n")
+        head = SimpleNamespace(note=Checkpoint("x", 20, bytes(32)).text + "\n")
         stub = SimpleNamespace(Head=lambda *_, head=head, **__: head, Log=lambda *_, leaves=leaves, **__: leaves)
         with pytest.raises(VerificationError, match="too large"):
             _whole_log(stub)
-        assert leaves.told == (5 if any(one.values()) else 21)
+        assert leaves.told == 5
 
 
 def test_nobody_is_put_out_or_let_in_on_a_log_that_sites_did_not_cosign(world: World) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -199,7 +200,7 @@ def test_a_whole_registry_is_whole_and_what_nothing_names_goes(
     [
         (["DROP TRIGGER kept_round_update"], "rules are missing"),
         (["DROP TRIGGER kept_round_update", _IDLE], "rules are missing"),
-        (["DROP TRIGGER kept_log_leaf_delete", 'DELETE FROM log_leaf WHERE "index" = 1'], "stands at place"),
+        (["DROP TRIGGER kept_log_leaf_delete", 'DELETE FROM log_leaf WHERE "index" = 1'], "the log has a gap"),
         (
             ["DROP TRIGGER kept_log_leaf_update", "UPDATE log_leaf SET record = x'7b7d' WHERE \"index\" = 2"],
             "signature",
@@ -238,6 +239,15 @@ _CHANGES = [
     ("privacy", "unit = 'nothing of anybody' WHERE number = 2", "privacy"),
     ("privacy", "delta = 0.1", "privacy"),
     ("round_client", "core = '{}' WHERE number = 2", "work is another"),
+    ("round", "committed = 1.0 WHERE number = 2", "time"),
+    ("round", "committed = NULL WHERE number = 1", "time"),
+    ("round", "committed = 1.0 WHERE number = 0", "committed"),
+    ("round", "residual = 0.5 WHERE number = 0", "residual"),
+    ("round", "parent = 'ff' WHERE number = 0", "parent"),
+    ("round", "leaf = 5 WHERE number = 0", "leaf"),
+    ("round", "state = 'planned' WHERE number = 0", "state"),
+    ("round", "state = 'odd' WHERE number = 0", "state"),
+    ("model", "kind = 'causal-lm'", "kind"),
     ("log_leaf", "key = 'another' WHERE \"index\" = 3", "another leaf"),
     ("blob", "digest = 'zz' WHERE kind = 'adapter' AND rowid = 1", "cannot be read"),
     ("alias_event", "why = 'another' WHERE version = 1", "why"),
@@ -245,6 +255,11 @@ _CHANGES = [
     ("alias_event", "guard = '' WHERE version = 3", "guard"),
     ("alias_event", "rollback = 1 WHERE version = 1", "rollback"),
     ("alias", "guard = ''", "points elsewhere"),
+    ("alias_event", "at = 1.0 WHERE version = 2", "time"),
+    ("hold", "at = 1.0", "time"),
+    ("tombstone", "at = 1.0", "time"),
+    ("signature", "at = 1.0", "time"),
+    ("signature", "key = 'ff'", "key"),
     ("hold", "why = 'another'", "why"),
     ("hold", "released = 1.0", "release of the hold"),
     ("tombstone", "why = 'another'", "why"),
@@ -291,7 +306,7 @@ def test_a_move_that_its_operator_did_not_sign_is_named(busy: World) -> None:
     with busy.store.database.writing() as session:
         now = session.get_one(Alias, "production")
         now.number, now.adapter, now.version, now.guard = 3, row.adapter or "", last.version + 1, ""
-        session.add(AliasEvent(**now.model_dump(), rollback=False, why="", at=1.0, leaf=leaf.index))
+        session.add(AliasEvent(**now.model_dump(), rollback=False, why="", at=time.time(), leaf=leaf.index))
     assert [one for one in whole(busy) if "signature of the operator" in one] != []
     assert len(whole(busy)) == 1
 
