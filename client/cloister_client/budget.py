@@ -408,6 +408,11 @@ class Ledger:
             ).fetchone()
         return None if row is None else Checkpoint(log, row[0], bytes.fromhex(row[1]))
 
+    def known_head(self, log: str) -> Checkpoint | None:
+        """The newest head of another's log that this site saw in a round or fetched beside; None before the first."""
+        found = [self.seen_head(log), self.fetched_head(log)]
+        return max((head for head in found if head is not None), key=lambda head: head.size, default=None)
+
     def fetched(self, head: Checkpoint, note: str) -> None:
         """Chains a head of another's log that this site fetched beside its rounds, with its keeper's signature: no quorum for it."""
         with self._chain.transaction() as (_, events):

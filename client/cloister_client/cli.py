@@ -228,7 +228,7 @@ def list_rounds(
         return
     if not found:
         raise InputError("the federation has no rounds yet", where=own.name)
-    seen = open_ledger(own).seen_head(log_of_federation(own.coordinator().verify_key))
+    seen = open_ledger(own).known_head(log_of_federation(own.coordinator().verify_key))
     said = fetch_round(own, run or found[-1]["run"], number, seen)
     console.emit(
         said,
@@ -255,7 +255,7 @@ def pull(
     from cloister_client.fetching import fetch_release
 
     own = read_site(console.site_home(site))
-    seen = open_ledger(own).seen_head(log_of_federation(own.coordinator().verify_key))
+    seen = open_ledger(own).known_head(log_of_federation(own.coordinator().verify_key))
     wanted = VerifyKey.from_hex(guard, "--guard").raw.hex() if guard else ""
     got = fetch_release(own, alias, [] if seen is None else [seen])
     if wanted and got.guard != wanted:

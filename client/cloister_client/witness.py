@@ -72,8 +72,7 @@ class Witness:
 
     def known(self) -> Checkpoint | None:
         """The newest head of the coordinator's log that this site saw or fetched; None before the first."""
-        found = [self.ledger.seen_head(self.origin), self.ledger.fetched_head(self.origin)]
-        return max((head for head in found if head is not None), key=lambda head: head.size, default=None)
+        return self.ledger.known_head(self.origin)
 
     def fetched(self, view: View, before: Checkpoint | None) -> None:
         """Follows the coordinator's log as this site fetched it beside its rounds, and remembers its head.

@@ -269,7 +269,7 @@ def trust(
         act_as_agent(own)
         ledger = open_ledger(own)
         heads.append(ledger.head(log_of_site(read_secret(own.agent_home / "unit.key", 32))))
-        seen = ledger.seen_head(log_of_federation(card.verify_key))
+        seen = ledger.known_head(log_of_federation(card.verify_key))
         known_heads = [head for head in (seen, pulled_head(own)) if head is not None]
         heads += [max(known_heads, key=lambda head: head.size)] if known_heads else []
     write_trust(out, trust_of(card.federation, card.verify_key, known, heads, written_at))

@@ -167,6 +167,7 @@ def test_a_head_that_was_fetched_is_remembered_and_asks_nothing_of_the_other_sit
     (kept,) = [e for e in said(world, 100) if e["event"] == "fetched"]
     assert (kept["size"], kept["root"]) == (world.store.checkpoint().size, world.store.checkpoint().root.hex())
     assert (witness.known(), witness.ledger.seen_head(witness.origin)) == (world.store.checkpoint(), saw)
+    assert witness.ledger.known_head(witness.origin) == world.store.checkpoint()
     # The others did not see that head: a quorum for it would cost this site the round.
     one_round(context, world.link, 2)
     assert set(world.verdicts(2).values()) == {"accepted"}
