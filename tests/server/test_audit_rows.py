@@ -12,10 +12,11 @@ from cloister_shared.audit.accountant import Step, allowed, by_both, by_rdp, eps
 from cloister_shared.audit.alike import merged
 from cloister_shared.audit.command import audit
 from cloister_shared.audit.tables import rounds_table
+from cloister_shared.privacy import DpSgd
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
 
-from support.forged import DELTA, RUN, RUN2, Forged, ForgedSite, again, began, by_key, check, found, lines, named
+from support.forged import DELTA, RUN, RUN2, TERMS, Forged, ForgedSite, again, began, by_key, check, found, lines, named
 
 
 def under_masks(made: Forged, run: str, number: int, **changed: dict[str, Any]) -> None:
@@ -269,6 +270,91 @@ def test_attempts_that_take_the_place_of_others_are_laid_out_anew(monkeypatch: p
         "were not worked out" in f.what or "was not worked out" in f.what
         for f in audit(made.bundle, made.trust()).findings.found
     )
+
+
+@pytest.mark.parametrize("between", [0, 1, 3])
+@pytest.mark.parametrize("named_too", [True, False])
+def test_an_attempt_that_came_to_nothing_was_told_before_what_came_after_it(between: int, named_too: bool) -> None:
+    """A site's agent dies in a round that is broken off, another run goes on, and the first is resumed."""
+    made = Forged()
+    made.begin()
+    first, *others = made.sites
+    plan = named(RUN, 1, first.id)
+    made.show(first)
+    first.add("lose", entry=first.reserve(plan, RUN, 1))
+    for site in others:
+        made.train(site, RUN, 1)
+    rows = [made.row(site, RUN, 1) for site in made.sites]
+    rows[0] |= {"verdict": "missing", "update": ""}
+    made.leaf("incident", what="too few", run=RUN, round=1, clients=rows)
+    made.begin(RUN2)
+    for number in range(1, between + 1):
+        made.round(number, RUN2)
+    made.show(first)
+    first.spend(first.reserve(plan, RUN, 1), named("update", plan))
+    made.spent[first.name].append(DpSgd(*TERMS))
+    again = [made.row(site, RUN, 1, charged=0) | {"charged": 2 if site is first else 1} for site in made.sites]
+    made.commit(RUN, 1, again, attempt=2)
+    made.close()
+    assert found(audit(made.bundle, made.trust() if named_too else by_key(made))) == set()
+    # What the last leaf of a round says is of all its charges.
+    low = [row | ({"epsilon": rows[0]["epsilon"]} if row["name"] == first.name else {}) for row in again]
+    made.leaves.pop()
+    made.commit(RUN, 1, low, attempt=2)
+    made.close()
+    assert ("violation", "published") in found(audit(made.bundle, made.trust()))
+
+
+def test_a_key_that_never_signed_a_head_may_have_had_either_log() -> None:
+    """A site's answer is lost; it joins again with its log under a second key, and with another log under a third."""
+    codes = set[tuple[str, str]]()
+    for _ in range(6):
+        made = Forged()
+        made.begin()
+        first, *others = made.sites
+        for site in made.sites:
+            made.train(site, RUN, 1)
+        lost = {"verdict": "missing", "update": "", "head": ""}
+        made.commit(RUN, 1, [made.row(first, RUN, 1) | lost, *(made.row(site, RUN, 1) for site in others)])
+        made.rejoin(first)
+        old, _ = again(made)
+        made.begin(RUN2)
+        made.round(1, RUN2)
+        made.close()
+        # Whichever of the two comes first, as by their keys in a file.
+        both = dict(sorted({**made.bundle.sites, old.id: old.log}.items()))
+        for trust in (made.trust(), by_key(made)):
+            codes |= found(audit(replace(made.bundle, sites=both), trust))
+    assert codes == {("incomplete", "no-site-log")}
+
+
+def test_sums_of_more_than_were_asked_are_malformed() -> None:
+    made = Forged(tuple(ForgedSite(f"site-{i}") for i in range(1, 5)))
+    made.begin()
+    draw, group = made.drawn([site.key for site in made.sites])
+    rows = []
+    for site in made.sites:
+        made.train(site, RUN, 1, secure=made.masks)
+        rows.append(made.row(site, RUN, 1, update=""))
+    made.commit(RUN, 1, rows, [group, [named(n)[:32] for n in range(1000)]], draw)
+    got = audit(made.bundle, made.trust())
+    assert ("violation", "leaf") in found(got)
+    assert len(got.findings.found) < 20
+
+
+def test_a_site_that_only_refused_had_no_text_used() -> None:
+    made = began(1, sites=4)
+    last, made.sites = made.sites[3], made.sites[:3]
+    fresh = ForgedSite("site-5")
+    made.enrol(fresh)
+    rows = [made.row(fresh, RUN, 2, charged=0, verdict="refused-by-site", update="", epsilon=0.0)]
+    for site in made.sites:
+        made.train(site, RUN, 2)
+        rows.append(made.row(site, RUN, 2))
+    made.commit(RUN, 2, rows)
+    made.sites = (*made.sites, last, fresh)
+    made.close()
+    assert lines(made.bundle, made.trust(), "Whose text").splitlines()[0] == "site-1, site-2, site-3, site-4"
 
 
 def test_what_is_allowed_is_both_accountants_error() -> None:

@@ -447,6 +447,8 @@ def _commit(record: dict[str, Any], index: int) -> RoundCommit:
     scores = {str(k): float(v) for k, v in metrics.items() if type(v) is float} if isinstance(metrics, dict) else {}
     asked, costs = _asked(record), rows(record, "privacy") if "privacy" in record else []
     stated = [hexes(one, "client", 16) for one in costs]
+    if sum(map(len, sums)) > len(asked):
+        raise ValueError("its sums have more members than it asked")
     if len(set(stated)) != len(stated):
         raise ValueError("it states the cost of a client twice")
     return RoundCommit(

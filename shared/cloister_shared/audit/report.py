@@ -204,8 +204,7 @@ def answers(
     """Every question, in order."""
     records = history.records
     of = {kind: [r for r in records if r.get("kind") == kind] for kind in ("spend", "enrol")}
-    used = {one.name for lost in history.aborted for one in lost.asked if one.took_part}
-    names = sorted(used | {one.name for commit in history.commits for one in commit.asked})
+    names = sorted({one.name for leaf in history.told for one in leaf.asked if one.took_part})
     own = sorted(ledgers.values(), key=lambda ledger: ledger.name)
     here = ledgers_by_client(ledgers, trust)
     asked = [(one.client, one.name) for leaf in history.told for one in leaf.asked if one.took_part]

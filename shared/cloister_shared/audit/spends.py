@@ -24,6 +24,15 @@ def ledgers_by_client(ledgers: Mapping[str, Ledger], trust: Trust) -> dict[str, 
     return {i: ledger for ledger in ledgers.values() for i, key in trust.sites.items() if key in ledger.keys}
 
 
+def _whose(one: Asked, ledgers: Mapping[str, Ledger], of: Mapping[str, Ledger], trust: Trust) -> Ledger | None:
+    """The ledger that a row is of; a key that signed no head of any log may have had whichever of its site's knows the work."""
+    ledger = of.get(one.client)
+    if ledger is None or one.client in ledger.own:
+        return ledger
+    key = trust.sites[one.client]
+    return next((each for each in ledgers.values() if key in each.keys and one.plan in each.plans), None)
+
+
 def check_spends(
     ledgers: Mapping[str, Ledger],
     trust: Trust,
@@ -34,7 +43,7 @@ def check_spends(
     """Both directions, and who is missing; ``drawn`` is from ``check_draws``."""
     of = ledgers_by_client(ledgers, trust)
     _plans_of_one(history, findings)
-    _from_log(of, trust, history, drawn, findings)
+    _from_log(ledgers, of, trust, history, drawn, findings)
     _from_ledgers(ledgers, of, trust, history, findings)
 
 
@@ -52,6 +61,7 @@ def _plans_of_one(history: History, findings: Findings) -> None:
 
 
 def _from_log(
+    ledgers: Mapping[str, Ledger],
     of: Mapping[str, Ledger],
     trust: Trust,
     history: History,
@@ -66,7 +76,7 @@ def _from_log(
     for leaf in history.told:
         for one in leaf.asked:
             where = _at(leaf, one)
-            ledger = of.get(one.client)
+            ledger = _whose(one, ledgers, of, trust)
             if one.took_part and one.client not in trust.sites:
                 strangers.add(one.name)
             elif one.took_part and (ledger is None or one.client not in ledger.own):
@@ -195,7 +205,7 @@ def _from_ledgers(
             key = entry.plan, entry.run, entry.round
             if entry.state == "void" or entry.disputed:
                 continue
-            said = [one for one in told.get(key, ()) if of.get(one.client) is ledger]
+            said = [one for one in told.get(key, ()) if _whose(one, ledgers, of, trust) is ledger]
             unknown = [i for one in told.get(key, ()) for i in [one.client] if i not in trust.sites]
             if entry.run not in history.runs:
                 elsewhere[entry.run].add(ledger.name)
