@@ -328,6 +328,38 @@ def test_a_key_that_never_signed_a_head_may_have_had_either_log() -> None:
     assert codes == {("incomplete", "no-site-log")}
 
 
+def test_terms_of_a_key_without_a_head_are_held_against_the_log_that_knows_the_work() -> None:
+    for _ in range(6):
+        made = Forged()
+        made.begin()
+        first, *others = made.sites
+        for site in made.sites:
+            made.train(site, RUN, 1)
+        lost = {"verdict": "missing", "update": "", "head": "", "noise_multiplier": 3.0}
+        made.commit(RUN, 1, [made.row(first, RUN, 1) | lost, *(made.row(site, RUN, 1) for site in others)])
+        made.rejoin(first)
+        old, _ = again(made)
+        made.begin(RUN2)
+        made.round(1, RUN2)
+        made.close()
+        both = dict(sorted({**made.bundle.sites, old.id: old.log}.items()))
+        assert ("violation", "terms") in found(audit(replace(made.bundle, sites=both), made.trust()))
+
+
+def test_the_last_leaf_of_a_round_is_held_against_all_that_was_spent_for_it() -> None:
+    made = Forged()
+    made.begin()
+    first, *others = made.sites
+    plan = named(RUN, 1, first.id)
+    made.show(first)
+    first.add("lose", entry=first.reserve(plan, RUN, 1))
+    first.spend(first.reserve(plan, RUN, 1), named("update", plan))
+    for site in others:
+        made.train(site, RUN, 1)
+    made.commit(RUN, 1, [made.row(site, RUN, 1) for site in made.sites], attempt=2)
+    assert check(made) == {("incomplete", "charged"), ("incomplete", "published")}
+
+
 def test_sums_of_more_than_were_asked_are_malformed() -> None:
     made = Forged(tuple(ForgedSite(f"site-{i}") for i in range(1, 5)))
     made.begin()
