@@ -187,15 +187,13 @@ class _Walk:
 
     def __init__(self, ledger: Ledger, runs: Collection[str], places: Mapping[tuple[str, int], int]) -> None:
         self._entries = [e for e in ledger.entries.values() if e.state != "void" and e.run in runs]
-        self._at, self._of = 0, dict[str, list[int]]()
-        for place, entry in enumerate(self._entries):
-            self._of.setdefault(entry.plan, []).append(place)
+        self._at, self._last = 0, {e.plan: place for place, e in enumerate(self._entries)}
         self._told = [places.get((e.run, e.round), sys.maxsize) for e in self._entries]
         self.spent, self.all = dict[int, Counter[Step]](), dict[int, Counter[Step]]()
 
-    def up_to(self, plan: str, attempts: int, leaf: int) -> None:
-        """On to the work's last entry of so many, and over all whose rounds were told before a leaf: no clock says what was first."""
-        until = [-1, *self._of.get(plan, [])[:attempts]][-1]
+    def up_to(self, plan: str, leaf: int) -> None:
+        """On to the work's last entry, and over all whose rounds were told before a leaf: no clock says what was first."""
+        until = self._last.get(plan, -1)
         while self._at < len(self._entries) and (self._at <= until or self._told[self._at] < leaf):
             entry = self._entries[self._at]
             for block in entry.blocks:
@@ -230,10 +228,11 @@ class _Owns:
             self._walks = {one.origin: _Walk(one, self._runs, self._places) for one in same}
         mine = self._walks[ledger.origin]
         told, what = Counter(dict(said.steps)), f"epsilon {said.epsilon:.4f} was published{whose}"
-        # An attempt that came to nothing was told before what a later one of the same work cost, and other runs between them.
-        attempts = sys.maxsize if said.leaf in self._final else max(said.row.charged, 1)
+        # A round that was broken off may be tried again, and other runs go on before that: which of its entries are of which attempt
+        # the ledger does not say. All of them are held against the last leaf that tells of it.
+        plan = said.row.plan if said.leaf in self._final else ""
         for walk in self._walks.values():
-            walk.up_to(said.row.plan, attempts, -1 if walk is mine else said.leaf)
+            walk.up_to(plan, -1 if walk is mine else said.leaf)
         # What the log tells as well, or more of it, was looked at before.
         for kinds, lost in ((mine.spent, False), (mine.all, True)):
             most = self._heaviest([steps for steps in kinds.values() if not steps <= told], delta)
