@@ -64,6 +64,10 @@ class Witness:
         """
         before = self.ledger.seen_head(self.origin)
         now = self._follow(view, before)
+        # What was fetched beside rounds may be ahead of a plan that was on its way; where the view reaches it, it must be the same.
+        beside = self.ledger.fetched_head(self.origin)
+        if beside is not None and view.start <= beside.size <= now.size:
+            self._follow(view, beside)
         self._own(own_head)
         if before != now:
             self.ledger.witness(now, own_note(view.note, self.coordinator, self.origin))
@@ -87,7 +91,11 @@ class Witness:
         Raises:
             RefusedError: As ``look``.
         """
-        now, known = self._follow(view, before), self.known()
+        now = self._follow(view, before)
+        for head in (self.ledger.seen_head(self.origin), self.ledger.fetched_head(self.origin)):
+            if head is not None and head.size <= now.size:
+                self._follow(view, head)
+        known = self.known()
         if known is None or known.size < now.size:
             self.ledger.fetched(now, own_note(view.note, self.coordinator, self.origin))
 

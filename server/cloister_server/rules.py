@@ -160,15 +160,21 @@ def missing(found: set[str]) -> list[str]:
     return sorted({rule.trigger for rule in rules()} - have)
 
 
+# PostgreSQL's pg_trigger.tgtype: for each row, before, and the deed.
+_ROW, _BEFORE, _DEEDS = 1, 2, {"INSERT": 4, "DELETE": 8, "UPDATE": 16, "TRUNCATE": 32}
+
+
 def _told(rule: Rule) -> str:
-    return f"{rule.table} {rule.trigger} O {rule.body}"
+    return f"{rule.table} {rule.trigger} O {_ROW + _BEFORE + _DEEDS[rule.deed]} always {rule.body}"
 
 
 def expected(dialect: str) -> set[str]:
     """The rules as ``found`` gives them from a database where none is missing."""
     if dialect == "sqlite":
         return {statement for rule in rules() for statement in rule.sqlite()}
-    return {_told(rule) for rule in rules()} | {f"{table} {_EMPTIED}_{table} O {_TRUNCATE}" for table in _protected()}
+    return {_told(rule) for rule in rules()} | {
+        f"{table} {_EMPTIED}_{table} O {_BEFORE + _DEEDS['TRUNCATE']} always {_TRUNCATE}" for table in _protected()
+    }
 
 
 _TRUNCATE = "BEGIN RAISE EXCEPTION 'the registry is not emptied' USING ERRCODE = 'integrity_constraint_violation'; END"
@@ -180,11 +186,15 @@ def found(connection: Connection) -> set[str]:
         rows = connection.exec_driver_sql("SELECT sql FROM sqlite_master WHERE type = 'trigger'")
         return {str(row[0]) for row in rows}
     rows = connection.exec_driver_sql(
-        "SELECT c.relname, t.tgname, t.tgenabled, p.prosrc FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid"
+        "SELECT c.relname, t.tgname, t.tgenabled, t.tgtype, t.tgqual IS NULL AND t.tgattr::text = '' AND p.proconfig IS NULL,"
+        " p.prosrc FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid"
         " JOIN pg_proc p ON p.oid = t.tgfoid WHERE NOT t.tgisinternal AND c.relnamespace = current_schema()::regnamespace"
     )
-    kinds = [(table, name, on.decode() if isinstance(on, bytes) else on, body) for table, name, on, body in rows]
-    return {f"{table} {name} {on} {body}" for table, name, on, body in kinds}
+    # Its deed and time, whether it has conditions or columns of its own, and settings under which its body would read other tables.
+    return {
+        f"{table} {name} {on.decode() if isinstance(on, bytes) else on} {kind} {'always' if bare else 'sometimes'} {body}"
+        for table, name, on, kind, bare, body in rows
+    }
 
 
 def lift(connection: Connection) -> None:

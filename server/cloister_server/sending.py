@@ -82,14 +82,21 @@ def sealed(
 
 
 def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]:
-    """Receipts for the newest committed rounds up to ``number``, by client id: a site that was away hears of all it took part in."""
-    rows = {r.number: r for r in context.store.rounds(context.run.id) if 0 < r.number <= number}
+    """Receipts for committed rounds up to ``number``, by client id: the newest, and of a site that was away all since it was last heard.
+
+    A site cosigns the head that comes with its receipts: those of rounds before that head it has.
+    """
+    rows = sorted((r for r in context.store.rounds(context.run.id) if 0 < r.number <= number), key=lambda r: r.number)
+    heard = {client: row.size for client, row in context.store.witnessed().items()}
+    least, newest = min((heard.get(m.id, 0) for m in context.members), default=0), rows[-MOST_RECEIPTS:]
     out: dict[str, tuple[Receipt, ...]] = {}
-    for row in sorted(rows.values(), key=lambda r: r.number)[-MOST_RECEIPTS:]:
+    for row in [*(r for r in rows[:-MOST_RECEIPTS] if (r.leaf or 0) >= least), *newest]:
         leaf = context.store.commit_leaf(context.run.id, row.number)
         if leaf is None:
             continue
         for client in context.store.clients(context.run.id, row.number):
+            if row not in newest and leaf.index < heard.get(client.client, 0):
+                continue
             update = client.update if client.verdict == "accepted" else ""
             made = Receipt(
                 context.run.id,

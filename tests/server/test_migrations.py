@@ -145,6 +145,33 @@ def test_rules_that_are_gone_stop_a_coordinator_and_are_laid_anew(
     store.close()
 
 
+@pytest.mark.parametrize(
+    "instead",
+    [
+        "BEFORE UPDATE ON round FOR EACH ROW WHEN (false)", "BEFORE UPDATE OF run ON round FOR EACH ROW",
+        "BEFORE DELETE ON round FOR EACH ROW", "BEFORE UPDATE ON round FOR EACH STATEMENT", "AFTER UPDATE ON round FOR EACH ROW", "",
+    ],
+)  # fmt: skip
+def test_a_rule_of_the_same_name_that_refuses_less_is_seen(tmp_path: Path, postgres: Any, instead: str) -> None:
+    """PostgreSQL keeps a trigger's deed, condition and columns apart from the body of its function."""
+    home = tmp_path / "coordinator"
+    home.mkdir()
+    SigningKey.generate().save(home / "sign.key")
+    write_storage(home, postgres.database(), "")
+    Store(home).close()
+    name = "kept_round_update"
+    anew = f"CREATE TRIGGER {name} {instead} EXECUTE FUNCTION {name}()"
+    if instead:
+        sql(home, f"DROP TRIGGER {name} ON round", anew)
+    else:
+        sql(home, f"ALTER FUNCTION {name}() SET search_path = elsewhere")
+    store = Store(home)
+    assert rules.missing(store.database.rules()) == [name]
+    with pytest.raises(StateError, match="does not refuse"):
+        store.take_fence()
+    store.close()
+
+
 @pytest.mark.parametrize("rows", [[], ["0001", "0002"], [""], ["head"]])
 def test_a_version_that_is_none_is_not_migrated(home: Path, rows: list[str]) -> None:
     older(home)

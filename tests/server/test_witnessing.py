@@ -202,6 +202,44 @@ def test_a_history_that_changed_is_seen_by_who_fetches_it(world: World, tmp_path
         witness.fetched(replace(fetched(world, again), hashes=()), None)
 
 
+def test_a_plan_must_go_on_from_what_was_fetched_beside_rounds(world: World, tmp_path: Path) -> None:
+    """The log is put back behind a head that the site fetched, and goes past it another way."""
+    context, witness = world.context(), world.desks[100].witness
+    one_round(context, world.link, 1)
+    shutil.copy(world.store.home / "registry.db", tmp_path / "old.db")
+    for number in range(2):
+        world.store.log("recovery", {"what": f"seen by whoever fetches, {number}"})
+    witness.fetched(fetched(world, world.store), witness.known())
+    world.store.close()
+    shutil.copy(tmp_path / "old.db", world.store.home / "registry.db")
+    again = replace(context, store=Store(world.store.home), federation=replace(context.federation, min_clients=1))
+    for number in range(3):
+        again.store.log("recovery", {"what": f"another history, {number}"})
+    charged = world.charged(100)
+    one_round(again, world.link, 2)
+    row = next(c for c in again.store.clients(world.run.id, 2) if c.client == world.id_of(100))
+    assert row.reason.startswith("witness.history")
+    assert world.charged(100) == charged
+    assert [e["event"] for e in said(world, 100)].count("incident") == 1
+    # One whose agent saw the other history is told so when it fetches the first.
+    with pytest.raises(RefusedError, match="history was changed"):
+        witness.fetched(fetched(world, again.store), None)
+
+
+def test_a_site_that_was_away_for_long_hears_what_became_of_its_last_round(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sending, "MOST_RECEIPTS", 1)
+    one_round(world.context(), world.link, 1)
+    for number in (2, 3):
+        one_round(world.context(members=world.members[1:], min_clients=2), world.link, number)
+    one_round(world.context(), world.link, 4)
+    assert set(world.verdicts(4).values()) == {"accepted"}
+    assert [e["round"] for e in said(world, 100) if e["event"] == "receipt"] == [1]
+    # Those that were there heard each once, and of what is told them again nothing is kept twice.
+    assert [e["round"] for e in said(world, 200) if e["event"] == "receipt"] == [1, 2, 3]
+
+
 def test_a_quorum_that_was_lost_comes_together_at_the_next_attempt(world: World) -> None:
     """All answers of a round are lost: nobody's cosignature is known, each site refuses once, cosigns, and then goes on."""
     context = world.context()
