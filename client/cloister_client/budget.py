@@ -235,6 +235,16 @@ class Ledger:
                 expected="a new plan",
                 got=core.digest[:16],
             )
+        # A coordinator keeps a round's work for good: where its registry was put back it may ask for another in its place.
+        other = "SELECT plan FROM entry WHERE run = ? AND round = ? AND plan <> ? AND state <> 'void'"
+        if row := db.execute(other, (core.run, core.round, core.digest)).fetchone():
+            raise RefusedError(
+                "budget.other_work",
+                "another work of this round was done",
+                where=where,
+                expected=f"plan {row[0][:16]}",
+                got=core.digest[:16],
+            )
         newest = db.execute("SELECT MAX(round) FROM entry WHERE run = ?", (core.run,)).fetchone()[0]
         if newest is not None and core.round < newest:
             raise RefusedError(

@@ -64,9 +64,12 @@ class Witness:
         """
         before = self.ledger.seen_head(self.origin)
         now = self._follow(view, before)
-        # What was fetched beside rounds may be ahead of a plan that was on its way; where the view reaches it, it must be the same.
         beside = self.ledger.fetched_head(self.origin)
-        if beside is not None and view.start <= beside.size <= now.size:
+        if beside is not None and (before is None or before.size < beside.size):
+            # Nobody is accused of it: a plan may have been on its way when the log was fetched.
+            if now.size < beside.size:
+                what, least = "less of the log is shown than this site fetched", f">= {beside.size} leaves"
+                raise RefusedError("witness.view", what, expected=least, got=str(now.size))
             self._follow(view, beside)
         self._own(own_head)
         if before != now:

@@ -84,8 +84,10 @@ def sealed(
 def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]:
     """Receipts for committed rounds up to ``number``, by client id: the newest, and of a site that was away all since it was last heard.
 
-    A site cosigns the head that comes with its receipts: those of rounds before that head it has.
+    A site cosigns the head that comes with its receipts: those of rounds before that head it has. One that joined again has another key,
+    and its old ledger.
     """
+    named = {m.card.name: m.id for m in context.members}
     rows = sorted((r for r in context.store.rounds(context.run.id) if 0 < r.number <= number), key=lambda r: r.number)
     heard = {client: row.size for client, row in context.store.witnessed().items()}
     least, newest = min((heard.get(m.id, 0) for m in context.members), default=0), rows[-MOST_RECEIPTS:]
@@ -95,7 +97,8 @@ def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]
         if leaf is None:
             continue
         for client in context.store.clients(context.run.id, row.number):
-            if row not in newest and leaf.index < heard.get(client.client, 0):
+            to = named.get(client.name, client.client)
+            if row not in newest and leaf.index < heard.get(to, 0):
                 continue
             update = client.update if client.verdict == "accepted" else ""
             made = Receipt(
@@ -108,7 +111,7 @@ def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]
                 leaf.index,
                 leaf.hash.hex(),
             )
-            out[client.client] = (*out.get(client.client, ()), made.by(context.signing))
+            out[to] = (*out.get(to, ()), made.by(context.signing))
     return out
 
 

@@ -18,6 +18,7 @@ from cloister_client.standing import Limits
 from cloister_model.text import Source
 from cloister_shared.errors import RefusedError, StateError
 from cloister_shared.privacy import DpSgd, epsilon
+from cloister_shared.signing import SigningKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -85,6 +86,22 @@ def test_a_round_over_the_cap_is_refused_and_reserves_nothing(ledger: Ledger) ->
     assert ledger.standing() == before
     assert not ledger.charged_for(core(2, steps=100).digest)
     ledger.reserve(core(2, steps=1), 1000)
+
+
+def test_a_round_has_one_work(ledger: Ledger) -> None:
+    """A coordinator whose registry was put back may ask for another in its place."""
+    first, other = core(1, steps=1), core(1, steps=2)
+    ledger.lose(ledger.reserve(first, 1000).entry)
+    with pytest.raises(RefusedError) as refused:
+        ledger.reserve(other, 1000)
+    assert refused.value.rule == "budget.other_work"
+    assert not ledger.charged_for(other.digest)
+    ledger.reserve(first, 1000)
+
+
+def test_what_was_given_back_was_no_work_of_its_round(ledger: Ledger) -> None:
+    ledger.void(ledger.reserve(core(1, steps=1), 1000).entry, SigningKey.generate())
+    ledger.reserve(core(1, steps=2), 1000)
 
 
 def test_an_attempt_is_new_once_and_attempts_only_grow(ledger: Ledger) -> None:
@@ -311,7 +328,7 @@ def test_whatever_happens_nothing_spent_is_forgotten_and_the_cap_holds(story: li
                 else:
                     refused = ""
                 over = refused == "" or epsilon([event(charged + steps)], DELTA) > cap
-                assert over or refused == "budget.already_done"
+                assert over or refused in ("budget.already_done", "budget.other_work")
             elif what == "crash":
                 ledger = _again(ledger)
                 opened.clear()

@@ -14,7 +14,7 @@ from cloister_shared.audit.command import audit
 from cloister_shared.audit.tables import rounds_table
 from cloister_shared.encoding import canonical
 from cloister_shared.plan import VOID_PURPOSE
-from cloister_shared.privacy import DpSgd
+from cloister_shared.privacy import DpSgd, epsilon
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
 
@@ -313,6 +313,79 @@ def test_an_attempt_that_came_to_nothing_was_told_before_what_came_after_it(
     made.close()
     if how == "died":
         assert ("violation", "published") in found(audit(made.bundle, made.trust()))
+
+
+HOT = [["loss", 0.3]]
+
+
+def broken_off(made: Forged) -> list[dict[str, Any]]:
+    """Rows of a round that was broken off, stated without the first site's noised number, which its own ledger has."""
+    for site in made.sites:
+        made.train(site, RUN, 2, noised=HOT if site is made.sites[0] else [])
+    rows = [made.row(site, RUN, 2, verdict="missing") for site in made.sites]
+    told = [{name: value for name, value in row.items() if name not in ("update", "head", "weight")} for row in rows]
+    made.leaf("incident", what="too few", run=RUN, round=2, clients=told)
+    return rows
+
+
+def accepted(made: Forged, rows: list[dict[str, Any]], **first: Any) -> list[dict[str, Any]]:
+    """The same rows in a commit; changes are of the first."""
+    out = [
+        row | {"verdict": "accepted", "head": site.note, "update": named("update", row["plan"])}
+        for site, row in zip(made.sites, rows, strict=True)
+    ]
+    return [out[0] | first, *out[1:]]
+
+
+@pytest.mark.parametrize("later", ["none", "of nobody", "without it", "another work", "right"])
+def test_no_later_leaf_hides_that_an_earlier_one_says_too_little(later: str) -> None:
+    made = began(1)
+    rows, right = broken_off(made), [*([DpSgd(*TERMS)] * 2), DpSgd(0.3, 1.0, 1)]
+    if later == "of nobody":
+        made.leaf("incident", what="too few", run=RUN, round=2, clients=[])
+    elif later == "without it":
+        made.commit(RUN, 2, accepted(made, rows)[1:], attempt=2)
+    elif later == "another work":
+        other = {"verdict": "missing", "update": "", "head": "", "plan": named("other")}
+        made.commit(RUN, 2, accepted(made, rows, **other), attempt=2)
+    elif later == "right":
+        made.commit(RUN, 2, accepted(made, rows, epsilon=epsilon(right, DELTA)), attempt=2)
+    codes = check(made)
+    assert ("violation", "published") in codes or ("violation", "charged") in codes
+    if later in ("none", "right", "of nobody", "without it"):
+        assert ("violation", "published") in codes
+
+
+def test_a_row_of_a_key_that_never_was_enrolled_is_nobodys() -> None:
+    made = began(1)
+    stranger = ForgedSite("site-1")
+    rows = [made.row(stranger, RUN, 2, verdict="missing", charged=0, update="", head="", epsilon=0.1)]
+    for site in made.sites[1:]:
+        made.train(site, RUN, 2)
+        rows.append(made.row(site, RUN, 2))
+    made.commit(RUN, 2, rows)
+    assert ("violation", "not-enrolled") in check(made)
+
+
+@pytest.mark.parametrize("verdict", ["late", "accepted"])
+@pytest.mark.parametrize("given_back", [True, False])
+def test_an_update_that_a_broken_off_round_names_is_the_sites(verdict: str, given_back: bool) -> None:
+    made = began(1)
+    first, *others = made.sites
+    if given_back:
+        made.show(first)
+        plan = named(RUN, 2, first.id)
+        said = {"event": "void", "entry": first.reserve(plan, RUN, 2), "plan": plan, "left": "nothing", "at": first.at}
+        first.events.append(canonical(said | {"signature": first.key.sign(VOID_PURPOSE, canonical(said)).hex()}))
+    else:
+        made.train(first, RUN, 2)
+    for site in others:
+        made.train(site, RUN, 2)
+    swapped = {} if given_back else {"update": named("another")}
+    rows = [made.row(first, RUN, 2, verdict=verdict) | swapped]
+    rows += [made.row(site, RUN, 2, verdict="missing", update="") for site in others]
+    made.leaf("incident", what="too few", run=RUN, round=2, clients=rows)
+    assert ("violation", "unspent" if given_back else "update") in check(made)
 
 
 def test_a_key_that_never_signed_a_head_may_have_had_either_log() -> None:

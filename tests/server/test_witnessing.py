@@ -226,6 +226,55 @@ def test_a_plan_must_go_on_from_what_was_fetched_beside_rounds(world: World, tmp
         witness.fetched(fetched(world, again.store), None)
 
 
+@pytest.mark.parametrize("start", [0, 3])
+def test_a_first_plan_goes_on_from_what_was_fetched_too(world: World, tmp_path: Path, start: int) -> None:
+    """A site fetches the log before its first plan; the log goes another way, and a view may hide where."""
+    context, witness = world.context(), world.desks[100].witness
+    early = world.store.checkpoint()
+    world.store.log("recovery", {"what": "seen by whoever fetches"})
+    witness.fetched(fetched(world, world.store), witness.known())
+    assert witness.ledger.seen_head(witness.origin) is None
+    leaves = [leaf.hash for leaf in world.store.leaves(0, early.size)] + [bytes(32)] * 3
+    other = Tree(leaves)
+    note = Checkpoint(witness.origin, len(leaves), other.root()).signed(context.signing)
+    at = start if start == 0 else len(leaves)
+    view = View(note, at, other.range(at).tops, tuple(leaves[at:]), {})
+    with pytest.raises(RefusedError) as refused:
+        witness.look(view, "")
+    assert refused.value.rule == ("witness.history" if start == 0 else "witness.view")
+    assert witness.ledger.seen_head(witness.origin) is None
+
+
+def test_a_plan_that_shows_less_than_was_fetched_is_refused_and_accuses_nobody(world: World) -> None:
+    witness, view = world.desks[100].witness, fetched(world, world.store)
+    world.store.log("recovery", {"what": "seen by whoever fetches"})
+    witness.fetched(fetched(world, world.store), witness.known())
+    with pytest.raises(RefusedError, match="less of the log"):
+        witness.look(view, "")
+    assert "incident" not in [e["event"] for e in said(world, 100)]
+    witness.look(fetched(world, world.store), "")
+
+
+def test_a_site_that_joined_again_hears_what_became_of_its_rounds(world: World) -> None:
+    context = world.context()
+    one_round(context, world.link, 1)
+    last = world.store.clients(world.run.id, 1)[0]
+    renamed = tuple(
+        replace(m, card=replace(m.card, name="other")) if m.id == last.client else m for m in context.members
+    )
+    told = sending.receipts_of(context, 1)
+    assert {r.plan for r in told[last.client]} == {last.plan}
+    # Its name is what stays: under another key it is another member of the same name.
+    fresh = replace(
+        next(m for m in context.members if m.id == last.client).card, key=SigningKey.generate().verify_key.raw.hex()
+    )
+    again = tuple(replace(m, card=fresh) if m.id == last.client else m for m in context.members)
+    told = sending.receipts_of(replace(context, members=again), 1)
+    assert {r.plan for r in told[fresh.verify_key.id.hex()]} == {last.plan}
+    assert last.client not in told
+    assert {r.plan for r in sending.receipts_of(replace(context, members=renamed), 1)[last.client]} == {last.plan}
+
+
 def test_a_site_that_was_away_for_long_hears_what_became_of_its_last_round(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

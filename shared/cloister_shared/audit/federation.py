@@ -333,7 +333,7 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
                     findings.violation("rounds", where, what)
                 since = first = begun.get(run, index)
                 last[run] = index
-                _enrolled(history.aborted[-1], here, left, since, first, findings, where)
+                _enrolled(history.aborted[-1], history, here, since, first, findings, where)
                 for one in history.aborted[-1].asked:
                     _named(trust, history, one.client, one.name, where, findings)
             elif kind == "round_commit":
@@ -354,7 +354,7 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
                 # A sum that an earlier attempt opened stays as it is, whoever left since.
                 since, first = last.get(commit.run, index), begun.get(commit.run, index)
                 last[commit.run] = begun[commit.run] = index
-                _enrolled(commit, here, left, since, first, findings, where)
+                _enrolled(commit, history, here, since, first, findings, where)
                 for one in commit.asked:
                     _named(trust, history, one.client, one.name, where, findings)
         except (CloisterError, *MALFORMED) as error:
@@ -367,21 +367,22 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
 
 def _enrolled(
     leaf: RoundCommit | Aborted,
+    history: History,
     here: Mapping[str, str],
-    left: Mapping[str, tuple[str, int]],
     since: int,
     first: int,
     findings: Findings,
     where: str,
 ) -> None:
-    """Whoever's text was used was enrolled when this attempt began (``since``), or any attempt at the round (``first``)."""
+    """Whoever was asked was enrolled once; whose text was used, when this attempt began (``since``), or any at the round (``first``)."""
     inside = frozenset().union(*leaf.sums) if isinstance(leaf, RoundCommit) else frozenset[str]()
     for one in leaf.asked:
-        name, at = left.get(one.client, ("", -1))
+        name, at = history.left.get(one.client, ("", -1))
         # What an earlier attempt charged stands in the rows of a later one, and a sum that it opened stays as it is.
         entered = one.verdict == "accepted" and one.client not in inside
         late = name == one.name and at > (since if entered else first)
-        if (one.took_part or one.client in inside) and here.get(one.client) != one.name and not late:
+        used = one.took_part or one.client in inside or one.client not in history.names
+        if used and here.get(one.client) != one.name and not late:
             findings.violation("not-enrolled", where, f"{one.name} in round {leaf.number} was not enrolled then")
 
 

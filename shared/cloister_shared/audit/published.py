@@ -66,12 +66,22 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
     lifetimes, runs = dict[str, list[_Said]](), dict[tuple[str, str], list[_Said]]()
     # Charged, though the round came to nothing; a commit of the same round counts these attempts again.
     lost, most = dict[tuple[str, str, int], Counter[Step]](), dict[tuple[str, str, int], int]()
+    # Works that each round's leaves so far say were charged, by client: what is charged stays told, and stays the same work.
+    works = dict[tuple[str, int], dict[str, str]]()
     for leaf in history.told:
         if isinstance(leaf, RoundCommit) and not {one.client for one in leaf.asked} >= set(leaf.privacy):
             where = f"round {leaf.number} of run {leaf.run[:8]}"
             findings.violation("published", where, "the commit states the cost of a site that was not asked")
+        charged = works.setdefault((leaf.run, leaf.number), {})
+        for client in sorted(charged.keys() - {one.client for one in leaf.asked}):
+            where = f"site {history.names.get(client, client[:16])}, round {leaf.number} of run {leaf.run[:8]}"
+            findings.violation(
+                "charged", where, "an earlier leaf of the round says that it was charged, this one nothing of it"
+            )
         for one in leaf.asked:
             where = f"site {one.name}, round {leaf.number} of run {leaf.run[:8]}"
+            if one.charged and charged.setdefault(one.client, one.plan) != one.plan:
+                findings.violation("charged", where, "an earlier leaf of the round says that another work was charged")
             key = one.client, leaf.run, leaf.number
             if one.charged < most.get(key, 0):
                 was = f"{many(most[key], 'attempt')} {'was' if most[key] == 1 else 'were'}"
@@ -216,7 +226,12 @@ class _Owns:
         self._of, self._runs, self._walks = of, runs, dict[str, _Walk]()
         self._tried, self._known = 0, set[Steps]()
         self._places = {(leaf.run, leaf.number): leaf.index for leaf in reversed(history.told)}
-        self._final = set({(leaf.run, leaf.number): leaf.index for leaf in history.told}.values())
+        rows = [(leaf, one) for leaf in history.told for one in leaf.asked]
+        last = {(one.client, leaf.run, leaf.number): one.charged for leaf, one in rows}
+        # The last leaf that tells of a site's part in a round, and those before it after which nothing was charged.
+        self._final = {
+            (one.client, leaf.index) for leaf, one in rows if one.charged >= last[one.client, leaf.run, leaf.number]
+        }
 
     def check(self, said: _Said, whose: str, findings: Findings) -> bool:
         """Whether what was published after a work is not below the ledgers' entries up to it."""
@@ -229,8 +244,8 @@ class _Owns:
         mine = self._walks[ledger.origin]
         told, what = Counter(dict(said.steps)), f"epsilon {said.epsilon:.4f} was published{whose}"
         # A round that was broken off may be tried again, and other runs go on before that: which of its entries are of which attempt
-        # the ledger does not say. All of them are held against the last leaf that tells of it.
-        plan = said.row.plan if said.leaf in self._final else ""
+        # the ledger does not say. All of them are held against the first leaf after which nothing more was charged.
+        plan = said.row.plan if (said.row.client, said.leaf) in self._final else ""
         for walk in self._walks.values():
             walk.up_to(plan, -1 if walk is mine else said.leaf)
         # What the log tells as well, or more of it, was looked at before.

@@ -86,8 +86,8 @@ def _from_log(
                 _same_terms(one, ledger, findings, where)
             if isinstance(leaf, Aborted):
                 # A round that came to nothing has used the text of those whose updates came.
-                if ledger is not None and one.verdict == "accepted":
-                    _came(one.plan, "", leaf, ledger, findings, where)
+                if ledger is not None and (one.verdict == "accepted" or one.update):
+                    _came(one.plan, one.update, leaf, ledger, findings, where)
                 continue
             if one.update and one.verdict != "accepted" and not one.charged:
                 findings.violation(
