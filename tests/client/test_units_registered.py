@@ -374,7 +374,7 @@ def test_where_the_accountants_disagree_nothing_is_read_nothing_leaves_and_nothi
 ) -> None:
     signing, desk = _desk(world, site)
     seen, before = _watch(desk), desk.ledger.standing()
-    asked = ask(world, signing, desk.opening, world.core(signing))
+    asked = ask(world, signing, desk.opening, world.core(signing, round=3))
 
     def disagree(*_: object) -> float:
         raise StateError("the accountants disagree, so that neither is believed", got="PRV 0.1")
@@ -394,7 +394,7 @@ def test_where_the_accountants_disagree_nothing_is_read_nothing_leaves_and_nothi
     assert state == "void"
     assert record == asked.core.to_bytes()
     assert last["event"] == "void"
-    asked = ask(world, signing, desk.opening, world.core(signing), attempt=2)
+    asked = ask(world, signing, desk.opening, asked.core, attempt=2)
     assert open_answer(world, asked, execute(desk, asked.envelope), desk.signing)[0].codec == Codec.UPDATE_F32
 
 
@@ -403,7 +403,7 @@ def test_where_admission_itself_finds_them_to_disagree_nothing_is_even_reserved(
 ) -> None:
     signing, desk = _desk(world, site)
     seen, before = _watch(desk), desk.ledger.standing()
-    asked = ask(world, signing, desk.opening, world.core(signing))
+    asked = ask(world, signing, desk.opening, world.core(signing, round=3))
 
     def disagree(*_: object) -> float:
         raise StateError("the accountants disagree, so that neither is believed", got="PRV 0.1")

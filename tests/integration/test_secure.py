@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -43,7 +44,9 @@ def test_a_site_that_is_killed_costs_itself(lab: Federation, stage: str) -> None
     def over() -> bool:
         seen.append(superlink_bytes(lab))
         for path in (lab.home / "sites").glob("*/agent/kept/*.f32"):
-            kept.add(path.read_bytes())
+            # Gone once its receipt has come.
+            with suppress(FileNotFoundError):
+                kept.add(path.read_bytes())
         return run.poll() is not None
 
     wait_for("the run to end", over)

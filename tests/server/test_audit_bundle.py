@@ -619,7 +619,7 @@ def test_what_an_aborted_round_charged_is_in_what_is_published_later() -> None:
 
     def lost(run: str, charged: int) -> Aborted:
         stated = by_pld((((1.0, 0.1), 6 * charged),), 1e-5)
-        one = Asked("aa" * 16, "a", "55" * 32, "missing", "", 1.0, 0.1, 6, 1e-5, stated, charged, "")
+        one = Asked("aa" * 16, "a", "11" * 32, "missing", "", 1.0, 0.1, 6, 1e-5, stated, charged, "")
         return Aborted(3, run, 1, (one,))
 
     other = lost("ef" * 16, 2)
