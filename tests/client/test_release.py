@@ -97,7 +97,7 @@ def test_a_secure_sums_update_never_leaves_bare_and_its_protocol_says_hex_alone(
         release(ledger, POLICY, asked, NoisedUpdate(UPDATE), Bare, (), bytes.swapcase)
     members = tuple(sorted([asked.client, "aa" * 16, "bb" * 16]))
     summed = replace(
-        asked,
+        core(2),
         cohort=members,
         weight=1.0,
         secure=SecureSum(
