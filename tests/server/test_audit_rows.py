@@ -10,6 +10,7 @@ import pytest
 from cloister_shared.audit import budget, published
 from cloister_shared.audit.accountant import Step, allowed, by_both, by_rdp, epsilon_of
 from cloister_shared.audit.alike import merged
+from cloister_shared.audit.bundle import SiteLog
 from cloister_shared.audit.command import audit
 from cloister_shared.audit.tables import rounds_table
 from cloister_shared.encoding import canonical
@@ -388,24 +389,29 @@ def test_an_update_that_a_broken_off_round_names_is_the_sites(verdict: str, give
     assert ("violation", "unspent" if given_back else "update") in check(made)
 
 
+def lost(**changed: Any) -> tuple[Forged, dict[str, SiteLog]]:
+    """Returns a federation in which a site's answer is lost before it joins again twice, and the logs: of each key its own."""
+    made = Forged()
+    made.begin()
+    first, *others = made.sites
+    for site in made.sites:
+        made.train(site, RUN, 1)
+    gone = made.row(first, RUN, 1) | {"verdict": "missing", "update": "", "head": ""} | changed
+    made.commit(RUN, 1, [gone, *(made.row(site, RUN, 1) for site in others)])
+    made.rejoin(first)
+    old, _ = again(made)
+    made.begin(RUN2)
+    made.round(1, RUN2)
+    made.close()
+    # Whichever of the two comes first, as by their keys in a file.
+    return made, dict(sorted({**made.bundle.sites, old.id: old.log}.items()))
+
+
 def test_a_key_that_never_signed_a_head_may_have_had_either_log() -> None:
     """A site's answer is lost; it joins again with its log under a second key, and with another log under a third."""
     codes = set[tuple[str, str]]()
     for _ in range(6):
-        made = Forged()
-        made.begin()
-        first, *others = made.sites
-        for site in made.sites:
-            made.train(site, RUN, 1)
-        lost = {"verdict": "missing", "update": "", "head": ""}
-        made.commit(RUN, 1, [made.row(first, RUN, 1) | lost, *(made.row(site, RUN, 1) for site in others)])
-        made.rejoin(first)
-        old, _ = again(made)
-        made.begin(RUN2)
-        made.round(1, RUN2)
-        made.close()
-        # Whichever of the two comes first, as by their keys in a file.
-        both = dict(sorted({**made.bundle.sites, old.id: old.log}.items()))
+        made, both = lost()
         for trust in (made.trust(), by_key(made)):
             codes |= found(audit(replace(made.bundle, sites=both), trust))
     assert codes == {("incomplete", "no-site-log")}
@@ -413,19 +419,7 @@ def test_a_key_that_never_signed_a_head_may_have_had_either_log() -> None:
 
 def test_terms_of_a_key_without_a_head_are_held_against_the_log_that_knows_the_work() -> None:
     for _ in range(6):
-        made = Forged()
-        made.begin()
-        first, *others = made.sites
-        for site in made.sites:
-            made.train(site, RUN, 1)
-        lost = {"verdict": "missing", "update": "", "head": "", "noise_multiplier": 3.0}
-        made.commit(RUN, 1, [made.row(first, RUN, 1) | lost, *(made.row(site, RUN, 1) for site in others)])
-        made.rejoin(first)
-        old, _ = again(made)
-        made.begin(RUN2)
-        made.round(1, RUN2)
-        made.close()
-        both = dict(sorted({**made.bundle.sites, old.id: old.log}.items()))
+        made, both = lost(noise_multiplier=3.0)
         assert ("violation", "terms") in found(audit(replace(made.bundle, sites=both), made.trust()))
 
 
