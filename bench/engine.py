@@ -18,7 +18,7 @@ from cloister_model.scores import centred, seen
 from cloister_model.text import Source
 from cloister_model.warm_start import warm_head
 from cloister_server.own_text import read_own
-from cloister_shared.plan import TaskSpec, centre_and_spread
+from cloister_shared.specs import TaskSpec, centre_and_spread
 from cloister_shared.vectors import F32, Schema
 from torch import Tensor
 from torch.nn import functional

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import numpy as np
 from cloister_server.admission import admit_update
 from cloister_server.robust import combine
-from cloister_shared.plan import TrainingSpec
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, open_envelope, seal
 from cloister_shared.signing import SigningKey
+from cloister_shared.specs import TrainingSpec
 from cloister_shared.vectors import Schema, vector_from_bytes, vector_to_bytes
 from flwr.server.strategy.aggregate import aggregate_krum
 

@@ -20,8 +20,8 @@ from cloister.demo_text import split
 from cloister_model.text import Record
 from cloister_server.aggregation import aggregate
 from cloister_server.planning import rate_share
-from cloister_shared.plan import Rule
 from cloister_shared.privacy import calibrate, coarse_rate
+from cloister_shared.specs import Rule
 from torch import Tensor
 
 from bench.engine import Engine

@@ -12,7 +12,8 @@ from cloister_client.budget import Ledger
 from cloister_client.standing import Limits
 from cloister_model.text import Source
 from cloister_shared.encoding import digest
-from cloister_shared.plan import PlanCore, TaskSpec, TrainingSpec
+from cloister_shared.plan import PlanCore
+from cloister_shared.specs import TaskSpec, TrainingSpec
 
 DELTA = 1e-5
 KINDS = ((4.0, 0.25), (4.0, 0.125), (6.0, 0.25), (6.0, 0.0625), (9.0, 0.5))

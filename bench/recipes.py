@@ -31,7 +31,7 @@ quieten()
 import torch  # noqa: E402  # after the libraries are quiet
 from cloister_model.base import find_base  # noqa: E402
 from cloister_model.tokens import Encoded  # noqa: E402
-from cloister_shared.plan import RULES  # noqa: E402
+from cloister_shared.specs import RULES  # noqa: E402
 
 from bench.engine import Engine, Shape  # noqa: E402
 from bench.federated import NoiseTable, Training, partition, simulate  # noqa: E402

@@ -14,8 +14,9 @@ from cloister_client.sums import Sums
 from cloister_server.unmask import Given, unmasked
 from cloister_shared.draw import Commitment, Reveal, Transcript
 from cloister_shared.masks import PeerKeys, attempt_name, work_name
-from cloister_shared.plan import PlanCore, SecureSum, TaskSpec, TrainingSpec
+from cloister_shared.plan import PlanCore
 from cloister_shared.signing import SigningKey
+from cloister_shared.specs import SecureSum, TaskSpec, TrainingSpec
 from cloister_shared.vectors import Schema
 
 CLIENTS, DEAD, NUMBERS = 20, 2, 1_000_000

@@ -27,7 +27,7 @@ from cloister_model.base import find_base
 from cloister_model.build import Adapted, build, losses, trained
 from cloister_model.quiet import quieten
 from cloister_model.tokens import Encoded, encode
-from cloister_shared.plan import TaskSpec, TrainingSpec
+from cloister_shared.specs import TaskSpec, TrainingSpec
 from opacus import GradSampleModule
 from opacus.grad_sample.linear import compute_linear_grad_sample
 from opacus.optimizers import DPOptimizer

@@ -21,7 +21,7 @@ from cloister_model.build import build, read_vector
 from cloister_model.tokens import Encoded
 from cloister_shared import noise
 from cloister_shared.errors import InputError, StateError
-from cloister_shared.plan import TaskSpec, TrainingSpec
+from cloister_shared.specs import TaskSpec, TrainingSpec
 from opacus.optimizers import DPOptimizer
 from torch import Tensor
 

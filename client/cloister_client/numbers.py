@@ -14,7 +14,8 @@ import torch
 from cloister_model.build import load_vector
 from cloister_model.tokens import Encoded, padded
 from cloister_shared import noise
-from cloister_shared.plan import NoisedNumber, PlanCore
+from cloister_shared.plan import PlanCore
+from cloister_shared.specs import NoisedNumber
 from cloister_shared.vectors import F32
 
 from cloister_client.batches import physical_batches

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from cloister_shared.encoding import canonical, parse_record, write_durably
 from cloister_shared.errors import InputError, RefusedError, VerificationError
-from cloister_shared.plan import REPORTS, TASK_KINDS, PlanCore
+from cloister_shared.plan import PlanCore
 from cloister_shared.settings import quote, read_toml
 from cloister_shared.signing import VerifyKey
+from cloister_shared.specs import REPORTS, TASK_KINDS
 
 from cloister_client.standing import Limits
 

@@ -13,7 +13,7 @@ import torch
 from cloister_model.build import Adapted, trained
 from cloister_model.tokens import Encoded
 from cloister_shared.errors import RefusedError
-from cloister_shared.plan import TaskSpec
+from cloister_shared.specs import TaskSpec
 from torch import Tensor, nn
 
 EachLoss = Callable[[Encoded, tuple[int, ...]], Tensor]

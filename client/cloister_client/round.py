@@ -26,9 +26,11 @@ from cloister_shared.answers import Preface
 from cloister_shared.cards import CoordinatorCard
 from cloister_shared.encoding import digest, parse_record, write_durably
 from cloister_shared.errors import CloisterError, RefusedError, VerificationError
-from cloister_shared.plan import Closing, Plan, PlanCore, Receipt, TaskSpec, read_parent
+from cloister_shared.plan import Plan, PlanCore, read_parent
+from cloister_shared.receipts import Closing, Receipt
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, SealingKey, open_envelope, seal
 from cloister_shared.signing import SigningKey
+from cloister_shared.specs import TaskSpec
 from cloister_shared.vectors import F32, clipped, vector_from_bytes, vector_to_bytes
 
 from cloister_client.budget import Ledger

@@ -33,8 +33,9 @@ from cloister_shared.draw import Transcript, read_commitments, threshold_of
 from cloister_shared.encoding import canonical, digest, write_durably
 from cloister_shared.errors import RefusedError, VerificationError
 from cloister_shared.masks import U32, PeerKeys, attempt_name, work_name
-from cloister_shared.plan import LEAST_SHARE, MOST_SHARE, PlanCore, SecureSum
+from cloister_shared.plan import PlanCore
 from cloister_shared.signing import SigningKey, VerifyKey
+from cloister_shared.specs import LEAST_SHARE, MOST_SHARE, SecureSum
 from cloister_shared.vectors import F32, Schema
 
 _DAY = 86_400.0

@@ -23,7 +23,7 @@ from cloister_model.prefix import frozen_prefix
 from cloister_model.tokens import Encoded
 from cloister_shared import noise
 from cloister_shared.errors import RefusedError, StateError
-from cloister_shared.plan import TaskSpec, TrainingSpec
+from cloister_shared.specs import TaskSpec, TrainingSpec
 from cloister_shared.vectors import F32, limit_of
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn

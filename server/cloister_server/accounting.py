@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cloister_shared.errors import RefusedError
-from cloister_shared.plan import NoisedNumber, PlanCore
+from cloister_shared.plan import PlanCore
 from cloister_shared.privacy import ACCOUNTANT, DpSgd, epsilon
+from cloister_shared.specs import NoisedNumber
 
 from cloister_server.federation import ClientLevel
 from cloister_server.store import CLIENT_UNIT, Store

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from cloister_shared.plan import TrainingSpec
+from cloister_shared.specs import TrainingSpec
 from cloister_shared.vectors import F32, Schema
 
 _BETA1, _BETA2 = 0.9, 0.999

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from cloister_shared import noise
 from cloister_shared.errors import VerificationError
-from cloister_shared.plan import Rule
+from cloister_shared.specs import Rule
 from cloister_shared.vectors import F32, Schema, check_vector, clipped
 
 F64 = npt.NDArray[np.float64]

@@ -14,7 +14,7 @@ from cloister_shared.audit.accountant import Step
 from cloister_shared.audit.budget import TOLERANCE
 from cloister_shared.audit.stated import Stated, too_low
 from cloister_shared.encoding import digest, parse_record
-from cloister_shared.plan import NoisedNumber
+from cloister_shared.specs import NoisedNumber
 
 from cloister_server.log import ABORTED_CLIENT
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from cloister_shared.cards import SiteCard
 from cloister_shared.draw import Transcript
-from cloister_shared.plan import TaskSpec, TrainingSpec
 from cloister_shared.signing import SigningKey
+from cloister_shared.specs import TaskSpec, TrainingSpec
 from cloister_shared.vectors import Schema
 
 from cloister_server.federation import Federation

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from cloister_shared.plan import Rule
+from cloister_shared.specs import Rule
 from cloister_shared.vectors import F32, Schema, bounded
 
 from cloister_server.aggregation import Aggregate, aggregate, exact_products

@@ -20,8 +20,8 @@ from cloister_shared.encoding import digest, write_durably
 from cloister_shared.errors import InputError, StateError, VerificationError
 from cloister_shared.frozen_a import FORMAT as FROZEN_FORMAT
 from cloister_shared.frozen_a import frozen_digest, frozen_tensors
-from cloister_shared.plan import TaskSpec, centre_and_spread
 from cloister_shared.privacy import ACCOUNTANT, NEIGHBOURS
+from cloister_shared.specs import TaskSpec, centre_and_spread
 from cloister_shared.statement import FILE, Proof, make_statement
 from cloister_shared.vectors import F32, Schema, from_safetensors, to_safetensors
 

@@ -25,7 +25,9 @@ from cloister_shared.cards import (
 from cloister_shared.draw import LEAST_GROUP, MOST_GROUP
 from cloister_shared.encoding import digest, write_durably
 from cloister_shared.errors import InputError, VerificationError
-from cloister_shared.plan import (
+from cloister_shared.settings import Table, read_toml
+from cloister_shared.signing import SigningKey, read_secret
+from cloister_shared.specs import (
     LINEAR_RULES,
     MAX_SCALE,
     MAX_WORDS,
@@ -37,8 +39,6 @@ from cloister_shared.plan import (
     Rule,
     TaskSpec,
 )
-from cloister_shared.settings import Table, read_toml
-from cloister_shared.signing import SigningKey, read_secret
 from cloister_shared.tls import make_site_ca, make_tls
 
 from cloister_server.robust import BY_COORDINATE, MIXED, least

@@ -22,8 +22,8 @@ from typing import Any
 
 from cloister_shared.encoding import digest
 from cloister_shared.errors import InputError, VerificationError
-from cloister_shared.plan import RULES, TaskSpec
 from cloister_shared.signing import VerifyKey
+from cloister_shared.specs import RULES, TaskSpec
 from cloister_shared.statement import FILE, check_statement
 from cloister_shared.vectors import Schema, check_bounded, from_safetensors
 

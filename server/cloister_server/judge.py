@@ -12,7 +12,7 @@ from typing import Protocol
 from cloister_model.build import Adapted, load_vector
 from cloister_model.scores import score
 from cloister_model.tokens import Encoded
-from cloister_shared.plan import TaskSpec
+from cloister_shared.specs import TaskSpec
 from cloister_shared.vectors import F32
 
 # Before a label, the name of its score.

@@ -17,7 +17,7 @@ from cloister_model.text import Source, read
 from cloister_model.tokens import Encoded, encode
 from cloister_model.warm_start import warm_head
 from cloister_shared.errors import InputError
-from cloister_shared.plan import TaskSpec
+from cloister_shared.specs import TaskSpec
 
 
 def read_own(own: Source, task: TaskSpec, base: BaseModel) -> Encoded:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from cloister_shared.errors import VerificationError
-from cloister_shared.plan import TrainingSpec
+from cloister_shared.specs import TrainingSpec
 from cloister_shared.vectors import F32, Schema
 
 F64 = npt.NDArray[np.float64]

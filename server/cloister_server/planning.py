@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from cloister_shared.cards import SiteCard
 from cloister_shared.errors import InputError
-from cloister_shared.plan import LEAST_SHARE, TrainingSpec
 from cloister_shared.privacy import DpSgd, calibrate, coarse_rate, epsilon
+from cloister_shared.specs import LEAST_SHARE, TrainingSpec
 
 from cloister_server.federation import Federation
 

@@ -23,8 +23,9 @@ from cloister_shared.encoding import digest
 from cloister_shared.errors import CloisterError, RefusedError, StateError
 from cloister_shared.installed import code_version, lock_digest
 from cloister_shared.notes import Checkpoint
-from cloister_shared.plan import PlanCore, SecureSum
+from cloister_shared.plan import PlanCore
 from cloister_shared.sealing import OpeningKey
+from cloister_shared.specs import SecureSum
 from cloister_shared.vectors import (
     F32,
     bounded,

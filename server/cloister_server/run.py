@@ -24,8 +24,9 @@ from cloister_shared.draw import Transcript
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.frozen_a import frozen_digest
 from cloister_shared.installed import code_version
-from cloister_shared.plan import PlanCore, TaskSpec, TrainingSpec
+from cloister_shared.plan import PlanCore
 from cloister_shared.privacy import epsilon
+from cloister_shared.specs import TaskSpec, TrainingSpec
 from cloister_shared.vectors import Schema, to_safetensors
 
 from cloister_server.accounting import foresee

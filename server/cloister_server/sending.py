@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cloister_shared.notes import Checkpoint
-from cloister_shared.plan import Closing, Plan, PlanCore, Receipt
+from cloister_shared.plan import Plan, PlanCore
+from cloister_shared.receipts import Closing, Receipt
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, seal
 from cloister_shared.vectors import F32
 

@@ -31,8 +31,8 @@ from cloister_server.peers import norms_of, predicted_norm, to_median
 from cloister_server.robust import combine
 from cloister_shared import noise
 from cloister_shared.errors import InputError
-from cloister_shared.plan import TaskSpec, TrainingSpec
 from cloister_shared.privacy import calibrate, coarse_rate
+from cloister_shared.specs import TaskSpec, TrainingSpec
 from cloister_shared.vectors import F32, bounded
 
 from cloister.attacks import ATTACKS, Seen

@@ -20,9 +20,10 @@ from cloister_shared.answers import Preface
 from cloister_shared.cards import SiteCard
 from cloister_shared.merkle import EMPTY
 from cloister_shared.notes import Checkpoint
-from cloister_shared.plan import PlanCore, TaskSpec, TrainingSpec
+from cloister_shared.plan import PlanCore
 from cloister_shared.sealing import CHUNK_BYTES, PURPOSE, Codec, Direction, Header, OpeningKey, envelope_bytes, seal
 from cloister_shared.signing import SIGNATURE_BYTES, SigningKey
+from cloister_shared.specs import TaskSpec, TrainingSpec
 from cloister_shared.vectors import F32, Schema, vector_to_bytes
 
 _WIDTH = 600_000

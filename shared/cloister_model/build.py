@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from cloister_shared.errors import InputError
 from cloister_shared.frozen_a import frozen_a
-from cloister_shared.plan import TaskSpec, centre_and_spread
+from cloister_shared.specs import TaskSpec, centre_and_spread
 from cloister_shared.vectors import F32, Schema
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 import torch
-from cloister_shared.plan import LEAST_SPREAD, MAX_SPREAD, TaskSpec
+from cloister_shared.specs import LEAST_SPREAD, MAX_SPREAD, TaskSpec
 from torch import Tensor
 
 from cloister_model.build import Adapted, losses

@@ -18,9 +18,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from cloister_shared.encoding import canonical, read_json, write_durably
 from cloister_shared.errors import InputError, VerificationError
-from cloister_shared.plan import TASK_KINDS, UNITS
 from cloister_shared.sealing import SealingKey
 from cloister_shared.signing import SigningKey, VerifyKey
+from cloister_shared.specs import TASK_KINDS, UNITS
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 SITE_PURPOSE = "site-card"

@@ -13,7 +13,7 @@ from cloister_client.train import Trainer, choose_device
 from cloister_model.base import find_base
 from cloister_model.build import build, load_vector
 from cloister_model.scores import predict
-from cloister_shared.plan import TrainingSpec
+from cloister_shared.specs import TrainingSpec
 
 from bench import kept as kept_states
 from bench.engine import Engine, Shape

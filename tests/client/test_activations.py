@@ -17,7 +17,7 @@ from cloister_model.base import find_base
 from cloister_model.build import build, load_vector, read_vector, schema_of
 from cloister_model.prefix import Prefix, frozen_prefix
 from cloister_model.tokens import Encoded
-from cloister_shared.plan import TaskSpec
+from cloister_shared.specs import TaskSpec
 from torch import Tensor
 from transformers import RobertaConfig, RobertaModel
 

@@ -11,8 +11,8 @@ import pytest
 from cloister.cli import main
 from cloister_client import audit_command, canaries, train
 from cloister_model.base import find_base
-from cloister_shared.plan import TaskSpec
 from cloister_shared.privacy import DpSgd, epsilon
+from cloister_shared.specs import TaskSpec
 
 from support.planted_faults import NoNoise
 

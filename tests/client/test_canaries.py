@@ -18,8 +18,8 @@ from cloister_client.canaries import Canaries, run_of
 from cloister_client.clipping import SecureDPOptimizer
 from cloister_model.base import find_base
 from cloister_shared.errors import InputError, StateError
-from cloister_shared.plan import TaskSpec, TrainingSpec
 from cloister_shared.privacy import calibrate, epsilon
+from cloister_shared.specs import TaskSpec, TrainingSpec
 from torch import nn
 
 from support.planted_faults import FAULTS, LooseClip, NoNoise

@@ -21,7 +21,7 @@ from cloister_model.build import build, load_vector, losses, schema_of
 from cloister_model.scores import with_centre
 from cloister_model.tokens import Encoded, encode
 from cloister_shared.errors import VerificationError
-from cloister_shared.plan import LEAST_SPREAD, MAX_CENTRE, MAX_SCALE, TaskSpec
+from cloister_shared.specs import LEAST_SPREAD, MAX_CENTRE, MAX_SCALE, TaskSpec
 from cloister_shared.vectors import (
     ADAPTER_LIMIT,
     BIAS_LIMIT,

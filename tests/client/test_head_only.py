@@ -11,7 +11,7 @@ import torch
 from cloister_client.train import Trainer
 from cloister_model.build import load_vector, read_vector, schema_of, trained
 from cloister_model.tokens import Encoded
-from cloister_shared.plan import TaskSpec
+from cloister_shared.specs import TaskSpec
 from cloister_shared.vectors import F32
 from torch import Tensor
 

@@ -21,10 +21,11 @@ from cloister_model.tokens import Encoded
 from cloister_shared.cards import CoordinatorCard
 from cloister_shared.encoding import digest
 from cloister_shared.errors import RefusedError, RollbackError
-from cloister_shared.plan import NoisedNumber, PlanCore
+from cloister_shared.plan import PlanCore
 from cloister_shared.privacy import DpSgd, epsilon
 from cloister_shared.sealing import Codec
 from cloister_shared.signing import SigningKey
+from cloister_shared.specs import NoisedNumber
 
 from support.client_ledgers import DELTA, core, open_ledger
 from support.client_oracle import make_trainer

@@ -11,7 +11,7 @@ from cloister_client import train
 from cloister_client.train import Trainer
 from cloister_model.build import load_vector, schema_of
 from cloister_model.tokens import Encoded
-from cloister_shared.plan import TaskSpec
+from cloister_shared.specs import TaskSpec
 
 from support.client_oracle import apart, clipped_sum, gradients, make_trainer, norm, summed
 from support.client_world import BERT_TASK, GPT2_TASK, LABELS, random_vector, spec

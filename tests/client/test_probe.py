@@ -15,8 +15,8 @@ from cloister_client.train import Trainer, choose_device
 from cloister_model.base import find_base
 from cloister_model.build import Adapted, build, load_vector, losses, read_vector, schema_of
 from cloister_shared.errors import RefusedError, StateError
-from cloister_shared.plan import TaskSpec
 from cloister_shared.processes import Group
+from cloister_shared.specs import TaskSpec
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 

@@ -16,9 +16,9 @@ from cloister_client.release import CODECS, CODES, WIRE, NoisedUpdate, NonPrivat
 from cloister_shared.cards import CoordinatorCard
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import RefusedError, StateError, VerificationError
-from cloister_shared.plan import SecureSum
 from cloister_shared.sealing import Codec
 from cloister_shared.signing import SigningKey
+from cloister_shared.specs import SecureSum
 from cloister_shared.v1 import agent_pb2
 
 from support.client_ledgers import core, open_ledger

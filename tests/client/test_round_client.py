@@ -18,10 +18,11 @@ from cloister_shared.answers import read_answer
 from cloister_shared.encoding import digest
 from cloister_shared.errors import VerificationError
 from cloister_shared.notes import read_cosignature
-from cloister_shared.plan import Plan, PlanCore, TaskSpec
+from cloister_shared.plan import Plan, PlanCore
 from cloister_shared.privacy import epsilon
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, open_envelope, seal
 from cloister_shared.signing import SigningKey
+from cloister_shared.specs import TaskSpec
 from cloister_shared.vectors import vector_from_bytes
 
 from support.client_world import (

@@ -19,7 +19,7 @@ from cloister_model.base import find_base
 from cloister_model.build import build, load_vector, losses, read_vector, schema_of, trained
 from cloister_model.tokens import Encoded
 from cloister_shared.errors import RefusedError, StateError
-from cloister_shared.plan import TaskSpec
+from cloister_shared.specs import TaskSpec
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cloister_server.admission import adam_reach, admit_update, head_norm_reach, sgd_reach
 from cloister_shared.errors import VerificationError
-from cloister_shared.plan import TrainingSpec
+from cloister_shared.specs import TrainingSpec
 from cloister_shared.vectors import F32, Schema
 from hypothesis import given
 from hypothesis import strategies as st

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from cloister_server.aggregation import aggregate, refactored, weighted_mean
 from cloister_shared.errors import VerificationError
-from cloister_shared.plan import LINEAR_RULES, RULES, Rule
+from cloister_shared.specs import LINEAR_RULES, RULES, Rule
 from cloister_shared.vectors import F32, Schema
 from hypothesis import given
 from hypothesis import strategies as st

@@ -27,8 +27,8 @@ from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import InputError
 from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import Checkpoint
-from cloister_shared.plan import Receipt
 from cloister_shared.privacy import DpSgd, epsilon
+from cloister_shared.receipts import Receipt
 from cloister_shared.signing import SigningKey
 
 from support.server_world import World, make_world

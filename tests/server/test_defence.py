@@ -19,7 +19,7 @@ from cloister_server.peers import FEWEST, predicted_norm
 from cloister_server.rounds import one_round, run_rounds
 from cloister_shared.encoding import canonical
 from cloister_shared.errors import InputError, RefusedError
-from cloister_shared.plan import Rule
+from cloister_shared.specs import Rule
 from cloister_shared.vectors import F32, Schema, from_safetensors, vector_to_bytes
 
 from support.client_world import spec

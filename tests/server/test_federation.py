@@ -12,10 +12,10 @@ from cloister_server.planning import training_for
 from cloister_server.run import changed_settings
 from cloister_shared.cards import CoordinatorCard, SiteCard, read_coordinator_card
 from cloister_shared.errors import InputError, StateError
-from cloister_shared.plan import RULES
 from cloister_shared.privacy import DpSgd, epsilon
 from cloister_shared.sealing import OpeningKey
 from cloister_shared.signing import SigningKey
+from cloister_shared.specs import RULES
 from cloister_shared.tls import make_node_key
 
 from support.server_world import write_federation

@@ -16,7 +16,7 @@ from cloister_server.federation import read_federation
 from cloister_server.judge import HeldOutJudge, NoJudge
 from cloister_server.own_text import read_own
 from cloister_shared.errors import InputError, VerificationError
-from cloister_shared.plan import TaskSpec
+from cloister_shared.specs import TaskSpec
 from cloister_shared.vectors import F32
 
 from support.server_world import LABELS, site_text, write_federation

@@ -17,7 +17,7 @@ from cloister_model.tokens import Encoded, encode
 from cloister_server.federation import read_federation
 from cloister_server.own_text import begin, check_apart, read_own
 from cloister_shared.errors import InputError
-from cloister_shared.plan import TaskSpec
+from cloister_shared.specs import TaskSpec
 
 from support.server_world import LABELS, site_text, write_federation
 

@@ -33,8 +33,8 @@ from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import InputError, RollbackError, StateError, VerificationError
 from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import Checkpoint
-from cloister_shared.plan import TaskSpec
 from cloister_shared.signing import SigningKey
+from cloister_shared.specs import TaskSpec
 from cloister_shared.statement import FILE, Proof, check_statement, make_statement
 from cloister_shared.vectors import F32, Schema, from_safetensors, to_safetensors
 from cloister_shared.witness import LEAF_PURPOSE, log_of_federation

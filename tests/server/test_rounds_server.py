@@ -26,8 +26,9 @@ from cloister_shared.audit.trust import trust_of
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import RefusedError
 from cloister_shared.notes import Checkpoint, read_cosignature
-from cloister_shared.plan import Closing, PlanCore
+from cloister_shared.plan import PlanCore
 from cloister_shared.privacy import DpSgd, epsilon
+from cloister_shared.receipts import Closing
 from cloister_shared.sealing import Codec, Direction, OpeningKey, open_envelope
 from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import F32, from_safetensors, vector_from_bytes

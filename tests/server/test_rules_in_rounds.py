@@ -18,8 +18,9 @@ from cloister_server.rounds import run_rounds
 from cloister_server.run import find_unfinished
 from cloister_shared.errors import InputError, RefusedError, VerificationError
 from cloister_shared.frozen_a import frozen_tensors
-from cloister_shared.plan import RULES, PlanCore
+from cloister_shared.plan import PlanCore
 from cloister_shared.privacy import DpSgd, epsilon
+from cloister_shared.specs import RULES
 from cloister_shared.vectors import F32, from_safetensors, vector_from_bytes
 
 from support.server_world import Loopback, World, make_world, write_federation

@@ -29,8 +29,8 @@ from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import InputError, RefusedError
 from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import Checkpoint
-from cloister_shared.plan import SecureSum
 from cloister_shared.sealing import Codec, Direction, OpeningKey, SealingKey, open_envelope, read_header, seal
+from cloister_shared.specs import SecureSum
 from cloister_shared.vectors import F32, from_safetensors, vector_from_bytes
 
 from support.server_world import RECORDS, Behaviour, Loopback, World, make_world, opened

@@ -24,7 +24,7 @@ from cloister_shared.encoding import canonical
 from cloister_shared.errors import RefusedError, StateError
 from cloister_shared.merkle import Tree, check_consistency, leaf_hash
 from cloister_shared.notes import Checkpoint, read_checkpoint
-from cloister_shared.plan import Receipt
+from cloister_shared.receipts import Receipt
 from cloister_shared.signing import SigningKey
 from cloister_shared.witness import LEAF_PURPOSE, View
 

@@ -15,7 +15,7 @@ from cloister_model.build import build
 from cloister_model.tokens import encode
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import InputError, VerificationError
-from cloister_shared.plan import TaskSpec
+from cloister_shared.specs import TaskSpec
 
 from support.tiny import make_tiny_bert
 

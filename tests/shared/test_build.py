@@ -15,7 +15,7 @@ from cloister_model.build import Adapted, build, frozen_schema, load_vector, los
 from cloister_model.tokens import Encoded, encode, padded
 from cloister_shared.errors import InputError, VerificationError
 from cloister_shared.frozen_a import frozen_tensors
-from cloister_shared.plan import TaskSpec
+from cloister_shared.specs import TaskSpec
 from cloister_shared.vectors import F32
 from torch import nn
 

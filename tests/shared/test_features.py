@@ -16,7 +16,7 @@ from cloister_model.features import BLOCK_WEIGHTS, LENGTH, SHORTEST, hashed_word
 from cloister_model.scores import with_centre
 from cloister_model.tokens import Encoded
 from cloister_shared.errors import InputError
-from cloister_shared.plan import TaskSpec, centre_and_spread
+from cloister_shared.specs import TaskSpec, centre_and_spread
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -14,20 +14,12 @@ import numpy as np
 import pytest
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import VerificationError
-from cloister_shared.plan import (
-    Closing,
-    NoisedNumber,
-    Plan,
-    PlanCore,
-    Receipt,
-    SecureSum,
-    TaskSpec,
-    TrainingSpec,
-    read_parent,
-)
+from cloister_shared.plan import Plan, PlanCore, read_parent
 from cloister_shared.privacy import DpSgd
+from cloister_shared.receipts import Closing, Receipt
 from cloister_shared.sealing import OpeningKey
 from cloister_shared.signing import SIGNATURE_BYTES, SigningKey
+from cloister_shared.specs import NoisedNumber, SecureSum, TaskSpec, TrainingSpec
 from cloister_shared.vectors import F32, Schema
 from cloister_shared.witness import View
 

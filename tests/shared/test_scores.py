@@ -13,7 +13,7 @@ from cloister_model.base import find_base
 from cloister_model.build import build, load_vector, losses, schema_of
 from cloister_model.scores import macro_f1, predict, score
 from cloister_model.tokens import encode
-from cloister_shared.plan import TaskSpec
+from cloister_shared.specs import TaskSpec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score

@@ -7,8 +7,9 @@ from pathlib import Path
 from cloister_client.budget import Ledger
 from cloister_client.standing import Limits
 from cloister_model.text import Source
-from cloister_shared.plan import PlanCore, TaskSpec, TrainingSpec
+from cloister_shared.plan import PlanCore
 from cloister_shared.privacy import DpSgd
+from cloister_shared.specs import TaskSpec, TrainingSpec
 
 RATE = 0.25
 SIGMA = 4.0

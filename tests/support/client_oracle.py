@@ -11,7 +11,7 @@ from cloister_client.train import Device, Trainer
 from cloister_model.base import find_base
 from cloister_model.build import Adapted, build, load_vector, schema_of, trained
 from cloister_model.tokens import Encoded, encode
-from cloister_shared.plan import TaskSpec, TrainingSpec
+from cloister_shared.specs import TaskSpec, TrainingSpec
 from torch import Tensor, nn
 
 from support.client_world import CPU, make_records, random_vector

@@ -30,10 +30,12 @@ from cloister_shared.cards import CoordinatorCard
 from cloister_shared.encoding import digest
 from cloister_shared.merkle import EMPTY
 from cloister_shared.notes import Checkpoint
-from cloister_shared.plan import Closing, Plan, PlanCore, Receipt, TaskSpec, TrainingSpec
+from cloister_shared.plan import Plan, PlanCore
 from cloister_shared.processes import free_port
+from cloister_shared.receipts import Closing, Receipt
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, open_envelope, seal
 from cloister_shared.signing import SigningKey
+from cloister_shared.specs import TaskSpec, TrainingSpec
 from cloister_shared.vectors import F32, Schema, bounded, vector_to_bytes
 from cloister_shared.witness import View, log_of_federation, log_of_site
 

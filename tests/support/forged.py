@@ -22,8 +22,8 @@ from cloister_shared.draw import Transcript, commit, reveal
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import Checkpoint
-from cloister_shared.plan import Receipt
 from cloister_shared.privacy import DpSgd, epsilon
+from cloister_shared.receipts import Receipt
 from cloister_shared.sealing import OpeningKey
 from cloister_shared.signing import SigningKey
 from cloister_shared.witness import log_of_federation, log_of_site

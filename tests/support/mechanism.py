@@ -14,7 +14,7 @@ from cloister_client.train import Trainer
 from cloister_model.build import read_vector, trained
 from cloister_model.tokens import Encoded
 from cloister_shared import noise
-from cloister_shared.plan import TrainingSpec
+from cloister_shared.specs import TrainingSpec
 from torch import Tensor
 
 from support.client_oracle import flat, summed

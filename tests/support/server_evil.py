@@ -17,8 +17,10 @@ from cloister_shared.answers import read_answer
 from cloister_shared.draw import Commitment, Reveal, Transcript, threshold_of
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.masks import U32, attempt_name, work_name
-from cloister_shared.plan import Closing, Plan, PlanCore, Receipt, SecureSum
+from cloister_shared.plan import Plan, PlanCore
+from cloister_shared.receipts import Closing, Receipt
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, open_envelope, seal
+from cloister_shared.specs import SecureSum
 from cloister_shared.vectors import F32, from_safetensors, vector_from_bytes, vector_to_bytes
 
 from support.server_world import World

@@ -30,9 +30,10 @@ from cloister_server.store import Store
 from cloister_server.tables import Run
 from cloister_shared.answers import Preface
 from cloister_shared.cards import SiteCard
-from cloister_shared.plan import Plan, TrainingSpec
+from cloister_shared.plan import Plan
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, SealingKey, open_envelope, seal
 from cloister_shared.signing import SigningKey
+from cloister_shared.specs import TrainingSpec
 from cloister_shared.tls import make_node_key
 from cloister_shared.vectors import F32, Schema, to_safetensors, vector_to_bytes
 from cloister_shared.witness import log_of_site

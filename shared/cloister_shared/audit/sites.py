@@ -21,7 +21,8 @@ from cloister_shared.encoding import canonical
 from cloister_shared.errors import CloisterError, VerificationError
 from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import read_checkpoint
-from cloister_shared.plan import VOID_PURPOSE, Receipt
+from cloister_shared.plan import VOID_PURPOSE
+from cloister_shared.receipts import Receipt
 from cloister_shared.signing import VerifyKey
 from cloister_shared.witness import SITE_LOGS, log_of_federation
 
