@@ -23,10 +23,11 @@ from cloister_shared.signing import SigningKey, VerifyKey
 from cloister_shared.vectors import from_safetensors
 
 from cloister_server.compare import fields, modules
+from cloister_server.facts import tensors_of
 from cloister_server.here import Home, Json, RunName, because, public_key, registry, registry_to_change
 from cloister_server.log import DAMAGED, column
 from cloister_server.operators import signed, with_key, with_signature
-from cloister_server.store import Store, tensors_of
+from cloister_server.store import Store
 from cloister_server.tables import Alias, AliasEvent, Round, Run
 
 Key = Annotated[Path | None, typer.Option("--key", help="The operator's key file, where the alias is guarded.")]

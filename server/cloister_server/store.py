@@ -16,15 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cloister_shared.encoding import canonical, digest, parse_record
-from cloister_shared.errors import InputError, RefusedError, StateError, VerificationError
-from cloister_shared.statement import Proof
-from cloister_shared.vectors import Schema
+from cloister_shared.errors import RefusedError, StateError
 from sqlmodel import Session, select
 
 from cloister_server import rules
-from cloister_server.log import ABORTED_CLIENT, DAMAGED, append, column, commit_body, items, now, said, size
-from cloister_server.releases import Releases
+from cloister_server.facts import commit_facts, run_facts
+from cloister_server.log import ABORTED_CLIENT, append, commit_body, now, said, size
+from cloister_server.records import Records
 from cloister_server.tables import (
     ABORTED,
     AGGREGATING,
@@ -100,18 +98,12 @@ class Origin:
     said: Mapping[str, Any]
 
 
-class Store(Releases):
+class Store(Records):
     """The registry."""
 
     def __init__(self, home: Path) -> None:
         super().__init__(home)
         self._fence = 0
-
-    def newest_fence(self) -> int:
-        """The fence number that was taken last; 0 before the first."""
-        with self.database.reading() as session:
-            row = session.get(Fence, 1)
-            return 0 if row is None else row.number
 
     def take_fence(self) -> int:
         """Takes the next fence number: coordinators before this one write no rounds from now on.
@@ -147,19 +139,6 @@ class Store(Releases):
                 mend="let the newer one run, or start again: cloister run --resume",
             )
 
-    def proof(self, run: str, number: int) -> Proof:
-        """That the log has a round: its commit, or for round 0 the leaf that its run began with.
-
-        Raises:
-            StateError: That leaf is missing.
-            RollbackError: The log is not the one that was read before, or that sites cosigned.
-        """
-        leaf, at = self.commit_leaf(run, number) if number else self.policy_leaf(run), self.checkpoint()
-        if leaf is None:
-            raise StateError("the leaf of its commit is missing", where=f"run {run[:8]} round {number}", mend=DAMAGED)
-        path = self.tree().inclusion(leaf.index, at.size)
-        return Proof(leaf.record, leaf.signature, leaf.index, path, self.signed_checkpoint(at))
-
     def add_statement(self, run: str, number: int, statement: bytes, key: str) -> str:
         """Keeps a signed statement of a round, whose export is a leaf in the same transaction; returns the statement's digest.
 
@@ -184,39 +163,6 @@ class Store(Releases):
             made = Signature(statement=name, key=key, run=run, number=number, signature=signature, at=at)
             session.add(made)
 
-    def statements(self) -> list[Signature]:
-        """Every signed statement of a round."""
-        with self.database.reading() as session:
-            return list(session.exec(select(Signature).order_by(Signature.at)))  # type: ignore[arg-type]
-
-    def named_blobs(self) -> dict[str, Blob]:
-        """Blobs that rows name or named, by digest."""
-        with self.database.reading() as session:
-            return {row.digest: row for row in session.exec(select(Blob))}
-
-    def privacy(self, run: str) -> list[Privacy]:
-        """What the rounds of a run cost, by round."""
-        with self.database.reading() as session:
-            found = select(Privacy).where(Privacy.run == run)
-            return list(session.exec(found.order_by(Privacy.number, Privacy.scope, Privacy.client)))  # type: ignore[arg-type]
-
-    def models(self) -> dict[str, Model]:
-        """The base models that runs trained on, by digest."""
-        with self.database.reading() as session:
-            return {row.digest: row for row in session.exec(select(Model))}
-
-    def commit_leaf(self, run: str, number: int) -> Leaf | None:
-        """The leaf of a round's commit, by its row; None where that names none."""
-        with self.database.reading() as session:
-            row = session.get(Round, (run, number))
-            return None if row is None or row.leaf is None else session.get(Leaf, row.leaf)
-
-    def is_committed(self, adapter: str) -> bool:
-        """Whether a committed round has this adapter."""
-        with self.database.reading() as session:
-            chosen = select(Round).where(Round.adapter == adapter, Round.state == COMMITTED)
-            return session.exec(chosen).first() is not None
-
     def _named(self, session: Session, name: str, kind: str) -> None:
         """Writes down that a row names this blob; it must be there, and ``registry gc`` waits for the same lock."""
         size_now = self.blobs.size(name)
@@ -228,11 +174,6 @@ class Store(Releases):
         _not_given_up(session, name)
         if session.get(Blob, name) is None:
             session.add(Blob(digest=name, kind=kind, bytes=size_now, created=time.time()))
-
-    def imported(self, run: Run) -> dict[str, Any] | None:
-        """Where an imported run's adapter comes from, as its leaf says; None for a run of this federation's own."""
-        came = None if run.rounds else said(self.policy_leaf(run.id)).get("imported")
-        return dict(came) if isinstance(came, dict) else None
 
     def start_run(self, run: Run, adapter: bytes, model: Model, origin: Origin | None = None) -> None:
         """Registers a run with the adapter that it starts from, as round 0.
@@ -290,18 +231,6 @@ class Store(Releases):
             self._fenced(session)
             session.add(Draw(run=run, transcript=transcript))
 
-    def transcript(self, run: str) -> str | None:
-        """A run's draw, JSON; None without secure aggregation."""
-        with self.database.reading() as session:
-            found = session.get(Draw, run)
-            return None if found is None else found.transcript
-
-    def draws(self) -> dict[str, Any]:
-        """Every run's draw, JSON by digest."""
-        with self.database.reading() as session:
-            found = [json.loads(row.transcript) for row in session.exec(select(Draw))]
-        return {digest(canonical(one)): one for one in found}
-
     def keep_opening(self, row: Opening) -> None:
         """Writes down for whom a group is asked to open, once.
 
@@ -318,16 +247,6 @@ class Store(Releases):
             self._fenced(session)
             self._named(session, mean, "mean")
             session.get_one(Opening, (run, number, group)).mean = mean
-
-    def openings(self, run: str, number: int) -> list[Opening]:
-        """Groups of a round that were asked to open in any attempt."""
-        with self.database.reading() as session:
-            return list(session.exec(select(Opening).where(Opening.run == run, Opening.number == number)))
-
-    def summed(self, run: str) -> list[Summed]:
-        """What was seen of each group, by round."""
-        with self.database.reading() as session:
-            return list(session.exec(select(Summed).where(Summed.run == run).order_by(Summed.number, Summed.group)))  # type: ignore[arg-type]
 
     def finish_run(self, run: str) -> None:
         """Marks a run as finished."""
@@ -474,131 +393,6 @@ class Store(Releases):
             append(session, "spend", {"scope": "client"} | row.model_dump(), self.signing)
         return row
 
-    def noised_sums(self) -> list[NoisedSum]:
-        """Every charge of the federation, over all runs, oldest first."""
-        with self.database.reading() as session:
-            return list(session.exec(select(NoisedSum).order_by(NoisedSum.charged)))  # type: ignore[arg-type]
-
-    def runs(self) -> list[Run]:
-        """All runs, in the order in which the log has them: clocks go back. Those that it does not tell of come first."""
-        with self.database.reading() as session:
-            leaves = session.exec(select(Leaf).where(Leaf.kind == "policy"))
-            places = {_run_of(leaf.record): leaf.index for leaf in leaves}
-            return sorted(session.exec(select(Run)), key=lambda run: (places.get(run.id, -1), run.created))
-
-    def find_run(self, name: str | None) -> Run:
-        """A run by a prefix of its id; for None the newest, of imported ones only where there are no others.
-
-        Raises:
-            InputError: None or several.
-        """
-        known = self.runs()
-        own = [r for r in known if r.rounds] or known
-        found = own if name is None else [r for r in known if r.id.startswith(name)]
-        if not found or (name is not None and len(found) > 1):
-            raise InputError(
-                "no such run" if not found else "several runs begin so",
-                where=str(self.home),
-                got=name or "none yet",
-                mend="cloister rounds list" if known else "cloister run FEDERATION.toml",
-            )
-        return found[-1]
-
-    def rounds(self, run: str) -> list[Round]:
-        """Rounds of a run, by number."""
-        with self.database.reading() as session:
-            return list(session.exec(select(Round).where(Round.run == run).order_by(Round.number)))  # type: ignore[arg-type]
-
-    def round(self, run: str, number: int) -> Round:
-        """A round of a run.
-
-        Raises:
-            StateError: There is none.
-        """
-        with self.database.reading() as session:
-            row = session.get(Round, (run, number))
-        if row is None:
-            raise StateError("no such round", where=f"run {run[:8]}", got=str(number), mend=DAMAGED)
-        return row
-
-    def last_committed(self, run: str) -> Round:
-        """The newest committed round of a run; round 0 at least.
-
-        Raises:
-            StateError: Not even that: rows were changed by hand.
-        """
-        found = [r for r in self.rounds(run) if r.state == COMMITTED]
-        if not found:
-            raise StateError("the run has no committed round", where=f"run {run[:8]}", expected="round 0", mend=DAMAGED)
-        return found[-1]
-
-    def clients(self, run: str, number: int) -> list[RoundClient]:
-        """Clients of a round, by name."""
-        with self.database.reading() as session:
-            found = (
-                select(RoundClient)
-                .where(RoundClient.run == run, RoundClient.number == number)
-                .order_by(RoundClient.name)
-            )
-            return list(session.exec(found))
-
-    def asked(self, client: str) -> list[RoundClient]:
-        """Everything that was ever asked of this key, over all runs."""
-        with self.database.reading() as session:
-            return list(session.exec(select(RoundClient).where(RoundClient.client == client)))
-
-    def history_of(self, client: str) -> list[RoundClient]:
-        """Everything that the site of this key was ever asked, under each key of its name: one that joined again has the same text."""
-        with self.database.reading() as session:
-            names = select(RoundClient.name).where(RoundClient.client == client)
-            return list(session.exec(select(RoundClient).where(RoundClient.name.in_(names))))  # type: ignore[attr-defined]
-
-    def metrics(self, run: str, number: int) -> dict[str, float]:
-        """Scores of a round."""
-        with self.database.reading() as session:
-            return {
-                m.name: m.value for m in session.exec(select(Metric).where(Metric.run == run, Metric.number == number))
-            }
-
-    def evidence(self, run: str) -> list[Evidence]:
-        """Every test of a run, by round."""
-        with self.database.reading() as session:
-            return list(session.exec(select(Evidence).where(Evidence.run == run).order_by(Evidence.number)))  # type: ignore[arg-type]
-
-    def judgements(self, run: str) -> list[Judgement]:
-        """What the defence did in a run, by round."""
-        with self.database.reading() as session:
-            return list(session.exec(select(Judgement).where(Judgement.run == run).order_by(Judgement.number)))  # type: ignore[arg-type]
-
-    def adapter(self, digest: str) -> bytes:
-        """An adapter's safetensors file, digest checked."""
-        return self.blobs.get(digest)
-
-    @staticmethod
-    def labels(run: Run) -> tuple[str, ...]:
-        """The run's labels."""
-        return tuple(column(run.task, f"run {run.id[:8]} task").get("labels", ()))
-
-
-def tensors_of(run: Run) -> Schema:
-    """The tensors of a run's adapters.
-
-    Raises:
-        StateError: Its row was changed by hand, and names none.
-    """
-    where = f"run {run.id[:8]} tensors"
-    try:
-        return Schema.from_list(items(run.tensors, where), where)
-    except VerificationError as error:
-        raise StateError(error.what, where=where, got=error.got, mend=DAMAGED) from error
-
-
-def _run_of(record: bytes) -> str:
-    try:
-        return str(parse_record(record, "log").get("run"))
-    except VerificationError:
-        return ""  # changed by hand: fsck's to tell
-
 
 def _not_given_up(session: Session, adapter: str) -> None:
     if (grave := session.get(Tombstone, adapter)) is not None:
@@ -611,52 +405,3 @@ def _in_state(session: Session, run: str, number: int, state: str) -> Round:
         got = row.state if row else "none"
         raise StateError(f"the round is not {state}", where=f"run {run[:8]} round {number}", got=got)
     return row
-
-
-def commit_facts(
-    run: Run,
-    row: Round,
-    transcript: str | None,
-    metrics: Mapping[str, float],
-    judgement: Judgement | None,
-    summed: Sequence[Summed],
-    privacy: Sequence[Privacy],
-) -> dict[str, Any]:
-    """What a commit's leaf says beside the round's clients: of the run, how it was made, scores, the defence and the groups' sums.
-
-    Args:
-        run: The run.
-        row: The round.
-        transcript: The run's draw, JSON; None without secure aggregation.
-        metrics: Scores by name.
-        judgement: What the defence did; None where there is none.
-        summed: The groups' sums.
-        privacy: What it cost of each client's records.
-    """
-    without = {"run", "number"}
-    return run_facts(run) | {
-        "settings": row.config,
-        "code": row.code or run.code,
-        "lock": row.lock,
-        "fence": row.fence,
-        "draw": "" if transcript is None else digest(canonical(json.loads(transcript))),
-        "metrics": dict(metrics),
-        "defence": None if judgement is None else judgement.model_dump(exclude=without),
-        "sums": [one.model_dump(exclude=without) for one in sorted(summed, key=lambda one: one.group)],
-        "privacy": [one.model_dump(exclude=without | {"scope"}) for one in sorted(privacy, key=lambda one: one.client)],
-    }
-
-
-def run_facts(run: Run) -> dict[str, Any]:
-    """What a leaf says of a run: what it trained, with which settings and which code, by digests."""
-    return {
-        "run": run.id,
-        "federation": run.federation,
-        "base": run.base,
-        "rule": run.rule,
-        "task": digest(run.task.encode()),
-        "tensors": digest(run.tensors.encode()),
-        "config": digest(run.config.encode()),
-        "code": run.code,
-        "tokenizer": run.tokenizer,
-    }

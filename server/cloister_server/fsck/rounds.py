@@ -12,9 +12,10 @@ from cloister_shared.audit.reading import MALFORMED
 from cloister_shared.encoding import digest
 from cloister_shared.errors import CloisterError, StateError, VerificationError
 
+from cloister_server.facts import commit_facts, run_facts
 from cloister_server.fsck.against import RESTORE, Leaves, Wrong, pairs, place_of, whole
 from cloister_server.log import ABORTED_CLIENT, column, commit_body
-from cloister_server.store import Store, commit_facts, run_facts
+from cloister_server.store import Store
 from cloister_server.tables import ABORTED, COMMITTED, STATES, Leaf, Privacy, Round, RoundClient, Run, Summed
 
 
