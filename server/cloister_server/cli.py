@@ -18,8 +18,9 @@ from cloister_shared.signing import SigningKey, VerifyKey
 
 from cloister_server import export_commands, keeping_commands, release_commands, upkeep
 from cloister_server.accounting import client_level_line, client_level_statement, stated_epsilon
-from cloister_server.federation import admit_site, open_coordinator, read_federation
-from cloister_server.federation import init as make_coordinator
+from cloister_server.coordinator import admit_site, open_coordinator
+from cloister_server.coordinator import init as make_coordinator
+from cloister_server.federation import read_federation
 from cloister_server.fsck import check_round
 from cloister_server.here import Home, Json, RunName, registry
 from cloister_server.log import DAMAGED, column, items

@@ -32,7 +32,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from cloister_server.federation import Coordinator, admit_site, is_admitted
+from cloister_server.coordinator import Coordinator, admit_site, is_admitted
 
 TOKEN_SECONDS = 3600.0
 _MOST_SERIALS = 8

@@ -54,7 +54,7 @@ def import_folder(
     console.choose(json, home)
     if (trust is None) == (key is None):
         raise InputError("whose export is it?", where="rounds import", expected="--trust TRUST.json, or --key HEX")
-    from cloister_server.federation import open_coordinator
+    from cloister_server.coordinator import open_coordinator
     from cloister_server.importing import import_round
 
     store = registry_to_change()

@@ -39,8 +39,9 @@ from cloister_server.accounting import Cost, charge, close_abandoned, foresee, r
 from cloister_server.admission import reaches
 from cloister_server.aggregation import Aggregate, noised_mean
 from cloister_server.context import Context, Exchange, Member
+from cloister_server.coordinator import is_admitted
 from cloister_server.defence import Cohort, Entered, enter, explained, lost_at_sites, reputation
-from cloister_server.federation import PIPELINE, is_admitted
+from cloister_server.federation import PIPELINE
 from cloister_server.intake import WENT_BACK, Intake, Prefaced, read_acknowledgement, read_preface, take
 from cloister_server.peers import predicted_norm
 from cloister_server.planning import in_round, summed_rate

@@ -31,7 +31,8 @@ from cloister_shared.vectors import Schema, to_safetensors
 
 from cloister_server.accounting import foresee
 from cloister_server.context import Context, Exchange, Member, Tell
-from cloister_server.federation import Coordinator, Federation
+from cloister_server.coordinator import Coordinator
+from cloister_server.federation import Federation
 from cloister_server.groups import draw_groups, groups_of, withstands
 from cloister_server.judge import HeldOutJudge, Judge, NoJudge
 from cloister_server.own_text import begin, check_apart, read_own

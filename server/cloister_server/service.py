@@ -38,6 +38,7 @@ from cloister_shared.v1 import registry_pb2, registry_pb2_grpc
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from cloister_server.accounting import stated_epsilon
+from cloister_server.coordinator import Coordinator, open_coordinator
 from cloister_server.enrolment import (
     Auditor,
     Caller,
@@ -48,7 +49,6 @@ from cloister_server.enrolment import (
     redeem,
     renew,
 )
-from cloister_server.federation import Coordinator, open_coordinator
 from cloister_server.store import Store
 from cloister_server.tables import COMMITTED, Leaf
 

@@ -11,7 +11,7 @@ from cloister_shared.cards import split_address
 from cloister_shared.errors import CloisterError
 from cloister_shared.processes import die_with_parent
 
-from cloister_server.federation import open_coordinator
+from cloister_server.coordinator import open_coordinator
 
 
 def main() -> None:

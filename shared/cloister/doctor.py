@@ -159,8 +159,8 @@ def disk(home: Path) -> Iterator[Look]:
 def of_coordinator(home: Path) -> Iterator[Look]:
     """Keys, certificates, registry and log of the coordinator that is here."""
     from cloister_server.blobs import Blobs
+    from cloister_server.coordinator import open_coordinator
     from cloister_server.database import Database
-    from cloister_server.federation import open_coordinator
     from cloister_server.fsck import check
     from cloister_server.storage import has_registry, read_storage
     from cloister_server.store import Store

@@ -151,7 +151,8 @@ def plan(
 
 def _plan_file(path: Path) -> None:
     from cloister_server.accounting import charged_events
-    from cloister_server.federation import open_coordinator, read_federation
+    from cloister_server.coordinator import open_coordinator
+    from cloister_server.federation import read_federation
     from cloister_server.planning import forecast, knobs
     from cloister_server.store import Store
 

@@ -19,7 +19,8 @@ import pytest
 from cloister_flower.bundle import build_bundle
 from cloister_flower.control import Control
 from cloister_flower.grid import Link
-from cloister_server.federation import open_coordinator, read_federation
+from cloister_server.coordinator import open_coordinator
+from cloister_server.federation import read_federation
 from safetensors.numpy import load_file
 
 from support.federation import Federation, bring_up, make_federation, superlink_bytes, wait_for

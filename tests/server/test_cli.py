@@ -18,7 +18,8 @@ import pytest
 from cloister.cli import main
 from cloister_flower.bundle import build_bundle
 from cloister_model.base import find_base
-from cloister_server.federation import init, open_coordinator, read_federation
+from cloister_server.coordinator import init, open_coordinator
+from cloister_server.federation import read_federation
 from cloister_server.store import Commit, Store
 from cloister_server.tables import RoundClient, Run
 from cloister_shared import __version__

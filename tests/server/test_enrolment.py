@@ -33,8 +33,9 @@ from cloister_client.policy import Policy
 from cloister_client.site import Site, enrol, read_site
 from cloister_flower.frames import reply
 from cloister_server import enrolment
+from cloister_server.coordinator import Coordinator, admit_site, init, is_admitted, open_coordinator
 from cloister_server.enrolment import caller, invite, invited, redeem, renew, revoke
-from cloister_server.federation import Coordinator, admit_site, init, is_admitted, open_coordinator, read_federation
+from cloister_server.federation import read_federation
 from cloister_server.operators import with_key
 from cloister_server.rounds import run_rounds
 from cloister_server.store import Commit, Store

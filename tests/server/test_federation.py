@@ -7,7 +7,8 @@ import stat
 from pathlib import Path
 
 import pytest
-from cloister_server.federation import AUTO, Coordinator, admit_site, init, open_coordinator, read_federation
+from cloister_server.coordinator import Coordinator, admit_site, init, open_coordinator
+from cloister_server.federation import AUTO, read_federation
 from cloister_server.planning import training_for
 from cloister_server.run import changed_settings
 from cloister_shared.cards import CoordinatorCard, SiteCard, read_coordinator_card

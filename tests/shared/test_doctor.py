@@ -16,7 +16,8 @@ import pytest
 from cloister.doctor import NOTE, WRONG, Look, looks
 from cloister_flower.bundle import build_bundle
 from cloister_model.base import find_base
-from cloister_server.federation import init, read_federation
+from cloister_server.coordinator import init
+from cloister_server.federation import read_federation
 from cloister_server.store import Store
 
 from support.registry import a_model, planned

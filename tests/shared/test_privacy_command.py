@@ -82,7 +82,7 @@ def test_plan_of_a_federation(federation: Federation) -> None:
 def test_a_site_that_cannot_finish_is_named_with_its_rounds(federation: Federation) -> None:
     from dataclasses import replace
 
-    from cloister_server.federation import open_coordinator
+    from cloister_server.coordinator import open_coordinator
 
     coordinator = open_coordinator(federation.home / "coordinator")
     card, settings = coordinator.sites()[0], coordinator.federation

@@ -23,7 +23,8 @@ from cloister_model.base import BaseModel, find_base
 from cloister_model.build import build, read_vector, schema_of
 from cloister_model.text import Record, Source
 from cloister_server.context import Context, Member
-from cloister_server.federation import Coordinator, Federation, admit_site, init, open_coordinator, read_federation
+from cloister_server.coordinator import Coordinator, admit_site, init, open_coordinator
+from cloister_server.federation import Federation, read_federation
 from cloister_server.judge import Judge, NoJudge
 from cloister_server.run import run_config
 from cloister_server.store import Store
