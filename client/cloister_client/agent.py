@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
     from cloister_client.data import load, open_ledger
     from cloister_client.policy import note_peers, read_policy
     from cloister_client.round import Desk
-    from cloister_client.site import read_site
+    from cloister_client.site import pulled_note, read_site
     from cloister_client.status import Status, StatusFile
     from cloister_client.sums import Sums
     from cloister_client.train import choose_device
@@ -118,6 +119,7 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
             log_of_site(read_secret(site.agent_home / "unit.key", 32)),
             {key.id.hex(): key for key in (VerifyKey.from_hex(text, "policy.toml peers") for text in policy.peers)},
             policy.least_witnesses,
+            partial(pulled_note, site),
         ),
     )
     return desk, tell

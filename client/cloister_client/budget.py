@@ -13,13 +13,11 @@ was admitted plus PRV's numerical error.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import sqlite3
 import time
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from cloister_model.text import Source
 from cloister_shared.encoding import canonical, digest
@@ -30,12 +28,13 @@ from cloister_shared.privacy import DpSgd, admit, epsilon
 from cloister_shared.signing import SigningKey
 
 from cloister_client.chain import PRIVATE, Chain, digest_of
+from cloister_client.remembered import Remembered
 from cloister_client.standing import CHARGED, Limits, Reservation, Share, Standing, history_of, shares_of
 
 _DAY = 86_400.0
 
 
-class Ledger:
+class Ledger(Remembered):
     """The ledger of one site.
 
     Args:
@@ -49,8 +48,8 @@ class Ledger:
     """
 
     def __init__(self, path: Path, counter: Path, limits: Limits) -> None:
+        super().__init__(Chain(path, counter))
         self.path, self.limits = path, limits
-        self._chain = Chain(path, counter)
         # Reservations made by this process: only these can be void.
         self._own: set[tuple[int, int]] = set()
 
@@ -160,14 +159,18 @@ class Ledger:
             return bool(db.execute("DELETE FROM source WHERE path = ?", (str(path),)).rowcount)
 
     def close_open(self, kept: Path | None = None) -> int:
-        """Closes the open reservations of a process that died; returns how many are ``lost``, which stay charged.
+        """Closes reservations that somebody left open, dead or unable to write; returns how many are ``lost``, which stay charged.
 
         Args:
             kept: Folder of noised updates. One that is there whole was made before the process died: it is ``spent``, and may leave.
         """
-        lost = 0
+        lost, still = 0, "SELECT id, plan FROM entry WHERE state = 'reserved' ORDER BY id"
+        with self._chain.reading() as db:
+            none = db.execute(still).fetchone() is None
+        if none:
+            return 0
         with self._chain.transaction() as (db, events):
-            for entry, plan in db.execute("SELECT id, plan FROM entry WHERE state = 'reserved' ORDER BY id").fetchall():
+            for entry, plan in db.execute(still).fetchall():
                 update = kept / f"{plan}.f32" if kept is not None else None
                 if update is not None and update.is_file():
                     self._spend(db, events, entry, digest(update.read_bytes()))
@@ -364,89 +367,11 @@ class Ledger:
             statement = {"event": "void", "entry": entry, "plan": plan[0], "left": "nothing", "at": now}
             events.append(statement | {"signature": by.sign(VOID_PURPOSE, canonical(statement)).hex()})
 
-    def seen_head(self, log: str) -> Checkpoint | None:
-        """The newest head of another's log that this site saw; None before the first."""
+    def spent_before(self, run: str, number: int) -> list[int]:
+        """Rounds of a run before ``number`` that this site spent on, in order."""
         with self._chain.reading() as db:
-            row = db.execute("SELECT size, root FROM seen WHERE log = ? ORDER BY seq DESC LIMIT 1", (log,)).fetchone()
-        return None if row is None else Checkpoint(log, row[0], bytes.fromhex(row[1]))
-
-    def saw(self, head: Checkpoint) -> bool:
-        """Whether this site saw this very head of another's log at some time."""
-        values = (head.origin, head.size, head.root.hex())
-        with self._chain.reading() as db:
-            row = db.execute("SELECT 1 FROM seen WHERE log = ? AND size = ? AND root = ? LIMIT 1", values).fetchone()
-        return row is not None
-
-    def unacknowledged(self, run: str, number: int) -> list[int]:
-        """Rounds of a run before ``number`` that this site spent on and has no receipt for."""
-        with self._chain.reading() as db:
-            found = db.execute(
-                "SELECT round FROM entry WHERE run = ? AND round < ? AND state = 'spent'"
-                " AND plan NOT IN (SELECT plan FROM receipt) ORDER BY round",
-                (run, number),
-            )
-            return [int(row[0]) for row in found]
-
-    def receipts_of(self, run: str) -> list[dict[str, Any]]:
-        """Receipts of a run, oldest first."""
-        event = "CAST(record AS TEXT)"
-        with self._chain.reading() as db:
-            found = db.execute(
-                f"SELECT record FROM event WHERE json_extract({event}, '$.event') = 'receipt'"  # noqa: S608
-                f" AND json_extract({event}, '$.run') = ? ORDER BY seq",
-                (run,),
-            )
-            return [json.loads(record) for (record,) in found]
-
-    def witness(self, head: Checkpoint, note: str) -> None:
-        """Chains a head of another's log that this site saw, with its keeper's signature, before it is cosigned."""
-        with self._chain.transaction() as (db, events):
-            values = (head.origin, head.size, head.root.hex())
-            db.execute("INSERT INTO seen (log, size, root) VALUES (?, ?, ?)", values)
-            named = dict(zip(("log", "size", "root"), values, strict=True))
-            events.append({"event": "witness", "at": time.time(), "note": note} | named)
-
-    def fetched_head(self, log: str) -> Checkpoint | None:
-        """The newest head of another's log that this site fetched beside its rounds; None before the first."""
-        event = "CAST(record AS TEXT)"
-        with self._chain.reading() as db:
-            row = db.execute(
-                f"SELECT json_extract({event}, '$.size'), json_extract({event}, '$.root') FROM event"  # noqa: S608
-                f" WHERE json_extract({event}, '$.event') = 'fetched' AND json_extract({event}, '$.log') = ?"
-                " ORDER BY seq DESC LIMIT 1",
-                (log,),
-            ).fetchone()
-        return None if row is None else Checkpoint(log, row[0], bytes.fromhex(row[1]))
-
-    def known_head(self, log: str) -> Checkpoint | None:
-        """The newest head of another's log that this site saw in a round or fetched beside; None before the first."""
-        found = [self.seen_head(log), self.fetched_head(log)]
-        return max((head for head in found if head is not None), key=lambda head: head.size, default=None)
-
-    def fetched(self, head: Checkpoint, note: str) -> None:
-        """Chains a head of another's log that this site fetched beside its rounds, with its keeper's signature: no quorum for it."""
-        with self._chain.transaction() as (_, events):
-            named = {"log": head.origin, "size": head.size, "root": head.root.hex()}
-            events.append({"event": "fetched", "at": time.time(), "note": note} | named)
-
-    def receipt(self, record: dict[str, object]) -> None:
-        """Chains what the coordinator says became of an update, once for each work."""
-        with self._chain.transaction() as (db, events):
-            known = db.execute("SELECT 1 FROM receipt WHERE plan = ?", (record["plan"],)).fetchone()
-            if known is None:
-                db.execute("INSERT INTO receipt VALUES (?, ?)", (record["plan"], digest(canonical(record))))
-                events.append({"event": "receipt", "at": time.time()} | record)
-
-    def incident(self, record: dict[str, object]) -> None:
-        """Chains what was odd, with its evidence; the same as the last one is not chained again."""
-        event = "CAST(record AS TEXT)"
-        with self._chain.transaction() as (db, events):
-            last = db.execute(
-                f"SELECT record FROM event WHERE json_extract({event}, '$.event') = 'incident' ORDER BY seq DESC LIMIT 1"  # noqa: S608
-            ).fetchone()
-            known = {} if last is None else json.loads(last[0])
-            if {n: v for n, v in known.items() if n not in ("event", "at")} != record:
-                events.append({"event": "incident", "at": time.time()} | record)
+            found = "SELECT DISTINCT round FROM entry WHERE run = ? AND round < ? AND state = 'spent' ORDER BY round"
+            return [int(row[0]) for row in db.execute(found, (run, number))]
 
     def head(self, log: str) -> Checkpoint:
         """The head of this ledger as a Merkle log of that name."""
@@ -477,10 +402,11 @@ class Ledger:
             ).rowcount
         )
 
-    def charged_for(self, plan: str) -> bool:
-        """Whether this work was charged here, whatever came of it: what was given back alone does not count."""
+    def charged_for(self, run: str, number: int) -> bool:
+        """Whether any work of a round was charged here, whatever came of it: what was given back alone does not count."""
         with self._chain.reading() as db:
-            row = db.execute("SELECT 1 FROM entry WHERE plan = ? AND state <> 'void'", (plan,)).fetchone()
+            found = "SELECT 1 FROM entry WHERE run = ? AND round = ? AND state <> 'void' LIMIT 1"
+            row = db.execute(found, (run, number)).fetchone()
         return row is not None
 
     def spent_on(self, plan: str) -> str | None:

@@ -26,10 +26,10 @@ from cloister_shared.vectors import Schema, check_bounded, from_safetensors, mos
 from cloister_shared.witness import LEAF_PURPOSE, log_of_federation
 
 from cloister_client.registry import CALL_SECONDS, LONG_SECONDS, certified, registry_as, registry_of
-from cloister_client.site import Site
+from cloister_client.site import PULLED, Site, pulled_note
 
 # Where a pull leaves the head that it saw.
-PULLED, PULLED_LOCK = "pulled.head", "pulled.lock"
+PULLED_LOCK = "pulled.lock"
 _LOG_BYTES = 1 << 30
 # What a leaf takes beside its bytes: one without any costs whoever holds it something too.
 _LEAF_BYTES = 250
@@ -137,14 +137,14 @@ def fetch_rounds(site: Site, run: str = "") -> list[dict[str, Any]]:
     return [{name: getattr(one, name) for name in names} for one in answer.rounds]
 
 
-def fetch_round(site: Site, run: str, number: int, seen: Checkpoint | None) -> dict[str, Any]:
+def fetch_round(site: Site, run: str, number: int, seen: Sequence[Checkpoint]) -> dict[str, Any]:
     """What the log says of a committed round, after its proof was checked, and that the log only grew since this site saw it.
 
     Args:
         site: The site.
         run: The run's id.
         number: The round.
-        seen: The newest head of the log that this site saw.
+        seen: Heads of the log that this site saw.
 
     Raises:
         VerificationError: A proof does not hold, or it proves something else.
@@ -156,8 +156,8 @@ def fetch_round(site: Site, run: str, number: int, seen: Checkpoint | None) -> d
     with registry_of(site) as stub:
         got = stub.Get(registry_pb2.GetRequest(run=run, number=number), timeout=CALL_SECONDS)
         head = read_checkpoint(got.note, card.verify_key, origin, where).checkpoint
-        if seen is not None:
-            _grown(stub, seen, head, card, where)
+        for one in seen:
+            _grown(stub, one, head, card, where)
     said = _proven(got.commit, head, card, where)
     wanted = (run, number, "round_commit" if number else "policy")
     if (said.get("run"), said.get("round", 0), said.get("kind")) != wanted:
@@ -200,10 +200,10 @@ def pulled_head(site: Site) -> Checkpoint | None:
     Raises:
         VerificationError: The file is not what a pull wrote.
     """
-    key, path = site.coordinator().verify_key, site.home / PULLED
-    if not path.is_file():
+    key, note = site.coordinator().verify_key, pulled_note(site)
+    if note is None:
         return None
-    return read_checkpoint(path.read_text(), key, log_of_federation(key), str(path)).checkpoint
+    return read_checkpoint(note, key, log_of_federation(key), str(site.home / PULLED)).checkpoint
 
 
 def _keep_pulled(site: Site, note: str, tree: Tree, before: Checkpoint | None, where: str) -> None:
@@ -233,7 +233,7 @@ def _keep_pulled(site: Site, note: str, tree: Tree, before: Checkpoint | None, w
                 )  # fmt: skip
             _begins_with(tree, [] if now is None else [now], where)
             if now is None or now.size < len(tree):
-                # Not the ledger's: a head that no round brought has no cosignatures yet, and the next round asks for them.
+                # Beside the ledger, which is the agent's: that holds its plans against this file too (``witness``).
                 write_durably(site.home / PULLED, own_note(note, key, log_of_federation(key)).encode(), mode=0o644)
         finally:
             os.close(lock)

@@ -154,6 +154,8 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
         if abs(time.time() - plan.issued) > PLAN_SECONDS:
             raise RefusedError("policy.plan_age", "the plan is stale", expected=f"issued within {PLAN_SECONDS} s")
         desk.sums.expect(core, plan.attempt, plan.sharers, plan.shares)
+        # One plan at a time is worked on here: what is open was left so by one that could not write its end.
+        desk.ledger.close_open(desk.kept)
         kept = kept_update(desk, core)
         if not kept and not first:
             raise RefusedError(
@@ -173,8 +175,8 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
         desk.tell.update(state="ready", seconds=time.time() - started, epsilon=desk.ledger.standing().epsilon)
     except CloisterError as error:
         desk.tell.update(state="ready", refusal=f"round {core.round}: {error}")
-        # A plan may have come before, and have been charged then: whoever reads that this one is refused must not count it as free.
-        charged = desk.ledger.charged_for(core.digest)
+        # This round may have been charged before, by this plan or by another: whoever reads of a refusal must not count it as free.
+        charged = desk.ledger.charged_for(core.run, core.round)
         answer = _seal(desk, plan.round_key, header, *refusal(error, preface, charged=charged))
     return answer
 
@@ -304,6 +306,8 @@ def work(desk: Desk, core: PlanCore, rest: bytes) -> tuple[bytes, tuple[NonPriva
         )
     trainer = desk.trainer(core.task)
     parent = read_parent(core, rest, schema_of(trainer.model), "plan")
+    # Of an attempt whose spend could not be written: a reservation is spent on what it made itself.
+    (desk.kept / f"{core.digest}.f32").unlink(missing_ok=True)
     reservation = desk.ledger.reserve(core, desk.policy.rounds_per_day)
     entry = reservation.entry
     try:

@@ -35,6 +35,7 @@ UP_LOCK = "up.lock"
 AGAIN = "again"
 # Cards of keys that this site had before it joined again.
 EARLIER = "earlier"
+PULLED = "pulled.head"
 MAX_SOCKET_PATH = 104
 
 
@@ -167,6 +168,12 @@ def is_up(home: Path) -> bool:
     except OSError:
         return True
     return False
+
+
+def pulled_note(site: Site) -> str | None:
+    """The newest head of the federation's log that a pull saw, as its coordinator signed it, unchecked; None before the first."""
+    path = site.home / PULLED
+    return path.read_text() if path.is_file() else None
 
 
 def act_as_agent(site: Site) -> None:

@@ -12,7 +12,7 @@ It trains nothing and decides no budget. The first head that a site sees is take
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cloister_shared.answers import Preface
@@ -35,6 +35,7 @@ class Witness:
         name: The name of the site's own log.
         peers: Keys of other sites that the policy names, by key id in hex.
         least: How many of them must have cosigned.
+        pulled: The newest head that a pull of this site saw, as its signed note; None before the first.
     """
 
     ledger: Ledger
@@ -43,6 +44,7 @@ class Witness:
     name: str
     peers: Mapping[str, VerifyKey]
     least: int
+    pulled: Callable[[], str | None] = lambda: None
 
     @property
     def origin(self) -> str:
@@ -62,20 +64,29 @@ class Witness:
         Raises:
             RefusedError: The log shrank or forked, the view does not hold, or this site's own ledger was put back.
         """
-        before = self.ledger.seen_head(self.origin)
+        known = before, fetched = self.ledger.heads_of(self.origin)
         now = self._follow(view, before)
-        beside = self.ledger.fetched_head(self.origin)
-        if beside is not None and (before is None or before.size < beside.size):
-            # Nobody is accused of it: a plan may have been on its way when the log was fetched.
-            if now.size < beside.size:
-                what, least = "less of the log is shown than this site fetched", f">= {beside.size} leaves"
-                raise RefusedError("witness.view", what, expected=least, got=str(now.size))
-            self._follow(view, beside)
+        if fetched is not None:
+            self._beside(view, before, now, fetched, fetched.text)
+        if note := self.pulled():
+            self._beside(view, before, now, self._read(note, "pulled head"), note)
         self._own(own_head)
         if before != now:
-            self.ledger.witness(now, own_note(view.note, self.coordinator, self.origin))
+            self.ledger.witness(now, own_note(view.note, self.coordinator, self.origin), known)
         name = self.signing.verify_key.id.hex()
         return before, now.cosigned(name, self.signing, int(time.time()))
+
+    def _beside(self, view: View, before: Checkpoint | None, now: Checkpoint, head: Checkpoint, text: str) -> None:
+        """Sees that a plan's view goes on from a head that came beside the rounds; an older one than was seen may be out of its reach."""
+        if now.size < head.size:
+            # Nobody is accused of it: a plan may have been on its way when the log was fetched.
+            what, least = "less of the log is shown than this site fetched", f">= {head.size} leaves"
+            raise RefusedError("witness.view", what, expected=least, got=str(now.size))
+        if before is None or before.size < head.size or view.start <= head.size:
+            self._follow(view, head, text)
+
+    def _read(self, note: str, where: str) -> Checkpoint:
+        return read_checkpoint(note, self.coordinator, self.origin, where).checkpoint
 
     def known(self) -> Checkpoint | None:
         """The newest head of the coordinator's log that this site saw or fetched; None before the first."""
@@ -95,23 +106,26 @@ class Witness:
             RefusedError: As ``look``.
         """
         now = self._follow(view, before)
-        for head in (self.ledger.seen_head(self.origin), self.ledger.fetched_head(self.origin)):
+        known = self.ledger.heads_of(self.origin)
+        # An agent at work may have seen more than was asked for here: then the newest of what it saw before that.
+        for head in (self.ledger.seen_head(self.origin, now.size), known[1]):
             if head is not None and head.size <= now.size:
                 self._follow(view, head)
-        known = self.known()
-        if known is None or known.size < now.size:
-            self.ledger.fetched(now, own_note(view.note, self.coordinator, self.origin))
+        if (note := self.pulled()) and (pulled := self._read(note, "pulled head")).size <= now.size:
+            self._follow(view, pulled, note)
+        if all(head is None or head.size < now.size for head in known):
+            self.ledger.fetched(now, own_note(view.note, self.coordinator, self.origin), known)
 
-    def _follow(self, view: View, before: Checkpoint | None) -> Checkpoint:
+    def _follow(self, view: View, before: Checkpoint | None, text: str = "") -> Checkpoint:
         try:
             return follow(view, self.coordinator, self.origin, before, "the coordinator's log")
         except RollbackError as error:
             shown = own_note(view.note, self.coordinator, self.origin)
-            seen = "" if before is None else before.text
-            head = read_checkpoint(shown, self.coordinator, self.origin, "shown").checkpoint
-            # A message of before that somebody sends again shows the same: whoever reads the ledger must not take it for more.
-            again = "an older head of the log came again: it shrank, or an old message was repeated"
-            what = again if self.ledger.saw(head) else error.what
+            seen = text or ("" if before is None else before.text)
+            head = self._read(shown, "shown")
+            # A message that somebody held back or sends again shows the same: whoever reads the ledger must not take it for more.
+            older = "an older head of the log came: it shrank, or an old message was late or repeated"
+            what = older if self.ledger.saw(head) or (before is not None and head.size < before.size) else error.what
             self.ledger.incident({"what": what, "log": self.origin, "seen": seen, "shown": shown})
             raise RefusedError("witness.history", error.what, expected=error.expected, got=error.got) from error
         except VerificationError as error:
@@ -141,14 +155,25 @@ class Witness:
         Raises:
             RefusedError: A receipt is missing, or its leaf is not where it says.
         """
-        if missing := self.ledger.unacknowledged(run, number):
+        receipts = self.ledger.receipts_of(run)
+        # By round: a coordinator that was put back to before it wrote a round's work down asks for another work in its place.
+        told = {receipt["round"] for receipt in receipts}
+        if missing := [one for one in self.ledger.spent_before(run, number) if one not in told]:
             raise RefusedError(
                 "witness.receipt",
                 "an earlier round of this run was never acknowledged",
                 expected=f"a receipt for round {missing[0]}",
                 got="none",
             )
-        for receipt in self.ledger.receipts_of(run):
+        planned = self.ledger.seen_when_planned(run, self.origin)
+        for receipt in receipts:
+            if receipt["index"] < planned.get(receipt["round"], 0):
+                raise RefusedError(
+                    "witness.receipt",
+                    "a commit that was acknowledged is older than its plan",
+                    expected=f"leaf {planned[receipt['round']]} or later for round {receipt['round']}",
+                    got=f"leaf {receipt['index']}",
+                )
             place = receipt["index"] - view.start
             if place >= len(view.hashes) or (place >= 0 and view.hashes[place].hex() != receipt["leaf"]):
                 raise RefusedError(

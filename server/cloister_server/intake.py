@@ -136,6 +136,7 @@ def read_preface(preface: Preface, card: SiteCard, at: Checkpoint, before: str, 
 # is refused by one that has spent for it.
 BEFORE_SPENDING = (
     "policy.",
+    "witness.",
     "budget.",
     "secure.draw",
     "secure.group",

@@ -161,13 +161,15 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
             for m in members.values()
             if m.id not in inside
         )
+        if away := [f"{c.name}: not there with key {c.client}" for c in clients if c.client not in members]:
+            why = "; ".join([*([why] if why else []), *away])
         raise RefusedError(
             "round.min_clients",
             "too few updates for a commit",
             where=f"run {context.run.id[:8]} round {number}",
             expected=f">= {federation.min_clients}",
             got=f"{len(inside)} ({why})"[:600],
-            mend="see to the sites, then cloister run --resume",
+            mend="see to the sites, then cloister run --resume; one that joined again under another key has its part in a new run",
         )
     past = store.evidence(context.run.id)
     back = taken_back(context, number, cores, intake)

@@ -258,6 +258,9 @@ class Store(Records):
     def plan_round(self, row: Round, clients: Sequence[RoundClient]) -> tuple[Round, list[RoundClient]]:
         """Writes a round's work down before anything is sent; where it is there already, the same work gets a new attempt.
 
+        Who has a part in it by now and had none gets one, but for a site that has one under another key; under secure aggregation the
+        groups stay as they are.
+
         Raises:
             StateError: It is committed.
         """
@@ -273,9 +276,13 @@ class Store(Records):
                 raise StateError("the round is committed", where=f"run {row.run[:8]} round {row.number}")
             known.state, known.attempt, known.fence = PLANNED, known.attempt + 1, self._fence
             known.config, known.code, known.lock = row.config, row.code, row.lock
-            return known, list(
-                session.exec(select(RoundClient).where(RoundClient.run == row.run, RoundClient.number == row.number))
-            )
+            asked = select(RoundClient).where(RoundClient.run == row.run, RoundClient.number == row.number)
+            before = list(session.exec(asked))
+            names = {one.name for one in before}
+            if session.get(Draw, row.run) is None:
+                session.add_all(added := [one for one in clients if one.name not in names])
+                before += added
+            return known, before
 
     def advance(self, run: str, number: int, state: str) -> None:
         """Moves a round on: to ``open`` before its plans are sent, to ``aggregating`` when what comes has come.

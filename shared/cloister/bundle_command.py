@@ -11,10 +11,12 @@ import os
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from cloister_client.remembered import MEANWHILE
 from cloister_shared import console
 from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog, write_bundle
 from cloister_shared.audit.findings import many
@@ -30,6 +32,8 @@ from cloister_shared.witness import View, log_of_federation, log_of_site
 if TYPE_CHECKING:
     from cloister_client.witness import Witness
 
+# Fetches of the federation's log, where rounds go on beside an export.
+_TRIES = 3
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Home = Annotated[Path | None, typer.Option("--home", help="Folder of state.")]
 
@@ -44,14 +48,14 @@ def register(app: typer.Typer) -> None:
 def _witness(home: Path) -> Witness:
     """A site that is here, as a witness of its coordinator's log."""
     from cloister_client.data import open_ledger
-    from cloister_client.site import act_as_agent, read_site
+    from cloister_client.site import act_as_agent, pulled_note, read_site
     from cloister_client.witness import Witness
 
     site = read_site(home)
     act_as_agent(site)
     ledger, signing = open_ledger(site), SigningKey.load(site.agent_home / "sign.key")
     origin = log_of_site(read_secret(site.agent_home / "unit.key", 32))
-    return Witness(ledger, signing, site.coordinator().verify_key, origin, {}, 0)
+    return Witness(ledger, signing, site.coordinator().verify_key, origin, {}, 0, partial(pulled_note, site))
 
 
 def _seen_by(site: Witness, before: Checkpoint | None, federation: Bundle) -> None:
@@ -123,37 +127,41 @@ def export(
         )
     if os.path.lexists(out):
         raise InputError("there is a file already", where=str(out), mend="choose another --out")
-    made, logs, left_out, code = round(time.time()), dict[str, SiteLog](), list[str](), 0
-    known: dict[str, tuple[Witness, Checkpoint | None]] = {}
+    made, left_out, code = round(time.time()), list[str](), 0
+    witnesses: dict[str, Witness] = {}
     for folder in sites:
         try:
-            site = _witness(folder)
-            known[folder.name] = site, site.known()
+            witnesses[folder.name] = _witness(folder)
         except CloisterError as error:
             if not here:
                 raise
             left_out.append(f"left out: the log of {folder.name}: {error}")
             code = max(code, error.exit_code if isinstance(error, RollbackError) else 0)
     federation = Bundle(made, (), "")
-    try:
-        federation = _federation(made, adapters=adapters) if here else _fetched(made, sites)
-    except CloisterError as error:
-        if here:
-            raise
-        # Its own log a site can show without its coordinator.
-        left_out.append(f"left out: the federation's log: {error}")
-        code = max(code, error.exit_code)
-    for name, (site, before) in known.items():
+    for left in reversed(range(_TRIES)):
+        before = {name: site.known() for name, site in witnesses.items()}
         try:
-            _seen_by(site, before, federation)
-        except RefusedError as error:
-            left_out.append(f"{name} does not follow the federation's log: {error}")
-            code = max(code, RollbackError.exit_code if error.rule == "witness.history" else error.exit_code)
-        logs[site.signing.verify_key.id.hex()] = _site_log(site)
-    mine = [site.known() for site, _ in known.values() if federation.note.partition("\n")[0] == site.origin]
-    if not code and any(head is not None and head.size > len(federation.leaves) for head in mine):
+            federation = _federation(made, adapters=adapters) if here else _fetched(made, sites)
+        except CloisterError as error:
+            if here:
+                raise
+            # Its own log a site can show without its coordinator.
+            federation = Bundle(made, (), "")
+            left_out.append(f"left out: the federation's log: {error}")
+            code = max(code, error.exit_code)
+        for name, site in witnesses.items():
+            try:
+                _seen_by(site, before[name], federation)
+            except RefusedError as error:
+                if error.rule == MEANWHILE and left:
+                    continue
+                left_out.append(f"{name} does not follow the federation's log: {error}")
+                code = max(code, RollbackError.exit_code if error.rule == "witness.history" else error.exit_code)
+        mine = [site.known() for site in witnesses.values() if federation.note.partition("\n")[0] == site.origin]
+        if code or all(head is None or head.size <= len(federation.leaves) for head in mine):
+            break
         # A round went on beside this: what sites saw must be in what is here.
-        federation = _federation(made, adapters=adapters) if here else _fetched(made, sites)
+    logs = {site.signing.verify_key.id.hex(): _site_log(site) for site in witnesses.values()}
     bundle = replace(federation, sites=logs)
     write_bundle(out, bundle)
     console.emit(

@@ -84,7 +84,7 @@ def test_a_round_over_the_cap_is_refused_and_reserves_nothing(ledger: Ledger) ->
     assert f"epsilon <= {CAP:g}" in refused.value.expected
     assert float(refused.value.got.split()[0]) > CAP
     assert ledger.standing() == before
-    assert not ledger.charged_for(core(2, steps=100).digest)
+    assert not ledger.charged_for(core(2).run, 2)
     ledger.reserve(core(2, steps=1), 1000)
 
 
@@ -95,7 +95,7 @@ def test_a_round_has_one_work(ledger: Ledger) -> None:
     with pytest.raises(RefusedError) as refused:
         ledger.reserve(other, 1000)
     assert refused.value.rule == "budget.other_work"
-    assert not ledger.charged_for(other.digest)
+    assert ledger.charged_for(other.run, 1)
     ledger.reserve(first, 1000)
 
 
@@ -156,8 +156,8 @@ def test_the_same_work_is_never_reserved_twice(ledger: Ledger, spent: bool) -> N
         ledger.spend(entry, UPDATE)
     assert _refused(ledger, 1) == "budget.already_done"
     assert ledger.standing().rounds == 1
-    assert ledger.charged_for(core(1).digest)
-    assert not ledger.charged_for(core(2).digest)
+    assert ledger.charged_for(core(1).run, 1)
+    assert not ledger.charged_for(core(2).run, 2)
 
 
 @pytest.mark.parametrize("entry", [0, 2, 99])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cloister_client.budget import Ledger
 from cloister_client.round import Desk, execute
 from cloister_client.site import Site
 from cloister_model.text import Record
 from cloister_shared.answers import read_answer
 from cloister_shared.encoding import digest
-from cloister_shared.errors import VerificationError
+from cloister_shared.errors import StateError, VerificationError
 from cloister_shared.notes import read_cosignature
 from cloister_shared.plan import Plan, PlanCore
 from cloister_shared.privacy import epsilon
@@ -466,6 +468,38 @@ def test_an_update_that_cannot_be_kept_does_not_leave_and_is_lost(client: Client
     told = client.refusal(client.ask())
     assert told["what"] == "refused"
     assert client.states() == ["lost"]
+
+
+@pytest.mark.parametrize("at", ["reserve", "train", "spend"])
+def test_a_reservation_that_could_not_be_closed_holds_nothing_up(
+    client: Client, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """A disk is full for a moment: after ``reserve`` committed, in training, or when what was kept is to be spent."""
+    core, ledger = client.core(), client.desk.ledger
+    stale = client.desk.kept / f"{core.digest}.f32"
+    stale.write_bytes(bytes(4 * client.world.schema.size))
+
+    def full(*_: object) -> None:
+        raise StateError("no space left")
+
+    def reserved(asked: PlanCore, rounds_per_day: int) -> None:
+        Ledger.reserve(ledger, asked, rounds_per_day)
+        full()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "lose", full)
+        patch.setattr(ledger, "spend", full)
+        if at == "reserve":
+            patch.setattr(ledger, "reserve", reserved)
+        if at == "train":
+            patch.setattr(client.desk, "text", full)
+        with suppress(StateError):
+            assert client.refusal(client.ask(core))["rule"].startswith("spent.")
+    assert client.states() == ["reserved"]
+    update = client.update(client.ask(core, attempt=2))
+    assert client.states() == (["spent"] if at == "spend" else ["lost", "spent"])
+    assert ledger.spent_on(core.digest) == digest(update)
+    assert any(update)
 
 
 def test_the_owner_sees_the_whole_refusal_and_the_progress(client: Client) -> None:

@@ -333,23 +333,23 @@ def test_rounds_are_listed_and_one_is_proven(served: Coordinator, tmp_path: Path
     listed = [(r["number"], r["state"]) for r in fetching.fetch_rounds(site, run)]
     assert listed == [(0, "committed"), (1, "committed"), (2, "open")]
     assert fetching.fetch_rounds(site)[-1]["run"] == run
-    for seen in (None, early, store.checkpoint()):
+    for seen in ([], [early], [early, store.checkpoint()]):
         said = fetching.fetch_round(site, run, 1, seen)
         assert (said["kind"], said["round"], said["metrics"]) == ("round_commit", 1, {"accuracy": 0.5})
-    assert fetching.fetch_round(site, run, 0, early)["kind"] == "policy"
+    assert fetching.fetch_round(site, run, 0, [early])["kind"] == "policy"
     for other, number in ((run, 2), (run, 9), ("ee" * 16, 0)):
         with pytest.raises(RefusedError, match="no such committed round"):
-            fetching.fetch_round(site, other, number, None)
+            fetching.fetch_round(site, other, number, [])
     with pytest.raises(RefusedError, match="no such run"):
         fetching.fetch_rounds(site, "ee" * 16)
     for odd in (replace(early, root=bytes(32)), replace(early, size=early.size + 1)):
         with pytest.raises(RollbackError):
-            fetching.fetch_round(site, run, 1, odd)
+            fetching.fetch_round(site, run, 1, [odd])
     with pytest.raises(RefusedError, match="no such sizes"):
-        fetching.fetch_round(site, run, 1, replace(early, size=10_000))
+        fetching.fetch_round(site, run, 1, [replace(early, size=10_000)])
     # Another adapter in a leaf that is not the newest, by whoever has the database: the head was signed over the other.
     store.log("incident", {"what": "a test"})
-    fetching.fetch_round(site, run, 1, early)
+    fetching.fetch_round(site, run, 1, [early])
     with sqlite3.connect(served.home / "registry.db") as db:
         db.execute("DROP TRIGGER kept_log_leaf_update")
         leaf = store.commit_leaf(run, 1)
@@ -357,7 +357,7 @@ def test_rounds_are_listed_and_one_is_proven(served: Coordinator, tmp_path: Path
         row = leaf.record.replace(b"0.5", b"0.9"), leaf.index
         db.execute('UPDATE log_leaf SET record = ? WHERE "index" = ?', row)
     with pytest.raises(VerificationError):
-        fetching.fetch_round(site, run, 1, early)
+        fetching.fetch_round(site, run, 1, [early])
     with sqlite3.connect(served.home / "registry.db") as db:
         db.execute('UPDATE log_leaf SET record = ? WHERE "index" = ?', (leaf.record, leaf.index))
     store.close()

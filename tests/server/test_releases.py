@@ -396,7 +396,7 @@ def test_a_site_that_exports_knows_of_the_federations_log_what_is_in_its_bundle(
         if len(asked) == 1:
             world.store.log("recovery", {"what": "seen by the agent meanwhile"})
             at = world.store.checkpoint()
-            witness.ledger.witness(at, world.store.signed_checkpoint(at))
+            witness.ledger.witness(at, world.store.signed_checkpoint(at), witness.ledger.heads_of(witness.origin))
         return found
 
     monkeypatch.setattr(bundle_command, "_federation", slow)

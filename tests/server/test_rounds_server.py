@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from cloister_server.accounting import Cost, close_abandoned, spending
 from cloister_server.export import export_round
 from cloister_server.fsck import check
 from cloister_server.rounds import one_round, run_rounds
+from cloister_server.store import Store
 from cloister_server.tables import Round, RoundClient, Run
 from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog
 from cloister_shared.audit.command import audit
@@ -531,20 +533,6 @@ def test_an_answer_to_an_earlier_attempt_is_refused(world: World) -> None:
     assert "another attempt" in world.store.clients(world.run.id, 1)[0].reason
 
 
-def test_a_site_that_joins_late_waits_for_the_next_round(world: World) -> None:
-    """An aborted round stays the same work for the same cohort; who comes later is asked from the next round on."""
-    world.link.behaviours = {200: failed}
-    with pytest.raises(RefusedError):
-        one_round(world.context(members=world.members[:2]), world.link, 1)
-    world.link.behaviours = {}
-    one_round(world.context(), world.link, 1)
-    assert sorted(world.link.sent["1.2"]) == [100, 200]
-    assert sorted(world.verdicts(1)) == ["site-1", "site-2"]
-    one_round(world.context(), world.link, 2)
-    assert sorted(world.verdicts(2)) == ["site-1", "site-2", "site-3"]
-    assert world.charged(300) == 1
-
-
 def test_a_site_that_is_away_when_the_round_is_committed_is_not_accepted(world: World) -> None:
     world.link.behaviours = {200: failed, 300: failed}
     with pytest.raises(RefusedError):
@@ -623,6 +611,55 @@ def test_a_round_that_is_given_up_states_what_its_clients_came_to_by_then(world:
         assert row.epsilon == epsilon([kind], row.delta) > first.epsilon * int(row.client == first.client)
     told = json.loads(world.store.leaves()[-1].record)
     assert {c["epsilon"] for c in told["clients"]} == {c.epsilon for c in world.store.clients(world.run.id, 1)}
+
+
+def test_who_comes_later_has_a_part_in_a_round_that_was_begun(world: World) -> None:
+    """Where it has none under another key; what the others were asked stays."""
+    here = world.context(members=world.members[:2], min_clients=3)
+    with pytest.raises(RefusedError, match="too few"):
+        one_round(here, world.link, 1)
+    first = {c.client: c.plan for c in world.store.clients(world.run.id, 1)}
+    assert len(first) == 2
+    fresh = replace(world.members[0].card, key=SigningKey.generate().verify_key.raw.hex())
+    again = world.context(members=(*world.members, replace(world.members[0], node=900, card=fresh)))
+    one_round(again, world.link, 1)
+    rows = {c.client: c for c in world.store.clients(world.run.id, 1)}
+    assert {c.client: c.plan for c in rows.values() if c.client in first} == first
+    assert {c.verdict for c in rows.values()} == {"accepted"}
+    assert set(rows) == {m.id for m in world.members}
+    assert [world.charged(node) for node in sorted(world.desks)] == [1, 1, 1]
+    assert check(world.store) == []
+
+
+def test_who_is_missing_under_its_old_key_is_named(world: World) -> None:
+    fresh = replace(world.members[0].card, key=SigningKey.generate().verify_key.raw.hex())
+    world.link.behaviours = {100: died}
+    with pytest.raises(RefusedError, match="too few"):
+        one_round(world.context(min_clients=3), world.link, 1)
+    members = (replace(world.members[0], node=900, card=fresh), *world.members[1:])
+    with pytest.raises(RefusedError, match=f"not there with key {world.id_of(100)}.*has its part in a new run"):
+        one_round(world.context(members=members, min_clients=3), world.link, 1)
+
+
+def test_a_registry_put_back_to_before_a_plan_costs_the_site_that_round_alone(world: World, tmp_path: Path) -> None:
+    """No leaf tells of a plan: the copy is no shorter than what sites saw. Then another cohort is asked for another work."""
+    one_round(world.context(), world.link, 1)
+    db, size = world.store.home / "registry.db", world.store.checkpoint().size
+    world.store.close()
+    shutil.copy(db, tmp_path / "copy.db")
+    with pytest.raises(KilledError):
+        one_round(world.context(), DyingLink(world.desks), 2)
+    assert world.charged(100) == 2
+    world.store.close()
+    shutil.copy(tmp_path / "copy.db", db)
+    world.store = Store(world.store.home)
+    assert world.store.checkpoint().size == size
+    one_round(world.context(members=world.members[:2], min_clients=1), world.link, 2)
+    row = next(c for c in world.store.clients(world.run.id, 2) if c.client == world.id_of(100))
+    assert row.reason.startswith("spent.budget.other_work")
+    assert (row.charged, row.epsilon) == (1, world.desks[100].ledger.standing().epsilon)
+    one_round(world.context(), world.link, 3)
+    assert set(world.verdicts(3).values()) == {"accepted"}
 
 
 def test_spending_counts_other_runs_of_the_same_site(world: World) -> None:

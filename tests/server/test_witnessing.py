@@ -120,7 +120,7 @@ def test_a_message_that_somebody_repeats_fills_no_ledger_and_accuses_nobody(worl
     for _ in range(3):
         execute(world.desks[node], frame)
     (incident,) = [e for e in said(world, node) if e["event"] == "incident"]
-    assert "an old message was repeated" in incident["what"]
+    assert "an old message was late or repeated" in incident["what"]
 
 
 def test_two_views_cannot_bring_a_quorum_together(world: World, tmp_path: Path) -> None:
@@ -243,6 +243,82 @@ def test_a_first_plan_goes_on_from_what_was_fetched_too(world: World, tmp_path: 
         witness.look(view, "")
     assert refused.value.rule == ("witness.history" if start == 0 else "witness.view")
     assert witness.ledger.seen_head(witness.origin) is None
+
+
+def test_a_plan_must_go_on_from_what_a_pull_saw(world: World, tmp_path: Path) -> None:
+    context, desk = world.context(), world.desks[100]
+    one_round(context, world.link, 1)
+    shutil.copy(world.store.home / "registry.db", tmp_path / "old.db")
+    world.store.log("recovery", {"what": "seen by whoever pulls"})
+    note = world.store.signed_checkpoint(world.store.checkpoint())
+    desk.witness = replace(desk.witness, pulled=lambda: note)
+    desk.witness.look(fetched(world, world.store), "")
+    world.store.close()
+    shutil.copy(tmp_path / "old.db", world.store.home / "registry.db")
+    other = Store(world.store.home)
+    node = sorted(world.desks)[1]
+    fresh = replace(world.desks[node].witness, pulled=lambda: note)
+    with pytest.raises(RefusedError, match="less of the log"):
+        fresh.look(fetched(world, other), "")
+    for number in range(2):
+        other.log("recovery", {"what": f"another history, {number}"})
+    for look in (lambda: fresh.look(fetched(world, other), ""), lambda: fresh.fetched(fetched(world, other), None)):
+        with pytest.raises(RefusedError, match="history was changed"):
+            look()
+    (incident,) = [e for e in said(world, node) if e["event"] == "incident"]
+    assert incident["seen"] == note
+
+
+def test_a_head_that_is_kept_while_another_is_looked_at_is_not_passed_over(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export fetches one history, and at the same time a plan brings another."""
+    witness, ledger = world.desks[100].witness, world.desks[100].ledger
+    one_round(world.context(), world.link, 1)
+    world.store.log("recovery", {"what": "one history"})
+    one, known = fetched(world, world.store), witness.known()
+    leaves = [*(leaf.hash for leaf in world.store.leaves()[:-1]), bytes(32)]
+    note = Checkpoint(witness.origin, len(leaves), Tree(leaves).root()).signed(world.coordinator.signing)
+    other = View(note, 0, (), tuple(leaves), {})
+    append = type(ledger).witness
+
+    def slowly(self: Ledger, *what: Any) -> None:
+        witness.fetched(other, known)
+        append(self, *what)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(ledger), "witness", slowly)
+        with pytest.raises(RefusedError, match="kept meanwhile"):
+            witness.look(one, "")
+    with pytest.raises(RefusedError, match="history was changed"):
+        witness.look(one, "")
+
+
+def test_what_an_export_brings_is_held_against_all_that_rounds_saw(world: World) -> None:
+    """A fork shorter than the newest head that a plan brought meanwhile, but not than an older one."""
+    context, witness = world.context(), world.desks[100].witness
+    one_round(context, world.link, 1)
+    before = witness.known()
+    one_round(context, world.link, 2)
+    middle = world.store.checkpoint()
+    one_round(context, world.link, 3)
+    one_round(context, world.link, 4)
+    leaves = [leaf.hash for leaf in world.store.leaves()]
+    assert before is not None
+    fork = [*leaves[: before.size], *[bytes(32)] * (middle.size - before.size)]
+    note = Checkpoint(witness.origin, len(fork), Tree(fork).root()).signed(context.signing)
+    with pytest.raises(RefusedError, match="history was changed"):
+        witness.fetched(View(note, 0, (), tuple(fork), {}), before)
+
+
+def test_a_plan_that_was_held_back_accuses_nobody_for_sure(world: World) -> None:
+    """It shows a head that this site never saw, since the next plan came before it."""
+    witness, first = world.desks[100].witness, fetched(world, world.store)
+    world.store.log("recovery", {"what": "what the next plan shows"})
+    witness.look(fetched(world, world.store), "")
+    with pytest.raises(RefusedError, match="shrank"):
+        witness.look(first, "")
+    assert "an old message was late" in said(world, 100)[-1]["what"]
 
 
 def test_a_plan_that_shows_less_than_was_fetched_is_refused_and_accuses_nobody(world: World) -> None:
@@ -412,6 +488,32 @@ def test_a_log_that_stands_still_gets_no_more_work(world: World, monkeypatch: py
     monkeypatch.undo()
     one_round(context, world.link, 2)
     assert [world.charged(node) for node in world.desks] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("true_leaf", [False, True])
+def test_receipts_that_point_before_their_plans_are_no_receipts(
+    world: World, monkeypatch: pytest.MonkeyPatch, true_leaf: bool
+) -> None:
+    """A log that stands still, and receipts for whatever of it is old."""
+    context = world.context()
+    one_round(context, world.link, 1)
+    frozen, known = world.store.checkpoint(), world.store.witnessed()
+    leaf = world.store.leaves()[0].hash if true_leaf else bytes(32)
+    made = sending.receipts_of
+
+    def older(context: Any, number: int) -> dict[str, tuple[Receipt, ...]]:
+        found = made(context, number)
+        return {
+            client: tuple(replace(r, index=0, leaf=leaf.hex()).by(context.signing) for r in receipts)
+            for client, receipts in found.items()
+        }
+
+    monkeypatch.setattr(world.store, "checkpoint", lambda: frozen)
+    monkeypatch.setattr(world.store, "witnessed", lambda: known)
+    monkeypatch.setattr(rounds, "receipts_of", older)
+    with pytest.raises(RefusedError, match=r"witness\.receipt.*older than its plan"):
+        one_round(context, world.link, 2)
+    assert [world.charged(node) for node in world.desks] == [1, 1, 1]
 
 
 def test_receipts_for_a_log_that_does_not_have_them_are_no_receipts(
