@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from cloister_shared.audit.accountant import Step, Steps, allowed, by_both, by_rdp, epsilon_of, sure
 from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.sites import Entry, Ledger
+from cloister_shared.audit.stated import MOST_LOW, Stated, too_low
 
 # A published figure may be above this accountant's, never below it by more than the two's numerical error.
 TOLERANCE = 0.02
@@ -181,29 +182,15 @@ def _block(ledger: Ledger, block: int, charged: list[Entry], looks: int, finding
     # Of all that were stated, the least: an epsilon at a larger delta says less.
     delta = min((e.terms[3] for e in charged), default=1e-5)
     whole, points, where = Counter[Step](), list[Point](), f"site {ledger.name} block {block}"
-    sure_at = {round(i * (len(charged) - 1) / (looks - 1)) for i in range(looks)}
+    sure_at, caps = {round(i * (len(charged) - 1) / (looks - 1)) for i in range(looks)}, list[Stated]()
     for place, entry in enumerate(charged):
         whole += entry.steps
         so_far = tuple(sorted(whole.items()))
-        bound = by_rdp(so_far, delta)
-        known = by_both(so_far, delta)[0] if place in sure_at or bound > entry.cap else None
-        points.append(
-            Point(entry.at, entry.number, bound, known if known is not None and sure(so_far, delta) else None)
-        )
+        known = by_both(so_far, delta)[0] if place in sure_at and sure(so_far, delta) else None
+        points.append(Point(entry.at, entry.number, by_rdp(so_far, delta), known))
         # Its cap was for the delta that its owner stated then.
-        if known is not None and known > allowed(entry.cap, TOLERANCE):
-            own = known if entry.terms[3] == delta else by_both(so_far, entry.terms[3])[0]
-            if own > allowed(entry.cap, TOLERANCE):
-                at, sure_of_it = f"{where} entry {entry.number}", sure(so_far, entry.terms[3])
-                if any(one.disputed for one in charged[: place + 1]):
-                    what = f"epsilon {own:.4f} at delta {entry.terms[3]:g} is above the cap {entry.cap:g}, where what was given back counts"
-                    findings.incomplete("cap", at, what)
-                elif sure_of_it:
-                    what = f"epsilon {own:.4f} at delta {entry.terms[3]:g} is above the cap {entry.cap:g}"
-                    findings.violation("cap", at, what)
-                else:
-                    what = f"epsilon at delta {entry.terms[3]:g} is at most {own:.4f} by RDP, too much for PLD; the cap is {entry.cap:g}"
-                    findings.incomplete("cap", at, what)
+        caps.append(Stated(entry.cap, so_far, entry.terms[3]))
+    _over(charged, caps, where, findings)
     final, bound = by_both(tuple(sorted(whole.items())), delta) if whole else (0.0, 0.0)
     cap = charged[-1].cap if charged else 0.0
     months, of_rounds = dict[str, list[Entry]](), dict[tuple[str, int], list[Entry]]()
@@ -215,10 +202,14 @@ def _block(ledger: Ledger, block: int, charged: list[Entry], looks: int, finding
     last = {_month(point.at): place for place, point in enumerate(points)}
     upto = {month: points[max(at for other, at in last.items() if other <= month)] for month in last}
     ends = {month: (one.rdp, False) if one.pld is None else (one.pld, True) for month, one in upto.items()}
+    of_months = {month: _together(found) for month, found in months.items()}
+    if sum(map(len, set(of_months.values()))) <= MOST_KINDS:
+        alone_in = {month: (by_both(of, delta)[0], sure(of, delta)) for month, of in of_months.items()}
+    else:
+        alone_in = {month: (by_rdp(of, delta), False) for month, of in of_months.items()}
     periods = tuple(
-        Period(month, _rounds(found), by_both(of_month, delta)[0], *ends[month], sure(of_month, delta))
+        Period(month, _rounds(found), alone_in[month][0], *ends[month], alone_in[month][1])
         for month, found in months.items()
-        for of_month in [_together(found)]
     )
     few = sum(len(of) for of in kinds) <= MOST_KINDS
     alone = tuple((by_both(of, delta)[0] if few else by_rdp(of, delta), count) for of, count in kinds.items())
@@ -238,6 +229,29 @@ def _block(ledger: Ledger, block: int, charged: list[Entry], looks: int, finding
         alone=alone,
         sure=not whole or sure(tuple(sorted(whole.items())), delta),
     )
+
+
+def _over(charged: list[Entry], caps: list[Stated], where: str, findings: Findings) -> None:
+    """Entries after which a block is above the cap that they were reserved under."""
+    low = too_low(caps, TOLERANCE)
+    for place in low:
+        entry, (cap, so_far, delta) = charged[place], (caps[place].epsilon, caps[place].steps, caps[place].delta)
+        at, own = f"{where} entry {entry.number}", by_both(so_far, delta)[0]
+        surely = Counter(dict(so_far))
+        for one in charged[: place + 1]:
+            surely.subtract(one.steps if one.disputed else ())
+        undisputed = tuple(sorted((+surely).items()))
+        if not sure(so_far, delta):
+            what = f"epsilon at delta {delta:g} is at most {own:.4f} by RDP, too much for PLD; the cap is {cap:g}"
+            findings.incomplete("cap", at, what)
+        elif undisputed == so_far or (undisputed and by_both(undisputed, delta)[0] > allowed(cap, TOLERANCE)):
+            findings.violation("cap", at, f"epsilon {own:.4f} at delta {delta:g} is above the cap {cap:g}")
+        else:
+            what = f"epsilon {own:.4f} at delta {delta:g} is above the cap {cap:g}, where what was given back counts"
+            findings.incomplete("cap", at, what)
+    if len(low) == MOST_LOW:
+        what = f"{MOST_LOW} entries are above their cap up to this one: none after it was looked at"
+        findings.incomplete("cap", f"{where} entry {charged[low[-1]].number}", what)
 
 
 def _rounds(charged: list[Entry]) -> int:

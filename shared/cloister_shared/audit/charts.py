@@ -8,7 +8,7 @@ from html import escape
 
 from cloister_shared.audit.budget import Block
 from cloister_shared.audit.federation import History
-from cloister_shared.audit.tables import merged
+from cloister_shared.audit.findings import listed
 
 _COLOURS = ("#2f6690", "#b5651d", "#2b7a4b", "#7a2b6d", "#8a6d00", "#444")
 _WIDE, _LEFT, _TOP = 640, 50, 30
@@ -63,7 +63,7 @@ def budgets(blocks: Sequence[Block]) -> str:
         dashed = f'stroke="{colour}" stroke-dasharray="4 4"'
         lines.append(f'<line x1="{_LEFT}" x2="{_LEFT + _WIDE}" y1="{level:.1f}" y2="{level:.1f}" {dashed}/>')
         place = f'x="{_LEFT + 8}" y="{tall + 84 + 18 * i}"'
-        lines.append(f'<text {place} fill="{colour}">{escape(merged(names))}</text>')
+        lines.append(f'<text {place} fill="{colour}">{escape(listed(names))}</text>')
     return "<h2>Budget over time</h2>" + _frame(
         tall,
         (count, "charges", 1.0),

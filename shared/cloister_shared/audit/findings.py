@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +15,11 @@ _CODES: dict[Kind, int] = {"violation": 1, "incomplete": 2, "fork": 3}
 def many(count: int, one: str, more: str = "") -> str:
     """A number of things, in words that fit it."""
     return f"{count} {one if count == 1 else more or one + 's'}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Several names on a line; of many the first and how many more."""
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from html import escape
 from cloister_shared.audit.budget import Block
 from cloister_shared.audit.charts import accuracies, budgets
 from cloister_shared.audit.federation import History
-from cloister_shared.audit.findings import Findings
+from cloister_shared.audit.findings import Findings, listed
 from cloister_shared.audit.reading import printable
 from cloister_shared.audit.report import VERDICTS, Answer
-from cloister_shared.audit.tables import Table, merged
+from cloister_shared.audit.tables import Table
 
 _WORDS = (
     "A leaf is one signed entry of a log; a head is a log's length and fingerprint, signed; a commit is the leaf of a finished round;"
@@ -70,7 +70,7 @@ def as_html(
     places = dict[tuple[str, str, str], list[str]]()
     for f in findings.found:
         places.setdefault((f.kind, f.code, f.what), []).append(f.where)
-    rows = tuple((kind, code, merged(where), what) for (kind, code, what), where in places.items())
+    rows = tuple((kind, code, listed(where), what) for (kind, code, what), where in places.items())
     table = (
         _table(Table(("kind", "code", "where", "what"), rows), "found")
         if rows

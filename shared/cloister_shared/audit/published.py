@@ -11,15 +11,15 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cloister_shared.audit.accountant import Step, Steps, allowed, by_both, by_rdp, epsilon_of, sure
 from cloister_shared.audit.budget import MOST_IN_ALL, MOST_KINDS, TOLERANCE
 from cloister_shared.audit.federation import Aborted, Asked, History, RoundCommit
-from cloister_shared.audit.findings import Findings, many
+from cloister_shared.audit.findings import Findings, listed, many
 from cloister_shared.audit.reading import MALFORMED, hexes, integer, number, words
 from cloister_shared.audit.sites import Ledger
-from cloister_shared.audit.stated import Stated, too_low
+from cloister_shared.audit.stated import MOST_LOW, Stated, too_low
 
 # Kinds of release in all histories of a site's own ledger that are worked out.
 _MOST_TRIED = 20_000
@@ -73,20 +73,21 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
             where = f"round {leaf.number} of run {leaf.run[:8]}"
             findings.violation("published", where, "the commit states the cost of a site that was not asked")
         charged = works.setdefault((leaf.run, leaf.number), {})
-        for client in sorted(charged.keys() - {one.client for one in leaf.asked}):
-            where = f"site {history.names.get(client, client[:16])}, round {leaf.number} of run {leaf.run[:8]}"
-            findings.violation(
-                "charged", where, "an earlier leaf of the round says that it was charged, this one nothing of it"
-            )
+        if gone := charged.keys() - {one.client for one in leaf.asked}:
+            names = listed(sorted(history.names.get(client, client[:16]) for client in gone))
+            what = "an earlier leaf of the round says that it was charged, this one nothing of it"
+            findings.violation("charged", f"site {names}, round {leaf.number} of run {leaf.run[:8]}", what)
+            # Once: what later leaves say of it is held against its figures alone.
+            works[leaf.run, leaf.number] = charged = {i: plan for i, plan in charged.items() if i not in gone}
         for one in leaf.asked:
             where = f"site {one.name}, round {leaf.number} of run {leaf.run[:8]}"
-            if one.charged and charged.setdefault(one.client, one.plan) != one.plan:
+            if (one.took_part or one.client in charged) and charged.setdefault(one.client, one.plan) != one.plan:
                 findings.violation("charged", where, "an earlier leaf of the round says that another work was charged")
             key = one.client, leaf.run, leaf.number
             if one.charged < most.get(key, 0):
                 was = f"{many(most[key], 'attempt')} {'was' if most[key] == 1 else 'were'}"
                 findings.violation("charged", where, f"{was} charged by an earlier leaf, {one.charged} by this one")
-            most[key] = max(one.charged, most.get(key, 0))
+            most[key] = max(one.charged, int(one.took_part), most.get(key, 0))
             # Under whichever key: a site that joined again has the same text and the same name.
             ledger = of.get(one.client)
             whose = one.name if ledger is None else ledger.name
@@ -95,7 +96,7 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
             sum_of.subtract(before)
             run_of.subtract(before)
             # An attempt that was charged counts, whatever came of it: its text was used.
-            times = max(most[key], int(one.verdict == "accepted"))
+            times = most[key]
             events = Counter({(one.noise_multiplier, one.sample_rate): one.steps * times})
             sum_of.update(events)
             run_of.update(events)
@@ -113,7 +114,7 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
                 continue
             if isinstance(leaf, Aborted):
                 lost[key] = events
-                if not times:
+                if not times and not one.epsilon:
                     continue  # nothing is stated of what cost nothing
             elif leaf.privacy:
                 said = _of_run(leaf.privacy.get(one.client), one, history.units.get(one.client), findings, where)
@@ -123,16 +124,27 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
             if +sum_of:
                 mine = _Said(where, leaf.index, one, one.epsilon, tuple(sorted((+sum_of).items())))
                 lifetimes.setdefault(whose, []).append(mine)
-    bad = set[str]()
+    bad, tried = set[str](), _Tried()
     for (whose, run), each in runs.items():
-        low, own = set(too_low([one.stated for one in each], TOLERANCE)), _Owns(of, {run}, history)
-        for place, said_of in enumerate(each):
+        low, own = set(too_low([one.stated for one in each], TOLERANCE)), _Owns(of, {run}, history, tried)
+        for place, said_of in enumerate(_up_to(each, low, findings)):
             if place in low:
                 _tell(said_of, " for its run", findings)
             if place in low or not own.check(said_of, " for its run", findings):
                 bad.add(whose)
-    _lifetimes(list(lifetimes.values()), bad, findings, of, history)
+    _lifetimes(list(lifetimes.values()), bad, findings, of, history, tried)
     _whole_clients(history, findings)
+
+
+def _up_to(each: list[_Said], low: set[int], findings: Findings) -> list[_Said]:
+    """A series as far as it was looked at."""
+    if len(low) < MOST_LOW:
+        return each
+    last = each[max(low)]
+    findings.incomplete(
+        "published", last.where, f"{MOST_LOW} figures are too low up to this one: none after it was looked at"
+    )
+    return each[: max(low) + 1]
 
 
 def _lower(steps: Counter[Step], delta: float, least: float, said: str, where: str, findings: Findings) -> None:
@@ -152,12 +164,17 @@ def _tell(said: _Said, whose: str, findings: Findings) -> None:
 
 
 def _lifetimes(
-    lifetimes: list[list[_Said]], bad: set[str], findings: Findings, of: Mapping[str, Ledger], history: History
+    lifetimes: list[list[_Said]],
+    bad: set[str],
+    findings: Findings,
+    of: Mapping[str, Ledger],
+    history: History,
+    tried: _Tried,
 ) -> None:
     told, mine = set[str](), set[str]()
     for each in lifetimes:
-        low, own = set(too_low([one.stated for one in each], TOLERANCE)), _Owns(of, history.runs, history)
-        for place, said in enumerate(each):
+        low, own = set(too_low([one.stated for one in each], TOLERANCE)), _Owns(of, history.runs, history, tried)
+        for place, said in enumerate(_up_to(each, low, findings)):
             if place in low:
                 _tell(said, "", findings)
                 bad.add(said.row.name)
@@ -213,6 +230,24 @@ class _Walk:
             self._at += 1
 
 
+@dataclass
+class _Tried:
+    """Histories of sites' own ledgers that were worked out.
+
+    Attributes:
+        kinds: Of release, in all of them.
+        known: The histories.
+    """
+
+    kinds: int = 0
+    known: set[Steps] = field(default_factory=set)
+
+    def add(self, steps: Steps) -> None:
+        """One more, where it is."""
+        self.kinds += len(steps) if steps not in self.known else 0
+        self.known.add(steps)
+
+
 class _Owns:
     """The ledgers of one site, under whichever key and in however many logs: what is published of it is not below any, nor all together.
 
@@ -220,11 +255,11 @@ class _Owns:
         of: Sites' own ledgers, by each key that their site had.
         runs: Whose entries count.
         history: The federation's log.
+        tried: What was worked out before this.
     """
 
-    def __init__(self, of: Mapping[str, Ledger], runs: Collection[str], history: History) -> None:
-        self._of, self._runs, self._walks = of, runs, dict[str, _Walk]()
-        self._tried, self._known = 0, set[Steps]()
+    def __init__(self, of: Mapping[str, Ledger], runs: Collection[str], history: History, tried: _Tried) -> None:
+        self._of, self._runs, self._walks, self._tried = of, runs, dict[str, _Walk](), tried
         self._places = {(leaf.run, leaf.number): leaf.index for leaf in reversed(history.told)}
         rows = [(leaf, one) for leaf in history.told for one in leaf.asked]
         last = {(one.client, leaf.run, leaf.number): one.charged for leaf, one in rows}
@@ -251,7 +286,7 @@ class _Owns:
         # What the log tells as well, or more of it, was looked at before.
         for kinds, lost in ((mine.spent, False), (mine.all, True)):
             most = self._heaviest([steps for steps in kinds.values() if not steps <= told], delta)
-            if self._tried > _MOST_TRIED:
+            if self._tried.kinds > _MOST_TRIED:
                 what = (
                     "its own ledger has too many histories beside the log's: from here on nothing was held against it"
                 )
@@ -273,10 +308,9 @@ class _Owns:
         heaviest, most = Counter[Step](), -1.0
         # RDP bounds from above: those that it puts below what was found need no more.
         for steps in sorted(distinct, key=lambda steps: by_rdp(steps, delta), reverse=True):
-            if by_rdp(steps, delta) <= most or self._tried > _MOST_TRIED:
+            if by_rdp(steps, delta) <= most or self._tried.kinds > _MOST_TRIED:
                 break
-            self._tried += len(steps) if steps not in self._known else 0
-            self._known.add(steps)
+            self._tried.add(steps)
             if (epsilon := by_both(steps, delta)[0]) > most:
                 heaviest, most = distinct[steps], epsilon
         return heaviest
@@ -295,15 +329,20 @@ class _Owns:
 
 def _whole_clients(history: History, findings: Findings) -> None:
     sums, committed = Counter[Step](), {(c.run, c.number): c for c in history.commits}
+    series, wheres = list[Stated](), list[str]()
     for index, record in enumerate(history.records):
         if record.get("kind") != "spend":
             continue
         where = f"leaf {index}"
+        if len(sums) > MOST_KINDS:
+            what = f"client level: its noise is of more than {MOST_KINDS} kinds: what is published from here on was not worked out"
+            findings.incomplete("published", where, what)
+            break
         try:
             sums[number(record, "noise_multiplier", 0.05, 1e6), 1.0] += 1
             delta, said = number(record, "delta", 1e-10, 0.5), number(record, "epsilon", 0, 1e6)
-            if allowed(said, TOLERANCE) < (mine := epsilon_of(sums, delta)):
-                _lower(sums, delta, mine, f"client level: {said:.4f} was published", where, findings)
+            series.append(Stated(said, tuple(sorted(sums.items())), delta))
+            wheres.append(where)
             sigma, clip = number(record, "noise_multiplier", 0.05, 1e6), number(record, "clipping_norm", 1e-9, 1e9)
             if not math.isclose(number(record, "noise_std", 0, 1e15), sigma * clip, rel_tol=1e-9):
                 findings.violation("published", where, "client level: its noise is not its multiplier times the clip")
@@ -317,3 +356,11 @@ def _whole_clients(history: History, findings: Findings) -> None:
                 findings.violation("published", where, what)
         except MALFORMED as error:
             findings.violation("leaf", where, f"malformed: {error}"[:300])
+    low = too_low(series, TOLERANCE)
+    for place in low:
+        one, of = series[place], Counter(dict(series[place].steps))
+        said_of = f"client level: {one.epsilon:.4f} was published"
+        _lower(of, one.delta, epsilon_of(of, one.delta), said_of, wheres[place], findings)
+    if len(low) == MOST_LOW:
+        what = f"client level: {MOST_LOW} figures are too low up to this one: none after it was looked at"
+        findings.incomplete("published", wheres[low[-1]], what)

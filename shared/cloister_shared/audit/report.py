@@ -14,11 +14,11 @@ from cloister_shared.audit.became import became, imported, round_of, standing
 from cloister_shared.audit.budget import SEVERAL, Block
 from cloister_shared.audit.bundle import Bundle
 from cloister_shared.audit.federation import History, RoundCommit
-from cloister_shared.audit.findings import Findings, many
+from cloister_shared.audit.findings import Findings, listed, many
 from cloister_shared.audit.reading import MALFORMED, printable, when
 from cloister_shared.audit.sites import Ledger
-from cloister_shared.audit.spends import ledgers_by_client, unsure
-from cloister_shared.audit.tables import Table, caps_table, code_table, enrolled_table, merged, rounds_table, spans
+from cloister_shared.audit.spends import idle, ledgers_by_client, unsure
+from cloister_shared.audit.tables import Table, caps_table, code_table, enrolled_table, rounds_table, spans
 from cloister_shared.audit.trust import Trust
 from cloister_shared.cards import site_card_of
 from cloister_shared.errors import CloisterError
@@ -108,7 +108,7 @@ def _alike(said: Iterable[tuple[str, str]]) -> list[str]:
     whose = dict[str, list[str]]()
     for name, words in said:
         whose.setdefault(words, []).append(name)
-    return [f"{merged(sorted(names))}: {words}" for words, names in whose.items()]
+    return [f"{listed(sorted(names))}: {words}" for words, names in whose.items()]
 
 
 def _unit(card: object) -> str:
@@ -182,14 +182,14 @@ def _models(history: History, of: Mapping[str, Ledger]) -> list[str]:
             if new:
                 old = holds.get(commit.start, frozenset()) - new
                 holds[commit.adapter] = holds.get(commit.adapter, frozenset()) | new | old
-                line += f" was trained on text of {merged(sorted(new))}"
+                line += f" was trained on text of {listed(sorted(new))}"
             else:
                 # It was there before, and holds what it held.
                 old = holds.get(commit.adapter, frozenset())
                 line += " again: nobody's update of this round entered"
-            line += f"; in earlier rounds of {merged(sorted(old))}" if old else ""
+            line += f"; in earlier rounds of {listed(sorted(old))}" if old else ""
             left_out = unsure(of, commit)
-            lines.append(line + (f"; by the coordinator's word not in it: {merged(left_out)}" if left_out else ""))
+            lines.append(line + (f"; by the coordinator's word not in it: {listed(left_out)}" if left_out else ""))
     return lines
 
 
@@ -208,10 +208,10 @@ def answers(
     own = sorted(ledgers.values(), key=lambda ledger: ledger.name)
     here = ledgers_by_client(ledgers, trust)
     asked = [(one.client, one.name) for leaf in history.told for one in leaf.asked if one.took_part]
-    silent = sorted({name for client, name in asked if client not in here})
+    silent = sorted({name for client, name in asked if client not in here} | set(idle(history, here).values()))
     unsaid = (
         (
-            f"Of {merged(silent)} this cannot be said: their own logs are not here, or no key that is trusted signed them.",
+            f"Of {listed(silent)} this cannot be said: their own logs are not here, or no key that is trusted signed them.",
         )
         if silent
         else ()
@@ -276,7 +276,7 @@ def answers(
     ]
     drawn = {(str(r.get("run")), str(r.get("number")), str(r.get("attempt"))) for r in of["spend"]}
     if whole and (without := [c for c in history.commits if (c.run, str(c.number), str(c.attempt)) not in drawn]):
-        told = merged([f"{c.number} of run {c.run[:8]}" for c in without])
+        told = listed([f"{c.number} of run {c.run[:8]}" for c in without])
         whole.append(f"client level: no such noise in rounds {told}: of their updates it says nothing")
     absent = (
         ""

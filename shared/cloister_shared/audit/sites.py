@@ -179,15 +179,20 @@ def check_site(
 
 
 def _seen_late(ledger: Ledger, history: History, findings: Findings, where: str) -> None:
-    """Rounds that this log saw nothing of: an export of before them is as honest, and says as little."""
-    known = {(e.run, e.round) for e in ledger.entries.values()}
-    spans = [span for key in ledger.keys for span in history.spans.get(key.id.hex(), ())]
+    """Rounds that this log saw nothing of, or not the end of: an export of before them is as honest, and says as little.
+
+    What was spent is the end: a site does one work a round, and that once. Of one that was lost or given back there may be more.
+    """
+    known = {(e.run, e.round) for e in ledger.entries.values() if e.state == "spent"}
+    mine = {key.id.hex() for key in ledger.keys}
+    spans = [span for key in mine for span in history.spans.get(key, ())]
     late = [
         leaf
         for leaf in history.told
         if leaf.index >= ledger.federation
         and (leaf.run, leaf.number) not in known
-        and any(start < leaf.index < end for start, end in spans)
+        # One that was put out before its round was told may have worked on it.
+        and (any(start < leaf.index < end for start, end in spans) or any(one.client in mine for one in leaf.asked))
     ]
     if late:
         seen = many(ledger.federation, "leaf", "leaves")

@@ -7,6 +7,7 @@ was really left out of an adapter nobody can see from logs: the report names suc
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 
@@ -84,15 +85,15 @@ def _from_log(
                 missing.add(one.name)
             if ledger is not None:
                 _same_terms(one, ledger, findings, where)
+            if one.took_part and not one.charged:
+                findings.violation(
+                    "uncharged", where, "its update is named or entered, and the log says that it was charged nothing"
+                )
             if isinstance(leaf, Aborted):
                 # A round that came to nothing has used the text of those whose updates came.
                 if ledger is not None and (one.verdict == "accepted" or one.update):
                     _came(one.plan, one.update, leaf, ledger, findings, where)
                 continue
-            if one.update and one.verdict != "accepted" and not one.charged:
-                findings.violation(
-                    "uncharged", where, "its update is named, and the log says that it was charged nothing"
-                )
             if one.verdict == "accepted" and one.plan in plans:
                 findings.violation("plan-twice", where, "this work was accepted before")
             plans |= {one.plan} if one.verdict == "accepted" else set()
@@ -120,6 +121,28 @@ def _from_log(
             f"site {name}",
             "its own log is not here, its spends are the coordinator's word: ask it for its export",
         )
+    unheard = idle(history, of)
+    for name in sorted({n for i, n in unheard.items() if i in trust.sites} - missing):
+        what = "it was enrolled, and took no part by the coordinator's word: its own log is not here: ask it for its export"
+        findings.incomplete("no-site-log", f"site {name}", what)
+    for name in sorted({n for i, n in unheard.items() if i not in trust.sites} - strangers):
+        what = "it was enrolled, and took no part by the coordinator's word; the trust file does not name its key"
+        findings.incomplete("stranger", f"site {name}", what)
+
+
+def idle(history: History, of: Mapping[str, Ledger]) -> dict[str, str]:
+    """Sites that were enrolled while a round was told, and whose own logs are not here: their names by client id.
+
+    Args:
+        history: The federation's log.
+        of: From ``ledgers_by_client``.
+    """
+    told = [leaf.index for leaf in history.told]
+    return {
+        client: history.names[client]
+        for client, spans in history.spans.items()
+        if client not in of and any(bisect_right(told, start) < bisect_left(told, end) for start, end in spans)
+    }
 
 
 def _sums(

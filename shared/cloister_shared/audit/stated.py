@@ -22,6 +22,8 @@ from cloister_shared.audit.accountant import Step, Steps, allowed, beyond, by_bo
 F64 = npt.NDArray[np.float64]
 C128 = npt.NDArray[np.complex128]
 _LONGEST = 64
+# Figures of one series that are told to be too low.
+MOST_LOW = 20
 # Points of a transform: more would take longer than dp-accounting does.
 _LEAST_POINTS, _MOST_POINTS = 1 << 10, 1 << 18
 # Where Chernoff's bound on a tail is tried, per unit of loss.
@@ -51,9 +53,12 @@ def too_low(stated: Sequence[Stated], tolerance: float) -> list[int]:
     Args:
         stated: In the order in which they were stated.
         tolerance: In epsilon, 0 or more: what is allowed at least.
+
+    Returns:
+        The first ``MOST_LOW`` of them: dp-accounting is asked of each by itself, and what comes after so many nobody looks at.
     """
     found, first, stride, screen, end = list[int](), 0, 1, _Screen((), 1.0), -1
-    while first < len(stated):
+    while first < len(stated) and len(found) < MOST_LOW:
         one = stated[first]
         if by_rdp(one.steps, one.delta) <= allowed(one.epsilon, tolerance):
             first += 1

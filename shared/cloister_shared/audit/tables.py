@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cloister_shared.audit.federation import Aborted, History, RoundCommit
+from cloister_shared.audit.findings import listed
 from cloister_shared.audit.reading import printable, when
 from cloister_shared.audit.sites import Ledger
 from cloister_shared.audit.spends import unsure
@@ -29,11 +30,6 @@ class Table:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(tuple(map(printable, row)) for row in self.rows))
-
-
-def merged(names: Sequence[str]) -> str:
-    """Several names on a line; of many the first and how many more."""
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 def spans(numbers: Iterable[int]) -> str:
@@ -66,8 +62,8 @@ def _round(leaf: RoundCommit | Aborted, ledgers: Mapping[str, Ledger]) -> tuple[
     return (
         f"{leaf.number} of run {leaf.run[:8]}" + (", broken off" if commit is None else ""),
         str(leaf.index),
-        merged(new) or "nobody",
-        merged(sorted(told)),
+        listed(new) or "nobody",
+        listed(sorted(told)),
         _range(one.noise_multiplier for one in asked),
         _range(one.sample_rate for one in asked),
         _range(one.steps for one in asked),

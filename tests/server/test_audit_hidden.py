@@ -1,0 +1,248 @@
+"""What a coordinator hides of honest sites: charges, logs that are left out, exports of before; and what it costs to look at much."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from cloister_shared.audit import accountant, budget, published
+from cloister_shared.audit.command import audit
+from cloister_shared.audit.stated import MOST_LOW
+from cloister_shared.encoding import canonical
+from cloister_shared.plan import VOID_PURPOSE
+from cloister_shared.privacy import epsilon
+
+from support.forged import DELTA, RUN, TERMS, Forged, ForgedSite, began, check, found, lines, named
+
+# What no coordinator wants to publish.
+LOUD = (0.6, 0.2, 100)
+
+
+def broken_off(made: Forged, rows: list[dict[str, Any]], number: int = 2) -> None:
+    """A round that came to nothing, told as the product tells it."""
+    kept = [{n: v for n, v in row.items() if n not in ("head", "weight") and (n != "update" or v)} for row in rows]
+    made.leaf("incident", what="too few", run=RUN, round=number, attempt=1, clients=kept)
+
+
+@pytest.mark.parametrize("later", ["", "another work", "left out"])
+@pytest.mark.parametrize(
+    "first", [{"verdict": "missing"}, {"verdict": "accepted"}, {"verdict": "accepted", "update": ""}]
+)
+def test_an_update_that_is_named_or_entered_was_charged(first: dict[str, str], later: str) -> None:
+    """By a leaf of a broken-off round that says otherwise, and by every leaf after it."""
+    made = began(1, sites=4)
+    *others, victim = made.sites
+    before = epsilon(made.spent[victim.name], DELTA)
+    rows = []
+    for site in made.sites:
+        terms = LOUD if site is victim else TERMS
+        made.train(site, RUN, 2, terms)
+        rows.append(made.row(site, RUN, 2, terms, verdict="missing"))
+    rows[-1] |= {"charged": 0, "epsilon": before} | first
+    broken_off(made, rows)
+    assert ("violation", "uncharged") in check(made)
+    assert ("violation", "published") in check(made)
+    if not later:
+        return
+    entered = [row | {"verdict": "accepted", "head": site.note} for site, row in zip(others, rows, strict=False)]
+    bogus = rows[-1] | {"verdict": "missing", "update": "", "plan": named("bogus"), "head": ""}
+    made.commit(RUN, 2, entered if later == "left out" else [*entered, bogus], attempt=2)
+    assert ("violation", "charged") in check(made)
+
+
+def test_a_lifetime_beside_nothing_charged_is_held_too() -> None:
+    made = began(2)
+    rows = [made.row(site, RUN, 3, verdict="missing", update="", charged=0) for site in made.sites]
+    broken_off(made, rows, 3)
+    assert check(made) == set()
+    broken_off(made, [row | {"epsilon": 0.0} for row in rows], 3)
+    assert check(made) == set()
+    broken_off(made, [row | {"epsilon": row["epsilon"] / 2} for row in rows], 3)
+    assert check(made) == {("violation", "published")}
+
+
+@pytest.mark.parametrize("told", ["missing", "not at all"])
+def test_a_site_that_took_no_part_by_the_coordinators_word_is_missed(told: str) -> None:
+    made = Forged(tuple(ForgedSite(f"site-{i}") for i in range(1, 5)))
+    made.begin()
+    *others, victim = made.sites
+    rows = []
+    for site in others:
+        made.train(site, RUN, 1)
+        rows.append(made.row(site, RUN, 1))
+    made.train(victim, RUN, 1, LOUD)
+    if told == "missing":
+        rows.append(made.row(victim, RUN, 1, LOUD, verdict="missing", update="", head="", charged=0, epsilon=0.0))
+    made.commit(RUN, 1, rows)
+    made.close()
+    whole = made.bundle
+    assert found(audit(whole, made.trust())) & {("violation", "uncharged"), ("violation", "untold")}
+    without = replace(whole, sites={i: log for i, log in whole.sites.items() if i != victim.id})
+    got = audit(without, made.trust())
+    assert found(got) == {("incomplete", "no-site-log")}
+    assert "Of site-4 this cannot be said" in lines(without, made.trust(), "overrun")
+    made.trusted.pop(victim.id)
+    assert found(audit(without, made.trust())) == {("incomplete", "stranger")}
+
+
+def test_who_came_after_the_last_round_is_not_missed() -> None:
+    made = began(2)
+    made.close()
+    made.enrol(ForgedSite("site-9"))
+    assert found(audit(made.bundle, made.trust())) == set()
+
+
+@pytest.mark.parametrize("leaf", [False, True])
+@pytest.mark.parametrize("end", ["lose", "void"])
+def test_an_export_between_two_attempts_says_nothing_of_the_second(end: str, leaf: bool) -> None:
+    made = began(1)
+    first, victim, third = made.sites
+    plan = named(RUN, 2, victim.id)
+    made.show(victim)
+    entry = victim.reserve(plan, RUN, 2)
+    if end == "lose":
+        victim.add("lose", entry=entry)
+    else:
+        said = {"event": "void", "entry": entry, "plan": plan, "left": "nothing", "at": victim.at}
+        victim.events.append(canonical(said | {"signature": victim.key.sign(VOID_PURPOSE, canonical(said)).hex()}))
+    for site in (first, third):
+        made.train(site, RUN, 2)
+    rows = [made.row(site, RUN, 2, verdict="missing", update="", head="") for site in made.sites]
+    if leaf:
+        broken_off(made, rows)
+    made.show(victim)
+    early = victim.log
+    made.show(victim)
+    victim.spend(victim.reserve(plan, RUN, 2, noised=[["loss", 0.05]]), named("update", plan))
+    entered = {"verdict": "accepted"}
+    after = [
+        row | (entered | {"update": named("update", row["plan"]), "head": site.note} if site is not victim else {})
+        for site, row in zip(made.sites, rows, strict=True)
+    ]
+    made.commit(RUN, 2, after, attempt=2)
+    made.show(first)
+    made.show(third)
+    old = replace(made.bundle, sites={**made.bundle.sites, victim.id: early})
+    assert ("incomplete", "stale") in found(audit(old, made.trust()))
+    made.show(victim)
+    assert ("violation", "published") in found(audit(made.bundle, made.trust()))
+
+
+def test_a_site_that_was_put_out_before_its_round_was_told_may_have_worked_on_it() -> None:
+    made = began(1, sites=4)
+    victim, *others = made.sites
+    made.show(victim)
+    early = victim.log
+    for site in made.sites:
+        made.train(site, RUN, 2, LOUD if site is victim else TERMS)
+    made.leaf("revoke", site=victim.name)
+    made.cosigned.pop(victim.id)
+    rows = [made.row(site, RUN, 2) for site in others]
+    gone = made.row(victim, RUN, 2, LOUD, verdict="revoked", update="", head="", charged=0)
+    made.commit(RUN, 2, [*rows, gone])
+    for site in others:
+        made.show(site)
+    assert ("violation", "uncharged") in found(audit(made.bundle, made.trust()))
+    old = replace(made.bundle, sites={**made.bundle.sites, victim.id: early})
+    assert found(audit(old, made.trust())) == {("incomplete", "stale")}
+
+
+def test_a_site_that_was_put_out_after_its_last_update_needs_no_newer_export() -> None:
+    made = began(1, sites=4)
+    victim, *others = made.sites
+    for site in made.sites:
+        made.train(site, RUN, 2)
+    made.leaf("revoke", site=victim.name)
+    made.cosigned.pop(victim.id)
+    rows = [made.row(site, RUN, 2) for site in others]
+    made.commit(RUN, 2, [*rows, made.row(victim, RUN, 2, verdict="revoked", update="", head="")])
+    for site in others:
+        made.show(site)
+    assert found(audit(made.bundle, made.trust())) == set()
+
+
+def test_a_cap_that_is_passed_is_told_some_times_and_not_worked_out_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = began(1)
+    site = made.sites[0]
+    for number in range(200):
+        site.reserve(named("p", number), RUN, 1, (20.0, 0.01, 1000 + number), cap=1e-6, admitted=[0.0])
+    made.close()
+    asked = list[object]()
+    monkeypatch.setattr(accountant, "_distribution", _counted(accountant._distribution, asked))
+    accountant.forget()
+    got = audit(made.bundle, made.trust())
+    above = [f for f in got.findings.found if f.code == "cap"]
+    assert [f.kind for f in above] == ["violation"] * MOST_LOW + ["incomplete"]
+    assert len(asked) < 120
+
+
+def _counted(work: Any, asked: list[object]) -> Any:
+    def counted(*what: Any) -> Any:
+        asked.append(what)
+        return work(*what)
+
+    return counted
+
+
+@pytest.mark.parametrize("enough", [False, True])
+def test_what_is_stated_of_whole_clients_is_looked_at_in_good_time(
+    monkeypatch: pytest.MonkeyPatch, enough: bool
+) -> None:
+    made = began(1)
+    for number in range(60):
+        sigma = 5 + number / 1000
+        made.leaf(
+            "spend", run=RUN, number=9, attempt=1, noise_multiplier=sigma, clipping_norm=1.0, noise_std=sigma,
+            delta=DELTA, epsilon=900.0 if enough else 0.1, clients="[]",
+        )  # fmt: skip
+    made.close()
+    monkeypatch.setattr(published, "MOST_KINDS", 40)
+    asked = list[object]()
+    monkeypatch.setattr(accountant, "_distribution", _counted(accountant._distribution, asked))
+    accountant.forget()
+    got = audit(made.bundle, made.trust())
+    mine = [f for f in got.findings.found if f.what.startswith("client level")]
+    assert [f.kind for f in mine] == (
+        ["incomplete"] if enough else ["incomplete"] + ["violation"] * MOST_LOW + ["incomplete"]
+    )
+    assert len(asked) < (20 if enough else 60)
+
+
+def test_who_is_told_of_no_more_is_told_once() -> None:
+    made = began(1)
+    rows = [made.row(site, RUN, 2, verdict="missing", update="") for site in made.sites]
+    broken_off(made, rows)
+    for _ in range(10):
+        broken_off(made, [])
+    got = audit(made.bundle, made.trust())
+    gone = [f for f in got.findings.found if (f.kind, f.code) == ("violation", "charged")]
+    assert [f.where for f in gone] == ["site site-1, site-2, site-3, round 2 of run aaaaaaaa"]
+
+
+def test_months_of_too_many_kinds_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = began(1)
+    site = made.sites[0]
+    for number in range(6):
+        site.at += 2.7e6
+        site.reserve(named("p", number), RUN, 1, (20.0, 0.01, 100 + number))
+        site.at -= 60
+    made.close()
+    monkeypatch.setattr(budget, "MOST_KINDS", 4)
+    (block,) = [b for b in audit(made.bundle, made.trust()).blocks if b.site == site.name]
+    assert len(block.periods) == 7
+    assert {p.alone_sure for p in block.periods} == {False}
+
+
+def test_a_disputed_entry_excuses_no_cap_that_is_passed_without_it() -> None:
+    made = began(1)
+    site, other = made.sites[0], ForgedSite("site-1")
+    plan = named(RUN, 2, site.id)
+    entry = site.reserve(plan, RUN, 2)
+    said = {"event": "void", "entry": entry, "plan": plan, "left": "nothing", "at": site.at}
+    site.events.append(canonical(said | {"signature": other.key.sign(VOID_PURPOSE, canonical(said)).hex()}))
+    site.spend(site.reserve(named("loud"), RUN, 3, LOUD, cap=1.0), named("u"))
+    made.close()
+    made.trusted[other.id] = ("site-1", other.key.verify_key)
+    got = audit(made.bundle, made.trust())
+    assert ("violation", "cap") in found(got)
