@@ -6,14 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from cloister_shared.audit import accountant, budget, published
+from cloister_shared.audit import accountant, budget, published, spends
+from cloister_shared.audit.bundle import Bundle
 from cloister_shared.audit.command import audit
 from cloister_shared.audit.stated import MOST_LOW
 from cloister_shared.encoding import canonical
 from cloister_shared.plan import VOID_PURPOSE
 from cloister_shared.privacy import epsilon
 
-from support.forged import DELTA, RUN, TERMS, Forged, ForgedSite, began, by_key, check, found, lines, named
+from support.forged import DELTA, RUN, TERMS, Forged, ForgedSite, again, began, by_key, check, found, lines, named
 
 # What no coordinator wants to publish.
 LOUD = (0.6, 0.2, 100)
@@ -247,3 +248,156 @@ def test_a_disputed_entry_excuses_no_cap_that_is_passed_without_it() -> None:
     first.spend(first.reserve(named("loud"), RUN, 3, LOUD, cap=2.0), named("u"))
     made.close()
     assert ("violation", "cap") in found(audit(made.bundle, by_key(made)))
+
+
+def hidden(made: Forged, number: int, victim: ForgedSite, told: bool) -> None:
+    """A round in which a site works, and of which the coordinator says that it took no part, or nothing."""
+    rows = []
+    for site in made.sites:
+        made.train(site, RUN, number, LOUD if site is victim else TERMS)
+        rows += [made.row(site, RUN, number)] if site is not victim else []
+    missing = {"verdict": "missing", "update": "", "head": "", "charged": 0, "epsilon": 0.0}
+    made.commit(RUN, number, [*rows, *([made.row(victim, RUN, number, LOUD, **missing)] if told else [])])
+
+
+def left_out(made: Forged, *keys: str) -> Bundle:
+    """Everything without the logs of some keys."""
+    return replace(made.bundle, sites={i: log for i, log in made.bundle.sites.items() if i not in keys})
+
+
+def four() -> Forged:
+    """Four sites and a run."""
+    made = Forged(tuple(ForgedSite(f"site-{i}") for i in range(1, 5)))
+    made.begin()
+    return made
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_another_log_of_a_name_is_not_the_one_that_is_left_out(told: bool) -> None:
+    made = four()
+    victim = made.sites[0]
+    hidden(made, 1, victim, told)
+    again(made)
+    made.round(2)
+    made.close()
+    for trust in (made.trust(), by_key(made)):
+        assert ("incomplete", "no-site-log") in found(audit(made.bundle, trust))
+    whole = replace(made.bundle, sites={**made.bundle.sites, victim.id: victim.log})
+    assert any(kind == "violation" for kind, _ in found(audit(whole, made.trust())))
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_what_another_key_adds_to_a_log_says_nothing_of_the_one_before_it(told: bool) -> None:
+    """A site takes the name of one that was put out, and brings its old log with events of its own."""
+    made = began(1, sites=4)
+    victim, *others = made.sites
+    made.show(victim)
+    early = list(victim.events)
+    hidden(made, 2, victim, told)
+    made.leaf("revoke", site=victim.name)
+    made.cosigned.pop(victim.id)
+    other = ForgedSite(victim.name, origin=victim.origin, events=early, at=victim.at)
+    made.enrol(other)
+    made.sites = (other, *others)
+    made.close()
+    assert ("incomplete", "stale") in found(audit(made.bundle, by_key(made)))
+
+
+@pytest.mark.parametrize("export", [False, True])
+def test_a_site_that_the_log_never_took_in_is_missed(export: bool) -> None:
+    made = Forged()
+    victim = ForgedSite("site-9")
+    made.trusted[victim.id] = (victim.name, victim.key.verify_key)
+    made.begin()
+    made.show(victim)
+    made.round(1)
+    made.close()
+    sites = {**made.bundle.sites, **({victim.id: victim.log} if export else {})}
+    code = "stale" if export else "no-site-log"
+    assert found(audit(replace(made.bundle, sites=sites), made.trust())) == {("incomplete", code)}
+    # Of a federation that has told no round nobody was asked.
+    fresh = Forged()
+    fresh.trusted[victim.id] = (victim.name, victim.key.verify_key)
+    assert found(audit(fresh.bundle, fresh.trust())) & {("incomplete", "no-site-log")} == set()
+
+
+@pytest.mark.parametrize("export", [False, True])
+def test_who_is_put_out_for_a_moment_was_there_all_the_time(export: bool) -> None:
+    made = four()
+    *others, victim = made.sites
+    made.show(victim)
+    early = victim.log
+    for site in made.sites:
+        made.train(site, RUN, 1, LOUD if site is victim else TERMS)
+    rows = [made.row(site, RUN, 1) for site in others]
+    made.leaf("revoke", site=victim.name)
+    made.commit(RUN, 1, rows)
+    made.enrol(victim)
+    for site in others:
+        made.show(site)
+    bundle = left_out(made, victim.id)
+    bundle = replace(bundle, sites={**bundle.sites, **({victim.id: early} if export else {})})
+    bundle = replace(bundle, cosignatures={i: one for i, one in bundle.cosignatures.items() if i != victim.id})
+    assert found(audit(bundle, made.trust())) == {("incomplete", "stale" if export else "no-site-log")}
+
+
+def test_whom_a_row_names_is_missed_though_it_was_put_out() -> None:
+    made = Forged(tuple(ForgedSite(f"site-{i}") for i in range(1, 5)))
+    victim = made.sites[3]
+    made.leaf("revoke", site=victim.name)
+    made.begin()
+    hidden(made, 1, victim, told=True)
+    made.close()
+    made.cosigned.pop(victim.id)
+    assert found(audit(left_out(made, victim.id), made.trust())) == {("incomplete", "no-site-log")}
+
+
+def test_a_head_with_the_commit_in_it_is_as_good_as_a_receipt_for_the_last_round() -> None:
+    made = began(3, sites=4)
+    *others, away = made.sites
+    for site in others:
+        made.show(site)
+    assert found(audit(made.bundle, made.trust())) == {("incomplete", "no-receipt")}
+    at = made.head
+    away.add("fetched", note=at.signed(made.key), log=at.origin, size=at.size, root=at.root.hex())
+    assert found(audit(made.bundle, made.trust())) == set()
+
+
+def test_a_work_has_one_set_of_terms_and_one_end() -> None:
+    made = began(1)
+    site = made.sites[0]
+    for terms in (TERMS, LOUD):
+        site.reserve(named("work"), RUN, 2, terms)
+    made.close()
+    assert ("violation", "terms") in check(made)
+    made = began(1)
+    site = made.sites[0]
+    for _ in range(2):
+        site.spend(site.reserve(named("work"), RUN, 2), named("update"))
+    made.close()
+    assert ("violation", "order") in check(made)
+
+
+def test_many_rows_and_entries_of_one_work_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = began(1)
+    site = made.sites[0]
+    plan = named(RUN, 2, site.id)
+    for _ in range(300):
+        site.add("lose", entry=site.reserve(plan, RUN, 2))
+    for _ in range(300):
+        broken_off(made, [made.row(site, RUN, 2, verdict="missing", update="", epsilon=900.0)])
+    made.close()
+    looked = list[object]()
+    monkeypatch.setattr(spends, "_whose", _counted(spends._whose, looked))
+    got = audit(made.bundle, made.trust())
+    assert {(f.kind, f.code) for f in got.findings.found} == {("incomplete", "charged")}
+    assert len(looked) < 1000
+
+
+@pytest.mark.parametrize(("module", "limit"), [(published, "_MOST_TOLD"), (budget, "_MOST_ON_THE_WAY")])
+def test_what_is_too_much_in_all_is_not_worked_out(monkeypatch: pytest.MonkeyPatch, module: Any, limit: str) -> None:
+    made = began(4)
+    made.close()
+    assert check(made) == set()
+    monkeypatch.setattr(module, limit, 10)
+    assert check(made) == {("incomplete", "published" if module is published else "cap")}

@@ -347,8 +347,9 @@ def test_a_round_that_was_charged_again_costs_all_of_its_charges() -> None:
     for site in made.sites:
         made.show(site)
         plan = named(RUN, 1, site.id)
-        for attempt in range(3):
-            site.spend(site.reserve(plan, RUN, 1, terms, secure=made.masks), named("update", plan, attempt))
+        for _ in range(2):
+            site.add("lose", entry=site.reserve(plan, RUN, 1, terms, secure=made.masks))
+        site.spend(site.reserve(plan, RUN, 1, terms, secure=made.masks), named("update", plan))
     made.commit(
         RUN, 1, [made.row(site, RUN, 1, terms, charged=3, update="") for site in made.sites], [group], draw, attempt=3
     )

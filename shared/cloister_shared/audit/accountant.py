@@ -45,7 +45,7 @@ def _rdp_of(step: Step) -> Any:
     return RdpAccountant(orders=_ORDERS).compose(PoissonSampledDpEvent(_bounded(rate), GaussianDpEvent(sigma))).rdp
 
 
-@cache
+@lru_cache(maxsize=1 << 14)
 def by_rdp(steps: Steps, delta: float) -> float:
     """Epsilon by dp-accounting's RDP.
 

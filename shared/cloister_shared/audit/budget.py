@@ -23,6 +23,8 @@ TOLERANCE = 0.02
 MOST_KINDS = 300
 # Kinds in all distinct histories of one site's blocks together: each is laid out by itself.
 MOST_IN_ALL = 3000
+# Entries of all blocks together, each counted with its block's kinds: so much is held against caps.
+_MOST_ON_THE_WAY = 5_000_000
 # What a site with several logs is told by.
 SEVERAL = "logs, of one text or of several"
 # How often PLD is worked out for the way there, over all blocks: each takes about 0.1 s.
@@ -114,20 +116,25 @@ def check_budgets(ledgers: Mapping[str, Ledger], findings: Findings) -> list[Blo
                 of.setdefault(block, []).extend([entry] if entry.state != "void" else [])
         charged += [(ledger, block, of[block]) for block in sorted(of)]
     known, in_all, beyond = dict[tuple[str, tuple[int, ...]], Block](), Counter[str](), dict[str, str]()
+    on_the_way = 0
     for ledger, block, entries in charged:
         # Blocks that always were in the same rounds are one history.
         same = ledger.client, tuple(entry.number for entry in entries)
         if same not in known:
             kinds = len({step for entry in entries for step in entry.steps})
             in_all[ledger.client] += kinds
-            if kinds and (kinds > MOST_KINDS or in_all[ledger.client] > MOST_IN_ALL):
+            on_the_way += kinds * len(entries)
+            if kinds and (kinds > MOST_KINDS or in_all[ledger.client] > MOST_IN_ALL or on_the_way > _MOST_ON_THE_WAY):
                 known[same] = _bounded(ledger, block, entries)
                 beyond.setdefault(ledger.client, f"site {ledger.name} block {block}")
             else:
                 known[same] = _block(ledger, block, entries, max(2, _SURE_POINTS // len(charged)), findings)
         out.append(replace(known[same], block=block))
     for where in beyond.values():
-        what = f"releases of more than {MOST_KINDS} kinds, or {MOST_IN_ALL} with blocks before it: not worked out, nor others"
+        what = (
+            f"releases of more than {MOST_KINDS} kinds, or {MOST_IN_ALL} with blocks before it, or too many entries of as many:"
+            " not worked out, nor others"
+        )
         findings.incomplete("cap", where, what)
     _together_of_names(ledgers, charged, findings)
     if out:

@@ -23,6 +23,8 @@ from cloister_shared.audit.stated import MOST_LOW, Stated, too_low
 
 # Kinds of release in all histories of a site's own ledger that are worked out.
 _MOST_TRIED = 20_000
+# Kinds of release in all figures together: each is held against all that it is of.
+_MOST_TOLD = 3_000_000
 # What a coordinator states of a client whose card it has no more.
 _NO_UNIT = "not said"
 
@@ -61,7 +63,7 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
     """
     whole, beyond = dict[tuple[str, str], Counter[Step]](), set[str]()
     # Each time that a series does not grow, or is stated at another delta, all of its kinds are laid out again.
-    delta_of, laid = dict[str, float](), Counter[str]()
+    delta_of, laid, told_in_all = dict[str, float](), Counter[str](), 0
     # In the order of the log, of each site, and of each site's part of a run.
     lifetimes, runs = dict[str, list[_Said]](), dict[tuple[str, str], list[_Said]]()
     # Charged, though the round came to nothing; a commit of the same round counts these attempts again.
@@ -103,11 +105,12 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
             if not before <= events or delta_of.get(whose) != one.delta:
                 laid[whose] += len(sum_of)
             delta_of[whose] = one.delta
-            if len(sum_of) > MOST_KINDS or laid[whose] > MOST_IN_ALL:
+            told_in_all += len(sum_of) + len(run_of)
+            if len(sum_of) > MOST_KINDS or laid[whose] > MOST_IN_ALL or told_in_all > _MOST_TOLD:
                 if whose not in beyond:
                     what = (
-                        f"its releases are of more than {MOST_KINDS} kinds, or stated at too many deltas: what is published from here"
-                        " on was not worked out"
+                        f"its releases are of more than {MOST_KINDS} kinds, or stated at too many deltas, or too many are before them:"
+                        " what is published from here on was not worked out"
                     )
                     findings.incomplete("published", where, what)
                 beyond.add(whose)
@@ -124,9 +127,9 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
             if +sum_of:
                 mine = _Said(where, leaf.index, one, one.epsilon, tuple(sorted((+sum_of).items())))
                 lifetimes.setdefault(whose, []).append(mine)
-    bad, tried = set[str](), _Tried()
+    bad, tried = set[str](), _Tried.of(history)
     for (whose, run), each in runs.items():
-        low, own = set(too_low([one.stated for one in each], TOLERANCE)), _Owns(of, {run}, history, tried)
+        low, own = set(too_low([one.stated for one in each], TOLERANCE)), _Owns(of, {run}, tried)
         for place, said_of in enumerate(_up_to(each, low, findings)):
             if place in low:
                 _tell(said_of, " for its run", findings)
@@ -173,7 +176,7 @@ def _lifetimes(
 ) -> None:
     told, mine = set[str](), set[str]()
     for each in lifetimes:
-        low, own = set(too_low([one.stated for one in each], TOLERANCE)), _Owns(of, history.runs, history, tried)
+        low, own = set(too_low([one.stated for one in each], TOLERANCE)), _Owns(of, history.runs, tried)
         for place, said in enumerate(_up_to(each, low, findings)):
             if place in low:
                 _tell(said, "", findings)
@@ -232,15 +235,30 @@ class _Walk:
 
 @dataclass
 class _Tried:
-    """Histories of sites' own ledgers that were worked out.
+    """Histories of sites' own ledgers that were worked out, and what the log tells of rounds: once for all sites and runs.
 
     Attributes:
         kinds: Of release, in all of them.
         known: The histories.
+        places: Where each round is told first.
+        final: By client and leaf: the last leaf that tells of its part in a round, and those after which nothing more was charged.
     """
 
     kinds: int = 0
     known: set[Steps] = field(default_factory=set)
+    places: dict[tuple[str, int], int] = field(default_factory=dict)
+    final: set[tuple[str, int]] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, history: History) -> _Tried:
+        """Nothing yet."""
+        told = history.told
+        rows = [(leaf, one) for leaf in told for one in leaf.asked]
+        last = {(one.client, leaf.run, leaf.number): one.charged for leaf, one in rows}
+        final = {
+            (one.client, leaf.index) for leaf, one in rows if one.charged >= last[one.client, leaf.run, leaf.number]
+        }
+        return cls(places={(leaf.run, leaf.number): leaf.index for leaf in reversed(told)}, final=final)
 
     def add(self, steps: Steps) -> None:
         """One more, where it is."""
@@ -254,19 +272,12 @@ class _Owns:
     Args:
         of: Sites' own ledgers, by each key that their site had.
         runs: Whose entries count.
-        history: The federation's log.
         tried: What was worked out before this.
     """
 
-    def __init__(self, of: Mapping[str, Ledger], runs: Collection[str], history: History, tried: _Tried) -> None:
+    def __init__(self, of: Mapping[str, Ledger], runs: Collection[str], tried: _Tried) -> None:
         self._of, self._runs, self._walks, self._tried = of, runs, dict[str, _Walk](), tried
-        self._places = {(leaf.run, leaf.number): leaf.index for leaf in reversed(history.told)}
-        rows = [(leaf, one) for leaf in history.told for one in leaf.asked]
-        last = {(one.client, leaf.run, leaf.number): one.charged for leaf, one in rows}
-        # The last leaf that tells of a site's part in a round, and those before it after which nothing was charged.
-        self._final = {
-            (one.client, leaf.index) for leaf, one in rows if one.charged >= last[one.client, leaf.run, leaf.number]
-        }
+        self._places, self._final = tried.places, tried.final
 
     def check(self, said: _Said, whose: str, findings: Findings) -> bool:
         """Whether what was published after a work is not below the ledgers' entries up to it."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from cloister_shared.audit.accountant import Step
 from cloister_shared.audit.bundle import Bundle, SiteLog
-from cloister_shared.audit.federation import History
+from cloister_shared.audit.federation import Aborted, History, RoundCommit
 from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.heads import origin_of
 from cloister_shared.audit.reading import MALFORMED, hexes, integer, number, record_of, words
@@ -91,7 +91,9 @@ class Ledger:
         signed: Events of the longest head of this log that any of ``keys`` signed; where that is more than ``size``, the end is
             missing here. Also of keys that the log alone calls this site's: what they signed may be its own.
         federation: Leaves of the federation's log by the newest head or receipt in this log; more than are here where that is cut.
-        plans: The entries again, by their work.
+        plans: The entries again, by their work; of those that came to the same, the first.
+        held_by: Events of the longest head of this log that each key signed and that is of what is here, by client id.
+        saw: How many leaves of the federation's log this one knew of by which event, wherever it came to know more.
     """
 
     client: str
@@ -109,6 +111,8 @@ class Ledger:
     federation: int = 0
     plans: dict[str, list[Entry]] = field(default_factory=dict)
     own: frozenset[str] = frozenset()
+    held_by: dict[str, int] = field(default_factory=dict)
+    saw: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def cut(self) -> bool:
@@ -161,44 +165,56 @@ def check_site(
     ledger.own = frozenset([client, *(i for i in mine if known.get(i) == origin)])
     _check_heads(ledger, tree, bundle, trust, history, findings, where)
     for index, event in enumerate(log.events):
-        at = f"{where} event {index + 1}"
+        at, before = f"{where} event {index + 1}", ledger.federation
         try:
             _tell(ledger, index, record_of(event, at), trust, history, findings, at)
         except (CloisterError, *MALFORMED) as error:
             findings.violation("event", at, f"malformed: {error}"[:300])
+        ledger.saw += [(index, ledger.federation)] if ledger.federation > before else []
+    for plan, entries in ledger.plans.items():
+        ledger.plans[plan] = list({(e.state, e.vector): e for e in reversed(entries)}.values())[::-1]
     if history.records and ledger.federation > len(history.tree):
         what = (
             f"this site has a signed head or receipt of {ledger.federation} leaves of the federation's log, {len(history.tree)} are here:"
             " that was put back or cut, or its export is older than this site's; take a newer one"
         )
         findings.fork("witnessed", where, what)
-    _seen_late(ledger, history, findings, where)
+    _seen_late(ledger, trust, history, findings, where)
     if open_ := sum(entry.state == "reserved" for entry in ledger.entries.values()):
         findings.held.append(f"{where}: {many(open_, 'open reservation counts', 'open reservations count')} as spent")
     return ledger
 
 
-def _seen_late(ledger: Ledger, history: History, findings: Findings, where: str) -> None:
+def _seen_late(ledger: Ledger, trust: Trust, history: History, findings: Findings, where: str) -> None:
     """Rounds that this log saw nothing of, or not the end of: an export of before them is as honest, and says as little.
 
-    What was spent is the end: a site does one work a round, and that once. Of one that was lost or given back there may be more.
+    What was spent is the end: a site does one work a round, and that once. Of one that was lost or given back there may be more. A key
+    that the log alone calls this site's says no more than the heads that it signed itself: what comes after them may be another's.
     """
-    known = {(e.run, e.round) for e in ledger.entries.values() if e.state == "spent"}
-    mine = {key.id.hex() for key in ledger.keys}
-    spans = [span for key in mine for span in history.spans.get(key, ())]
-    late = [
-        leaf
-        for leaf in history.told
-        if leaf.index >= ledger.federation
-        and (leaf.run, leaf.number) not in known
-        # One that was put out before its round was told may have worked on it.
-        and (any(start < leaf.index < end for start, end in spans) or any(one.client in mine for one in leaf.asked))
-    ]
+    sure, late = trust.surely(ledger.name) | {ledger.client}, dict[int, RoundCommit | Aborted]()
+    # Whom the log never took in may have been asked all the same.
+    enrolled = any(key.id.hex() in history.names for key in ledger.keys)
+    # Of a key that signed no head of this log ``spends.idle`` tells.
+    for client in (i for i in (key.id.hex() for key in ledger.keys) if i in sure | ledger.own):
+        until = ledger.size if client in sure else ledger.held_by.get(client, 0)
+        seen = max((leaves for index, leaves in ledger.saw if index < until), default=0)
+        known = {(e.run, e.round) for e in ledger.entries.values() if e.state == "spent" and e.closed_at < until}
+        spans = history.spans.get(client, ()) if enrolled else [(-1, _FAR)]
+        # One that is back was asked, perhaps, while it was put out.
+        first, last = (spans[0][0], spans[-1][1]) if spans else (_FAR, -1)
+        late |= {
+            leaf.index: leaf
+            for leaf in history.told
+            if leaf.index >= seen
+            and (leaf.run, leaf.number) not in known
+            # One that was put out before its round was told may have worked on it.
+            and (first < leaf.index < last or any(one.client == client for one in leaf.asked))
+        }
     if late:
-        seen = many(ledger.federation, "leaf", "leaves")
+        seen_by = many(ledger.federation, "leaf", "leaves")
         what = (
-            f"its log, as it is here, saw {seen} of the federation's log; of {many(len(late), 'round')} told after them, the last at leaf"
-            f" {late[-1].index}, it says nothing: take a newer export of it"
+            f"its log, as it is here, saw {seen_by} of the federation's log; of {many(len(late), 'round')} told after them, the last at"
+            f" leaf {max(late)}, it says nothing: take a newer export of it"
         )
         findings.incomplete("stale", where, what)
 
@@ -215,7 +231,8 @@ def _check_heads(
         findings.fork("remembered", where, f"the first {known.size} events are other ones than were seen before")
     sure = trust.surely(ledger.name) | {ledger.client}
     for one_bundle in (bundle, *bundle.others):
-        for client, note in one_bundle.heads.items():
+        notes = [*one_bundle.heads.items(), *((client, log.note) for client, log in one_bundle.sites.items())]
+        for client, note in notes:
             key = trust.sites.get(client)
             if key is None or key not in ledger.keys:
                 continue
@@ -227,6 +244,8 @@ def _check_heads(
             if head.size <= len(tree) and tree.root(head.size) != head.root:
                 what = f"the coordinator has a head of {head.size} events that {_whose(client, sure)} signed: not the first ones here"
                 (findings.fork if client in sure else findings.incomplete)("newest-head", where, what)
+            elif head.size <= len(tree):
+                ledger.held_by[client] = max(head.size, ledger.held_by.get(client, 0))
     for commit in history.commits:
         for one in commit.asked:
             key = trust.sites.get(one.client)
@@ -246,6 +265,7 @@ def _check_heads(
                 (findings.fork if one.client in sure else findings.incomplete)("anchored-head", at, what)
             elif head.size <= len(tree):
                 ledger.anchors[commit.index] = head.size
+                ledger.held_by[one.client] = max(head.size, ledger.held_by.get(one.client, 0))
     if ledger.cut:
         what = f"the coordinator has a head of {ledger.signed} events of this log, {len(tree)} are here: an older export, or cut"
         findings.incomplete("newest-head", where, what)
@@ -339,7 +359,11 @@ def _reserve(ledger: Ledger, record: dict[str, Any], findings: Findings, at: str
         hexes(record, "secure", 32, empty=True),
     )
     ledger.entries[found] = entry
-    ledger.plans.setdefault(entry.plan, []).append(entry)
+    before = ledger.plans.setdefault(entry.plan, [])
+    if before and (before[0].terms, before[0].secure) != (entry.terms, entry.secure):
+        findings.violation("terms", at, "an earlier entry of the same work has other terms, or is of another group")
+        return
+    before.append(entry)
     if not ledger.caps or ledger.caps[-1][1:] != (cap, delta):
         ledger.caps.append((when, cap, delta))
 
@@ -360,6 +384,8 @@ def _close(
         findings.violation("order", at, f"{record['event']} of entry {found}, which {what}")
         return
     entry.state, entry.closed_at = _CLOSES[record["event"]], index
+    if entry.state == "spent" and any(e.state == "spent" and e is not entry for e in ledger.plans.get(entry.plan, ())):
+        findings.violation("order", at, f"spend of entry {found}, whose work was spent before")
     if entry.state == "spent":
         entry.update, entry.vector = hexes(record, "update", 32), hexes(record, "vector", 32, empty=True)
     if entry.state == "void":

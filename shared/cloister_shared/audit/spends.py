@@ -100,8 +100,9 @@ def _from_log(
             if ledger is not None and one.verdict == "accepted":
                 matched += _accepted(one, leaf, ledger, findings, where)
                 # Receipts come with the next plan or the run's end: whoever was put out before has none for its last round.
+                # A head that it has of the log with this commit in it says as much.
                 if one.plan not in ledger.receipts and not (
-                    one.client in history.left and newest[one.client] == leaf.index
+                    newest[one.client] == leaf.index and (one.client in history.left or ledger.federation > leaf.index)
                 ):
                     late = " (the last of its run: it may be on its way)" if leaf.number == last[leaf.run] else ""
                     findings.incomplete("no-receipt", where, f"the site has no receipt for it{late}")
@@ -128,6 +129,10 @@ def _from_log(
     for name in sorted({n for i, n in unheard.items() if i not in trust.sites} - strangers):
         what = "it was enrolled, and took no part by the coordinator's word; the trust file does not name its key"
         findings.incomplete("stranger", f"site {name}", what)
+    taken = set(history.names.values())
+    for name in sorted({trust.called(i) for i in trust.sites if i not in of} - taken) if history.told else ():
+        what = "the trust file names it, and the federation's log never took it in: its own log is not here: ask it for its export"
+        findings.incomplete("no-site-log", f"site {name}", what)
 
 
 def idle(history: History, of: Mapping[str, Ledger]) -> dict[str, str]:
@@ -137,11 +142,23 @@ def idle(history: History, of: Mapping[str, Ledger]) -> dict[str, str]:
         history: The federation's log.
         of: From ``ledgers_by_client``.
     """
-    told = [leaf.index for leaf in history.told]
+    told, named = {leaf.index for leaf in history.told}, {one.client for leaf in history.told for one in leaf.asked}
+    # A round's time: from its run's last leaf to the one that tells of it.
+    last, since, until = dict[str, int](), list[int](), list[int]()
+    for index, record in enumerate(history.records):
+        if record.get("kind") in ("policy", "round_commit", "incident") and isinstance(run := record.get("run"), str):
+            if index in told:
+                since.append(last.get(run, index))
+                until.append(index)
+            last[run] = index
+    since.sort()
     return {
         client: history.names[client]
         for client, spans in history.spans.items()
-        if client not in of and any(bisect_right(told, start) < bisect_left(told, end) for start, end in spans)
+        # A key that signed no head of a log here may have had another.
+        if (client not in of or client not in of[client].own)
+        # One that is back was asked, perhaps, while it was put out.
+        and (client in named or bisect_left(since, spans[-1][1]) > bisect_right(until, spans[0][0]))
     }
 
 
@@ -164,7 +181,7 @@ def _sums(
                 findings.violation("sums", where, f"a sum has {client[:16]}, who took no part by the same commit")
             elif one.update:
                 findings.violation("sums", where, f"a sum has {one.name}, whose own update is named beside it")
-            elif (ledger := of.get(client)) is not None:
+            elif (ledger := of.get(client)) is not None and client in ledger.own:
                 under = {e.secure for e in ledger.plans.get(one.plan, ()) if e.state != "void"}
                 group_of = drawn.get((commit.index, client))
                 if one.verdict != "accepted" and not any(under) and not _beyond(commit, ledger):
@@ -223,13 +240,19 @@ def _from_ledgers(
     elsewhere = defaultdict[str, set[str]](set)
     for ledger in ledgers.values():
         counted = Counter((e.plan, e.run, e.round) for e in ledger.entries.values() if e.state != "void")
+        rows = dict[tuple[str, str, int], tuple[list[Asked], list[str]]]()
         for entry in ledger.entries.values():
             where = f"site {ledger.name}, entry {entry.number}, round {entry.round} of run {entry.run[:8]}"
             key = entry.plan, entry.run, entry.round
             if entry.state == "void" or entry.disputed:
                 continue
-            said = [one for one in told.get(key, ()) if _whose(one, ledgers, of, trust) is ledger]
-            unknown = [i for one in told.get(key, ()) for i in [one.client] if i not in trust.sites]
+            if key not in rows:
+                mine = [one for one in told.get(key, ()) if _whose(one, ledgers, of, trust) is ledger]
+                # Of many leaves the most that any of them says.
+                most_said = max(mine, key=lambda one: (one.took_part, one.charged), default=None)
+                unknown = sorted({one.client for one in told.get(key, ())} - set(trust.sites))
+                rows[key] = [] if most_said is None else [most_said], unknown
+            said, unknown = rows[key]
             if entry.run not in history.runs:
                 elsewhere[entry.run].add(ledger.name)
             elif said and not any(one.took_part for one in said):
