@@ -105,6 +105,26 @@ class Remembered:
                     out.setdefault(int(number), newest)
             return out
 
+    def seen_elsewhere(self, run: str, log: str) -> int | None:
+        """How many leaves of another's log this site had seen when it last reserved, where that was for another run and none for this."""
+        event = "CAST(record AS TEXT)"
+        with self._chain.reading() as db:
+            found = db.execute(
+                f"SELECT json_extract({event}, '$.event'), json_extract({event}, '$.run'), json_extract({event}, '$.size')"  # noqa: S608
+                f" FROM event WHERE json_extract({event}, '$.event') = 'reserve'"
+                f" OR (json_extract({event}, '$.event') = 'witness' AND json_extract({event}, '$.log') = ?) ORDER BY seq",
+                (log,),
+            )
+            newest, last = 0, None
+            for kind, of, size in found:
+                if kind == "witness":
+                    newest = int(size)
+                elif of == run:
+                    return None
+                else:
+                    last = newest
+            return last
+
     def receipt(self, record: dict[str, object]) -> None:
         """Chains what the coordinator says became of an update, once for each work."""
         with self._chain.transaction() as (db, events):

@@ -335,8 +335,9 @@ def work(desk: Desk, core: PlanCore, rest: bytes) -> tuple[bytes, tuple[NonPriva
         write_durably(desk.kept / f"{core.digest}.f32", update)
         desk.ledger.spend(entry, digest(update), digest(vector_to_bytes(vector)))
     except BaseException as error:
-        desk.ledger.lose(entry)
+        # First: where the ledger cannot be written either, the next plan must not find half a step.
         desk.cool()
+        desk.ledger.lose(entry)
         if isinstance(error, Exception):
             what = "training failed; what was reserved stays charged"
             raise RefusedError("train.failed", what, got=f"{type(error).__name__}: {error}"[:300]) from error

@@ -27,6 +27,7 @@ from cloister_shared.sealing import OpeningKey
 from cloister_shared.settings import quote, read_toml
 from cloister_shared.signing import SigningKey
 from cloister_shared.tls import make_node_key, make_tls
+from cloister_shared.witness import FEDERATION_LOGS, log_of_federation
 
 from cloister_client.policy import Policy
 
@@ -172,8 +173,18 @@ def is_up(home: Path) -> bool:
 
 def pulled_note(site: Site) -> str | None:
     """The newest head of the federation's log that a pull saw, as its coordinator signed it, unchecked; None before the first."""
-    path = site.home / PULLED
-    return path.read_text() if path.is_file() else None
+    path, own = site.home / PULLED, log_of_federation(site.coordinator().verify_key)
+    try:
+        note = path.read_text() if path.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        what, mend = (
+            "the head that a pull saw cannot be read",
+            "see to the file's owner and mode, then cloister site pull",
+        )
+        raise StateError(what, where=str(path), got=str(error)[:200], mend=mend) from error
+    of = "" if note is None else note.partition("\n")[0]
+    # Of the coordinator that this site had before it joined another one: it says nothing of this one's log.
+    return None if of.startswith(FEDERATION_LOGS) and of != own else note
 
 
 def act_as_agent(site: Site) -> None:

@@ -16,12 +16,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cloister_shared.answers import Preface
-from cloister_shared.errors import RefusedError, RollbackError, VerificationError
+from cloister_shared.errors import CloisterError, RefusedError, RollbackError, VerificationError
 from cloister_shared.notes import Checkpoint, own_note, read_checkpoint
+from cloister_shared.receipts import LACKS_RECEIPT
 from cloister_shared.signing import SigningKey, VerifyKey
 from cloister_shared.witness import View, follow, log_of_federation, witnesses
 
 from cloister_client.budget import Ledger
+from cloister_client.remembered import MEANWHILE
+
+# How often a view is looked at, where exports keep heads at the same time.
+_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Witness:
     def look(self, view: View, own_head: str) -> tuple[Checkpoint | None, str]:
         """Follows the coordinator's log to its newest head, remembers and cosigns it.
 
+        Where an export keeps another head at the same time, the view is held against that one too.
+
         Args:
             view: What came with a plan or at a run's end.
             own_head: The newest head of this site's log that the coordinator has, or empty.
@@ -64,12 +71,21 @@ class Witness:
         Raises:
             RefusedError: The log shrank or forked, the view does not hold, or this site's own ledger was put back.
         """
+        for _ in range(_TRIES - 1):
+            try:
+                return self._look(view, own_head)
+            except RefusedError as error:
+                if error.rule != MEANWHILE:
+                    raise
+        return self._look(view, own_head)
+
+    def _look(self, view: View, own_head: str) -> tuple[Checkpoint | None, str]:
         known = before, fetched = self.ledger.heads_of(self.origin)
         now = self._follow(view, before)
         if fetched is not None:
             self._beside(view, before, now, fetched, fetched.text)
-        if note := self.pulled():
-            self._beside(view, before, now, self._read(note, "pulled head"), note)
+        if (pulled := self._pulled()) is not None:
+            self._beside(view, before, now, *pulled)
         self._own(own_head)
         if before != now:
             self.ledger.witness(now, own_note(view.note, self.coordinator, self.origin), known)
@@ -89,8 +105,24 @@ class Witness:
         return read_checkpoint(note, self.coordinator, self.origin, where).checkpoint
 
     def known(self) -> Checkpoint | None:
-        """The newest head of the coordinator's log that this site saw or fetched; None before the first."""
-        return self.ledger.known_head(self.origin)
+        """The newest head of the coordinator's log that this site saw, fetched or pulled; None before the first."""
+        pulled = self._pulled()
+        found = [self.ledger.known_head(self.origin), None if pulled is None else pulled[0]]
+        return max((head for head in found if head is not None), key=lambda head: head.size, default=None)
+
+    def _pulled(self) -> tuple[Checkpoint, str] | None:
+        """The head that a pull kept, and its note.
+
+        Raises:
+            RefusedError: It cannot be read: what it said binds, whoever damaged it.
+        """
+        try:
+            note = self.pulled()
+            return None if note is None else (self._read(note, "pulled head"), note)
+        except CloisterError as error:
+            raise RefusedError(
+                "witness.pulled", error.what, where=error.where, got=error.got, mend=error.mend
+            ) from error
 
     def fetched(self, view: View, before: Checkpoint | None) -> None:
         """Follows the coordinator's log as this site fetched it beside its rounds, and remembers its head.
@@ -105,14 +137,15 @@ class Witness:
         Raises:
             RefusedError: As ``look``.
         """
-        now = self._follow(view, before)
+        pulled = self._pulled()
+        now = self._follow(view, before, pulled[1] if pulled is not None and pulled[0] == before else "")
         known = self.ledger.heads_of(self.origin)
         # An agent at work may have seen more than was asked for here: then the newest of what it saw before that.
         for head in (self.ledger.seen_head(self.origin, now.size), known[1]):
             if head is not None and head.size <= now.size:
                 self._follow(view, head)
-        if (note := self.pulled()) and (pulled := self._read(note, "pulled head")).size <= now.size:
-            self._follow(view, pulled, note)
+        if pulled is not None and pulled[0].size <= now.size:
+            self._follow(view, *pulled)
         if all(head is None or head.size < now.size for head in known):
             self.ledger.fetched(now, own_note(view.note, self.coordinator, self.origin), known)
 
@@ -160,16 +193,25 @@ class Witness:
         told = {receipt["round"] for receipt in receipts}
         if missing := [one for one in self.ledger.spent_before(run, number) if one not in told]:
             raise RefusedError(
-                "witness.receipt",
+                LACKS_RECEIPT,
                 "an earlier round of this run was never acknowledged",
                 expected=f"a receipt for round {missing[0]}",
                 got="none",
+            )
+        # A run begins with a leaf of its own: the first plan of another one shows more than the last plan before it did.
+        size, last = view.start + len(view.hashes), self.ledger.seen_elsewhere(run, self.origin)
+        if last and size <= last:
+            raise RefusedError(
+                LACKS_RECEIPT,
+                "another run began, and the log has not grown",
+                expected=f"> {last} leaves",
+                got=str(size),
             )
         planned = self.ledger.seen_when_planned(run, self.origin)
         for receipt in receipts:
             if receipt["index"] < planned.get(receipt["round"], 0):
                 raise RefusedError(
-                    "witness.receipt",
+                    LACKS_RECEIPT,
                     "a commit that was acknowledged is older than its plan",
                     expected=f"leaf {planned[receipt['round']]} or later for round {receipt['round']}",
                     got=f"leaf {receipt['index']}",

@@ -27,6 +27,7 @@ from cloister_server.log import DAMAGED, column, items
 from cloister_server.operators import sign_file, whose_move
 from cloister_server.store import Store
 
+_TELLS = 3
 coordinator_app = typer.Typer(no_args_is_help=True, help="Create and serve a federation.")
 rounds_app = typer.Typer(no_args_is_help=True, help="Look at registered rounds.")
 for _commands in (release_commands, keeping_commands, export_commands):
@@ -148,12 +149,16 @@ def revoke_site(
         return
     card = revoke(coordinator.home, site)
     Store(coordinator.home).log_members(coordinator.sites)
-    try:
-        with Control(coordinator.card.address, coordinator.ca, coordinator.token) as control:
-            control.unregister(card.node.encode())
-        link = "SuperLink lets it in no more"
-    except StateError:
-        link = "SuperLink does not answer; it is told when it is up (cloister coordinator up)"
+    link = ""
+    # One that has much to do may refuse once; one that is not there says so at once.
+    for _ in range(_TELLS):
+        try:
+            with Control(coordinator.card.address, coordinator.ca, coordinator.token) as control:
+                control.unregister(card.node.encode())
+            link = "SuperLink lets it in no more"
+            break
+        except StateError as error:
+            link = f"SuperLink was not told ({error.what}); it is when it is up (cloister coordinator up)"
     console.emit(
         {"site": site, "key": card.verify_key.id.hex(), "superlink": link},
         f"site {site}: revoked, fingerprint {card.verify_key.id.hex()}; {link}",

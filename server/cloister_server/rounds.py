@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import cache
 
 import numpy as np
 from cloister_flower.frames import frame_of
@@ -296,14 +297,19 @@ def gather_sums(
     """The same under secure aggregation: what comes in are means of groups, by the groups' names."""
     if context.draw is None:
         raise StateError("a run under secure aggregation has no draw", where=f"run {context.run.id[:8]}")
-    receipts, shown = receipts_of(context, row.number - 1), Shown.now(context)
+    receipts = receipts_of(context, row.number - 1)
+
+    @cache
+    def shown() -> Shown:
+        # When the first plan is made: messages before it take their time, and sites may fetch the log meanwhile.
+        return Shown.now(context)
 
     def plan_for(member: Member, sharers: Mapping[str, str], shares: Mapping[str, tuple[str, str, str]]) -> bytes:
         told = receipts.get(member.id, ())
-        return seal_plan(context, member, cores[member.id], parent, row.attempt, key, shown, told, sharers, shares)
+        return seal_plan(context, member, cores[member.id], parent, row.attempt, key, shown(), told, sharers, shares)
 
     def said(member: Member, preface: Preface, where: str) -> Prefaced:
-        return read_preface(preface, member.card, shown.at, shown.head_of(member.id), where)
+        return read_preface(preface, member.card, shown().at, shown().head_of(member.id), where)
 
     store, run = context.store, context.run.id
     known = {s.group: s for s in store.openings(run, row.number)}
@@ -316,7 +322,7 @@ def gather_sums(
             store.keep_opening(Opening(run=run, number=row.number, group=group, clients=json.dumps(alive)))
 
     got = collect(context, link, context.draw, members, cores, row.attempt, key, plan_for, said, before, done, opening)
-    remember(context, shown.at, got.prefaces)
+    remember(context, shown().at, got.prefaces)
     for name, mean in got.means.items():
         store.keep_mean(run, row.number, name, store.blobs.put(vector_to_bytes(mean)))
     for name in done:
@@ -475,7 +481,8 @@ def plan_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
     """Writes down what will be asked, before it is asked; a round that was open keeps its work."""
     # Once: every signature of the draw is checked for it.
     group_of = {} if context.draw is None else {site: group for group in context.draw.groups() for site in group}
-    cohort = tuple(sorted({m.id for m in context.members} | set(group_of)))
+    asked = {c.client for c in context.store.clients(context.run.id, number)}
+    cohort = tuple(sorted({m.id for m in context.members} | set(group_of) | asked))
     trainings = {m.id: in_round(context.federation, m.training, number) for m in context.members}
     # One fixed point for all: of whoever may move farthest.
     lora, head = map(max, zip(*map(reaches, trainings.values()), strict=True))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cloister_shared.notes import Checkpoint
 from cloister_shared.plan import Plan, PlanCore
-from cloister_shared.receipts import Closing, Receipt
+from cloister_shared.receipts import LACKS_RECEIPT, NOT_ASKED, Closing, Receipt, no_work
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, seal
 from cloister_shared.vectors import F32
 
@@ -86,18 +86,28 @@ def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]
     """Receipts for committed rounds up to ``number``, by client id: the newest, and of a site that was away all since it was last heard.
 
     A site cosigns the head that comes with its receipts: those of rounds before that head it has. One that joined again has another key,
-    and its old ledger.
+    and its old ledger. One that lacks a receipt, as it says, may have worked on a round of which the registry knows nothing: where this one
+    was put back to before that, the round's commit has no part of it, and so it is told.
     """
     named = {m.card.name: m.id for m in context.members}
     rows = sorted((r for r in context.store.rounds(context.run.id) if 0 < r.number <= number), key=lambda r: r.number)
     heard = {client: row.size for client, row in context.store.witnessed().items()}
     least, newest = min((heard.get(m.id, 0) for m in context.members), default=0), rows[-MOST_RECEIPTS:]
     out: dict[str, tuple[Receipt, ...]] = {}
+    tried = [c for n in (number, number + 1) for c in context.store.clients(context.run.id, n)]
+    lacking = {c.client for c in tried if c.reason.startswith(LACKS_RECEIPT)} & {m.id for m in context.members}
     for row in [*(r for r in rows[:-MOST_RECEIPTS] if (r.leaf or 0) >= least), *newest]:
         leaf = context.store.commit_leaf(context.run.id, row.number)
         if leaf is None:
             continue
-        for client in context.store.clients(context.run.id, row.number):
+        clients = context.store.clients(context.run.id, row.number)
+        for to in lacking - {named.get(c.name, c.client) for c in clients}:
+            of = no_work(context.run.id, row.number)
+            made = Receipt(
+                context.run.id, row.number, of, "", NOT_ASKED, row.adapter or "", leaf.index, leaf.hash.hex()
+            )
+            out[to] = (*out.get(to, ()), made.by(context.signing))
+        for client in clients:
             to = named.get(client.name, client.client)
             if row not in newest and leaf.index < heard.get(to, 0):
                 continue

@@ -280,7 +280,11 @@ class Store(Records):
             before = list(session.exec(asked))
             names = {one.name for one in before}
             if session.get(Draw, row.run) is None:
-                session.add_all(added := [one for one in clients if one.name not in names])
+                added = [one for one in clients if one.name not in names]
+                for one in added:
+                    # Nothing of an earlier attempt was sent to it: unlike what a coordinator that died left open, it is free.
+                    one.verdict = "missing"
+                session.add_all(added)
                 before += added
             return known, before
 

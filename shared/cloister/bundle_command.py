@@ -137,9 +137,9 @@ def export(
                 raise
             left_out.append(f"left out: the log of {folder.name}: {error}")
             code = max(code, error.exit_code if isinstance(error, RollbackError) else 0)
-    federation = Bundle(made, (), "")
+    federation, logs = Bundle(made, (), ""), dict[str, SiteLog]()
     for left in reversed(range(_TRIES)):
-        before = {name: site.known() for name, site in witnesses.items()}
+        before, again = {name: site.known() for name, site in witnesses.items()}, False
         try:
             federation = _federation(made, adapters=adapters) if here else _fetched(made, sites)
         except CloisterError as error:
@@ -154,14 +154,21 @@ def export(
                 _seen_by(site, before[name], federation)
             except RefusedError as error:
                 if error.rule == MEANWHILE and left:
+                    again = True
                     continue
                 left_out.append(f"{name} does not follow the federation's log: {error}")
                 code = max(code, RollbackError.exit_code if error.rule == "witness.history" else error.exit_code)
+        # Read before they are held against what is here: a round that goes on beside this adds to them.
+        logs = {site.signing.verify_key.id.hex(): _site_log(site) for site in witnesses.values()}
         mine = [site.known() for site in witnesses.values() if federation.note.partition("\n")[0] == site.origin]
-        if code or all(head is None or head.size <= len(federation.leaves) for head in mine):
+        behind = any(head is not None and head.size > len(federation.leaves) for head in mine)
+        if code or not (again or behind):
             break
-        # A round went on beside this: what sites saw must be in what is here.
-    logs = {site.signing.verify_key.id.hex(): _site_log(site) for site in witnesses.values()}
+    else:
+        left_out.append(
+            "rounds went on during each fetch: sites saw more of the federation's log than is here; export again"
+        )
+        code = 2
     bundle = replace(federation, sites=logs)
     write_bundle(out, bundle)
     console.emit(

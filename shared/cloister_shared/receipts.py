@@ -6,7 +6,7 @@ import struct
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cloister_shared.encoding import canonical, parse_record
+from cloister_shared.encoding import canonical, digest, parse_record
 from cloister_shared.errors import VerificationError
 from cloister_shared.plan_fields import must, must_be_hex, must_be_integer
 from cloister_shared.sealing import SealingKey
@@ -14,6 +14,15 @@ from cloister_shared.signing import SIGNATURE_BYTES, SigningKey, VerifyKey
 from cloister_shared.witness import View
 
 CLOSING_PURPOSE, RECEIPT_PURPOSE = "closing", "receipt"
+# The verdict of a receipt for who had no part in a round, by its commit.
+NOT_ASKED = "not-asked"
+# The rule by which a site refuses to go on without a receipt.
+LACKS_RECEIPT = "witness.receipt"
+
+
+def no_work(run: str, number: int) -> str:
+    """What stands for a plan's digest in the receipt of who had no part in a round: one for each round."""
+    return digest(canonical({"run": run, "round": number, "verdict": NOT_ASKED}))
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,7 @@ class Receipt:
     Attributes:
         run: 16-byte run id, hex.
         round: Number of the committed round.
-        plan: Digest of the core that the update answered.
+        plan: Digest of the core that the update answered; ``no_work`` for who had no part in the round.
         update: SHA-256 of the update's bytes that were accepted, or empty where none was.
         verdict: ``accepted`` or the admission code.
         adapter: SHA-256 of the committed adapter.

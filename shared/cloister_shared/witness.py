@@ -25,6 +25,7 @@ LEAF_KINDS = (
 )  # fmt: skip
 # What every site's own log begins its name with.
 SITE_LOGS = "cloister/site/"
+FEDERATION_LOGS = "cloister/federation/"
 MAX_HASHES = 50_000
 MAX_COSIGNATURES = 1000
 
@@ -163,7 +164,7 @@ def witnesses(view: View, origin: str, keys: Mapping[str, VerifyKey], least_size
 
 def log_of_federation(key: VerifyKey) -> str:
     """The name of a coordinator's log."""
-    return f"cloister/federation/{key.id.hex()}"
+    return f"{FEDERATION_LOGS}{key.id.hex()}"
 
 
 def log_of_site(secret: bytes) -> str:

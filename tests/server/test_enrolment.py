@@ -30,7 +30,7 @@ from cloister.bundle_command import fetch
 from cloister_client import cli, fetching
 from cloister_client import registry as client
 from cloister_client.policy import Policy
-from cloister_client.site import Site, enrol, read_site
+from cloister_client.site import PULLED, Site, enrol, pulled_note, read_site
 from cloister_flower.frames import reply
 from cloister_server import enrolment
 from cloister_server.coordinator import Coordinator, admit_site, init, is_admitted, open_coordinator
@@ -544,6 +544,25 @@ def kept(site: Site) -> int:
     """Leaves of the head that is kept."""
     head = fetching.pulled_head(site)
     return 0 if head is None else head.size
+
+
+def test_a_head_that_a_pull_kept_is_read_by_the_agent_or_told_to_be_unreadable(pulling: Any) -> None:
+    site, _, pull = pulling
+    before = os.umask(0o077)
+    try:
+        pull("a")
+    finally:
+        os.umask(before)
+    path = site.home / PULLED
+    assert path.stat().st_mode & 0o777 == 0o644
+    own = pulled_note(site)
+    assert own is not None
+    # Of the coordinator that the site had before: nothing of this one's log.
+    path.write_text(own.replace(own.partition("\n")[0], log_of_federation(SigningKey.generate().verify_key)))
+    assert pulled_note(site) is None
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(StateError, match="cannot be read"):
+        pulled_note(site)
 
 
 def test_a_head_that_a_pull_saw_is_kept_whatever_becomes_of_the_pull(pulling: Any) -> None:

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import typer
 from cloister import bundle_command
+from cloister_client.budget import Ledger
+from cloister_client.witness import Witness
 from cloister_server.cli import operator_sign, show
 from cloister_server.compare import fields, modules
 from cloister_server.export import export_round
@@ -31,11 +33,12 @@ from cloister_server.upkeep import fsck, gc, unreachable
 from cloister_shared import console
 from cloister_shared.aliases import ALIAS_PURPOSE, alias_move
 from cloister_shared.audit.became import became
-from cloister_shared.audit.bundle import Bundle, SignedLeaf, read_bundle
+from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog, read_bundle
 from cloister_shared.audit.command import audit
 from cloister_shared.audit.trust import trust_of
 from cloister_shared.encoding import canonical
 from cloister_shared.errors import CloisterError, InputError, RefusedError, RollbackError, StateError, VerificationError
+from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import Checkpoint
 from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import Schema
@@ -411,6 +414,79 @@ def test_a_site_that_exports_knows_of_the_federations_log_what_is_in_its_bundle(
     three = read_bundle(tmp_path / "three.zip")
     assert len(three.leaves) == len(bundle.leaves)
     assert json.loads(three.sites[witness.signing.verify_key.id.hex()].events[-1])["event"] == "incident"
+
+
+@pytest.fixture
+def exporting(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Witness:
+    """The witness of the one site that exports."""
+    witness = world.desks[100].witness
+    monkeypatch.setattr(bundle_command, "_witness", lambda _: witness)
+    monkeypatch.setattr(console, "site_homes", lambda: [tmp_path / "site-1"])
+    return witness
+
+
+def test_what_an_agent_keeps_while_an_export_looks_is_looked_at_again(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exporting: Witness
+) -> None:
+    """The export has a fork, and a plan brings the true log between its check and its writing."""
+    ledger = exporting.ledger
+    leaves = world.store.leaves()
+    fork = SignedLeaf(*_forked(world, leaves[-1].record))
+    signed = [SignedLeaf(one.record, one.key, one.signature) for one in leaves[:-1]]
+    several = [*signed, fork, fork]
+    head = Checkpoint(exporting.origin, len(several), Tree(leaf_hash(one.record) for one in several).root())
+    monkeypatch.setattr(
+        bundle_command,
+        "_federation",
+        lambda made, **_: Bundle(made, tuple(several), head.signed(world.coordinator.signing)),
+    )
+    append, done = type(ledger).fetched, list[int]()
+
+    def slowly(self: Ledger, *what: Any) -> None:
+        if not done:
+            done.append(1)
+            at = world.store.checkpoint()
+            self.witness(at, world.store.signed_checkpoint(at), self.heads_of(exporting.origin))
+        append(self, *what)
+
+    monkeypatch.setattr(type(ledger), "fetched", slowly)
+    with pytest.raises(typer.Exit) as left:
+        bundle_command.export(tmp_path / "one.zip")
+    assert left.value.exit_code == 3
+    assert "fetched" not in [json.loads(e)["event"] for e in ledger.records()]
+
+
+def _forked(world: World, record: bytes) -> tuple[bytes, str, str]:
+    key = world.coordinator.signing
+    other = canonical(json.loads(record) | {"at": 1.0})
+    return other, key.verify_key.id.hex(), key.sign("log-leaf", other).hex()
+
+
+@pytest.mark.parametrize("times", [1, 9])
+def test_an_export_beside_rounds_has_what_its_site_saw_or_says_that_it_has_not(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exporting: Witness, times: int
+) -> None:
+    real, done = bundle_command._site_log, list[int]()
+
+    def slow(site: Witness) -> SiteLog:
+        if len(done) < times:
+            done.append(1)
+            world.store.log("recovery", {"what": "seen by the agent meanwhile"})
+            at = world.store.checkpoint()
+            site.ledger.witness(at, world.store.signed_checkpoint(at), site.ledger.heads_of(site.origin))
+        return real(site)
+
+    monkeypatch.setattr(bundle_command, "_site_log", slow)
+    if times == 1:
+        bundle_command.export(tmp_path / "one.zip")
+    else:
+        with pytest.raises(typer.Exit) as left:
+            bundle_command.export(tmp_path / "one.zip")
+        assert left.value.exit_code == 2
+    bundle = read_bundle(tmp_path / "one.zip")
+    (log,) = bundle.sites.values()
+    saw = max(json.loads(e).get("size", 0) for e in log.events)
+    assert (saw <= len(bundle.leaves)) == (times == 1)
 
 
 def test_a_site_shows_its_own_log_though_its_coordinator_does_not_answer(

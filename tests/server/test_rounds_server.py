@@ -30,7 +30,7 @@ from cloister_shared.errors import RefusedError
 from cloister_shared.notes import Checkpoint, read_cosignature
 from cloister_shared.plan import PlanCore
 from cloister_shared.privacy import DpSgd, epsilon
-from cloister_shared.receipts import Closing
+from cloister_shared.receipts import NOT_ASKED, Closing
 from cloister_shared.sealing import Codec, Direction, OpeningKey, open_envelope
 from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import F32, from_safetensors, vector_from_bytes
@@ -631,6 +631,20 @@ def test_who_comes_later_has_a_part_in_a_round_that_was_begun(world: World) -> N
     assert check(world.store) == []
 
 
+def test_who_comes_later_was_asked_nothing_before(world: World, tmp_path: Path) -> None:
+    """It refuses by its own policy, or the coordinator dies before anything is sent: nothing is charged; its cohort is the round's."""
+    with pytest.raises(RefusedError, match="too few"):
+        one_round(world.context(members=world.members[:2], min_clients=3), world.link, 1)
+    desk = world.desks[300]
+    world.desks[300] = world.link.desks[300] = replace(desk, policy=replace(desk.policy, least_cohort=9))
+    with pytest.raises(RefusedError, match="too few"):
+        one_round(world.context(members=world.members[1:], min_clients=3), world.link, 1)
+    row = next(c for c in world.store.clients(world.run.id, 1) if c.client == world.id_of(300))
+    assert (row.charged, row.epsilon) == (0, 0.0)
+    assert len(json.loads(row.core)["cohort"]) == 3
+    assert row.reason.startswith("policy.least_cohort")
+
+
 def test_who_is_missing_under_its_old_key_is_named(world: World) -> None:
     fresh = replace(world.members[0].card, key=SigningKey.generate().verify_key.raw.hex())
     world.link.behaviours = {100: died}
@@ -660,6 +674,46 @@ def test_a_registry_put_back_to_before_a_plan_costs_the_site_that_round_alone(wo
     assert (row.charged, row.epsilon) == (1, world.desks[100].ledger.standing().epsilon)
     one_round(world.context(), world.link, 3)
     assert set(world.verdicts(3).values()) == {"accepted"}
+
+
+def test_a_site_without_a_part_in_a_round_that_it_worked_on_hears_so(world: World, tmp_path: Path) -> None:
+    """The registry was put back to before the plan; then the round went on without it: no receipt can come for what it did."""
+    world.store.log_members(world.coordinator.sites)
+    one_round(world.context(), world.link, 1)
+    db = world.store.home / "registry.db"
+    world.store.close()
+    shutil.copy(db, tmp_path / "copy.db")
+    with pytest.raises(KilledError):
+        one_round(world.context(), DyingLink(world.desks), 2)
+    world.store.close()
+    shutil.copy(tmp_path / "copy.db", db)
+    world.store = Store(world.store.home)
+    one_round(world.context(members=world.members[1:], min_clients=2), world.link, 2)
+    with pytest.raises(RefusedError, match="too few"):
+        one_round(world.context(min_clients=3), world.link, 3)
+    row = next(c for c in world.store.clients(world.run.id, 3) if c.client == world.id_of(100))
+    assert (row.verdict, row.charged) == ("refused-by-site", 0)
+    assert row.reason.startswith("witness.receipt")
+    run_rounds(world.context(), world.link)
+    assert set(world.verdicts(3).values()) == {"accepted"}
+    told = [json.loads(e) for e in world.desks[100].ledger.records()]
+    assert [e["round"] for e in told if e["event"] == "receipt" and e["verdict"] == NOT_ASKED] == [2]
+    # An audit sees what it did, of which the coordinator knows nothing, and believes the receipt.
+    leaves = tuple(SignedLeaf(leaf.record, leaf.key, leaf.signature) for leaf in world.store.leaves())
+    logs = {
+        world.id_of(node): SiteLog(tuple(desk.ledger.records()), desk.witness.preface("").head)
+        for node, desk in world.desks.items()
+    }
+    trust = trust_of(
+        "fed",
+        world.coordinator.signing.verify_key,
+        {world.id_of(n): (d.name, d.signing.verify_key) for n, d in world.desks.items()},
+        [],
+        "test",
+    )
+    note = world.store.signed_checkpoint(world.store.checkpoint())
+    found = audit(Bundle(1.0, leaves, note, world.store.cosignatures(), logs), trust).findings.found
+    assert {f.code for f in found if f.kind == "violation"} == {"published", "untold"}
 
 
 def test_spending_counts_other_runs_of_the_same_site(world: World) -> None:

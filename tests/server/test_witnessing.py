@@ -6,6 +6,7 @@ import json
 import shutil
 import sqlite3
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -288,10 +289,26 @@ def test_a_head_that_is_kept_while_another_is_looked_at_is_not_passed_over(
 
     with monkeypatch.context() as patch:
         patch.setattr(type(ledger), "witness", slowly)
-        with pytest.raises(RefusedError, match="kept meanwhile"):
+        with pytest.raises(RefusedError, match="history was changed"):
             witness.look(one, "")
-    with pytest.raises(RefusedError, match="history was changed"):
-        witness.look(one, "")
+
+
+def test_an_export_beside_a_plan_costs_no_round(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    witness, ledger = world.desks[100].witness, world.desks[100].ledger
+    one_round(world.context(), world.link, 1)
+    world.store.log("recovery", {"what": "a leaf more"})
+    view, known, kept = fetched(world, world.store), witness.known(), list[int]()
+    append = type(ledger).witness
+
+    def slowly(self: Ledger, *what: Any) -> None:
+        if not kept:
+            kept.append(1)
+            witness.fetched(view, known)
+        append(self, *what)
+
+    monkeypatch.setattr(type(ledger), "witness", slowly)
+    assert witness.look(view, "")[0] == known
+    assert ledger.heads_of(witness.origin) == (world.store.checkpoint(), world.store.checkpoint())
 
 
 def test_what_an_export_brings_is_held_against_all_that_rounds_saw(world: World) -> None:
@@ -309,6 +326,28 @@ def test_what_an_export_brings_is_held_against_all_that_rounds_saw(world: World)
     note = Checkpoint(witness.origin, len(fork), Tree(fork).root()).signed(context.signing)
     with pytest.raises(RefusedError, match="history was changed"):
         witness.fetched(View(note, 0, (), tuple(fork), {}), before)
+
+
+def test_a_pulled_head_that_cannot_be_read_is_a_refusal_that_says_so(world: World) -> None:
+    def unreadable() -> str:
+        raise StateError("the head that a pull saw cannot be read", mend="see to it")
+
+    for pulled in (unreadable, lambda: "no note"):
+        witness = replace(world.desks[100].witness, pulled=pulled)
+        for look in (partial(witness.look, fetched(world, world.store), ""), witness.known):
+            with pytest.raises(RefusedError) as refused:
+                look()
+            assert refused.value.rule == "witness.pulled"
+
+
+def test_a_log_that_is_shorter_than_a_pull_saw_is_seen_by_who_exports(world: World) -> None:
+    short = fetched(world, world.store)
+    world.store.log("recovery", {"what": "seen by whoever pulls"})
+    note = world.store.signed_checkpoint(world.store.checkpoint())
+    witness = replace(world.desks[100].witness, pulled=lambda: note)
+    with pytest.raises(RefusedError, match="shrank"):
+        witness.fetched(short, witness.known())
+    assert said(world, 100)[-1]["seen"] == note
 
 
 def test_a_plan_that_was_held_back_accuses_nobody_for_sure(world: World) -> None:
@@ -514,6 +553,20 @@ def test_receipts_that_point_before_their_plans_are_no_receipts(
     with pytest.raises(RefusedError, match=r"witness\.receipt.*older than its plan"):
         one_round(context, world.link, 2)
     assert [world.charged(node) for node in world.desks] == [1, 1, 1]
+
+
+def test_a_run_begins_with_a_leaf_and_gets_no_work_on_a_log_that_stands_still(world: World) -> None:
+    """A coordinator that shows one old head for ever, and calls each round the first of another run."""
+    witness = world.desks[100].witness
+    one_round(world.context(), world.link, 1)
+    view = fetched(world, world.store)
+    witness.acknowledged(replace(view, hashes=(*view.hashes, bytes(32))), "ee" * 16, 1)
+    seen = witness.ledger.seen_head(witness.origin)
+    assert seen is not None
+    with pytest.raises(RefusedError, match="another run began"):
+        witness.acknowledged(replace(view, hashes=view.hashes[: seen.size]), "ee" * 16, 1)
+    # Of the run that it worked for last nothing more is asked than its receipts.
+    witness.acknowledged(replace(view, hashes=view.hashes[: seen.size]), world.run.id, 1)
 
 
 def test_receipts_for_a_log_that_does_not_have_them_are_no_receipts(

@@ -22,7 +22,7 @@ from cloister_shared.errors import CloisterError, VerificationError
 from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import read_checkpoint
 from cloister_shared.plan import VOID_PURPOSE
-from cloister_shared.receipts import Receipt
+from cloister_shared.receipts import NOT_ASKED, Receipt, no_work
 from cloister_shared.signing import VerifyKey
 from cloister_shared.witness import SITE_LOGS, log_of_federation
 
@@ -441,6 +441,9 @@ def _receipt(
         return
     asked = commit.asked if commit is not None else ()
     said = [(o.verdict, o.update if o.verdict == "accepted" else "") for o in asked if o.plan == receipt.plan]
+    if receipt.plan == no_work(receipt.run, receipt.round):
+        mine = {key.id.hex() for key in ledger.keys}
+        said = [] if any(o.client in mine for o in asked) else [(NOT_ASKED, "")]
     same = commit is not None and (commit.run, commit.number, commit.adapter) == (
         receipt.run,
         receipt.round,
