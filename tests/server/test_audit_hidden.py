@@ -341,6 +341,19 @@ def test_who_is_put_out_for_a_moment_was_there_all_the_time(export: bool) -> Non
     assert found(audit(bundle, made.trust())) == {("incomplete", "stale" if export else "no-site-log")}
 
 
+def test_who_was_there_while_a_round_ran_alone_is_missed() -> None:
+    made = four()
+    victim = made.sites[3]
+    for site in made.sites:
+        made.train(site, RUN, 1, LOUD if site is victim else TERMS)
+    made.leaf("revoke", site=victim.name)
+    made.cosigned.pop(victim.id)
+    made.commit(RUN, 1, [made.row(site, RUN, 1) for site in made.sites[:3]])
+    made.close()
+    made.cosigned.pop(victim.id)
+    assert found(audit(left_out(made, victim.id), made.trust())) == {("incomplete", "no-site-log")}
+
+
 def test_whom_a_row_names_is_missed_though_it_was_put_out() -> None:
     made = Forged(tuple(ForgedSite(f"site-{i}") for i in range(1, 5)))
     victim = made.sites[3]
