@@ -59,13 +59,13 @@ def context_of(world: World, **changes: Any) -> Context:
     return drawn(world.context(**changes), world.link, 4)
 
 
-def test_what_a_site_fetches_while_members_agree_is_in_its_plan(world: World) -> None:
+def test_what_a_site_fetches_before_its_plan_is_in_it(world: World) -> None:
     notes, witness = list[str](), world.desks[100].witness
     world.desks[100].witness = replace(witness, pulled=lambda: notes[-1] if notes else None)
 
     def pulls(link: Loopback, node: int, frame: bytes, message: Any) -> Any:
-        if stage_of(link) == "agree":
-            world.store.log("recovery", {"what": "told while members agree"})
+        if stage_of(link) == "keys":
+            world.store.log("recovery", {"what": "told while members exchange keys"})
             notes.append(world.store.signed_checkpoint(world.store.checkpoint()))
         return reply(link.honest(node, frame), message)
 
