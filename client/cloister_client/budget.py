@@ -409,6 +409,12 @@ class Ledger(Remembered):
             row = db.execute(found, (run, number)).fetchone()
         return row is not None
 
+    def works(self, run: str, number: int) -> list[str]:
+        """Digests of the works of a round that were reserved here."""
+        with self._chain.reading() as db:
+            found = "SELECT DISTINCT plan FROM entry WHERE run = ? AND round = ?"
+            return [str(plan) for (plan,) in db.execute(found, (run, number))]
+
     def spent_on(self, plan: str) -> str | None:
         """Digest of the update that this work was spent on: the one that may leave; None where nothing was."""
         with self._chain.reading() as db:

@@ -235,8 +235,8 @@ def _keep_pulled(site: Site, note: str, tree: Tree, before: Checkpoint | None, w
             if now is None or now.size < len(tree):
                 # Beside the ledger, which is the agent's: that holds its plans against this file too (``witness``).
                 write_durably(site.home / PULLED, own_note(note, key, log_of_federation(key)).encode(), mode=0o644)
-                # Whatever the umask: an agent of another user that cannot read it refuses every plan.
-                (site.home / PULLED).chmod(0o644)
+            # Whatever the umask: an agent of another user that cannot read it refuses every plan.
+            (site.home / PULLED).chmod(0o644)
         finally:
             os.close(lock)
     except OSError as error:

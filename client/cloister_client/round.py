@@ -27,7 +27,7 @@ from cloister_shared.cards import CoordinatorCard
 from cloister_shared.encoding import digest, parse_record, write_durably
 from cloister_shared.errors import CloisterError, RefusedError, VerificationError
 from cloister_shared.plan import Plan, PlanCore, read_parent
-from cloister_shared.receipts import Closing, Receipt
+from cloister_shared.receipts import NOT_ASKED, Closing, Receipt
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, SealingKey, open_envelope, seal
 from cloister_shared.signing import SigningKey
 from cloister_shared.specs import TaskSpec
@@ -256,8 +256,9 @@ def settle(desk: Desk, receipts: tuple[Receipt, ...]) -> None:
     for receipt in receipts:
         receipt.check(desk.card.verify_key, "receipt")
         desk.ledger.receipt(asdict(receipt))
-        if receipt.plan:
-            (desk.kept / f"{receipt.plan}.f32").unlink(missing_ok=True)
+        no_part = receipt.verdict == NOT_ASKED
+        for plan in desk.ledger.works(receipt.run, receipt.round) if no_part else [receipt.plan] * bool(receipt.plan):
+            (desk.kept / f"{plan}.f32").unlink(missing_ok=True)
 
 
 def kept_update(desk: Desk, core: PlanCore) -> bytes | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -184,7 +185,7 @@ def pulled_note(site: Site) -> str | None:
         raise StateError(what, where=str(path), got=str(error)[:200], mend=mend) from error
     of = "" if note is None else note.partition("\n")[0]
     # Of the coordinator that this site had before it joined another one: it says nothing of this one's log.
-    return None if of.startswith(FEDERATION_LOGS) and of != own else note
+    return None if re.fullmatch(f"{FEDERATION_LOGS}[0-9a-f]{{32}}", of) and of != own else note
 
 
 def act_as_agent(site: Site) -> None:

@@ -120,9 +120,11 @@ class Witness:
             note = self.pulled()
             return None if note is None else (self._read(note, "pulled head"), note)
         except CloisterError as error:
-            raise RefusedError(
-                "witness.pulled", error.what, where=error.where, got=error.got, mend=error.mend
-            ) from error
+            mend = (
+                error.mend
+                or "the coordinator's pulled head here was damaged: put it back from a copy, or take it away, and pull again"
+            )
+            raise RefusedError("witness.pulled", error.what, where=error.where, got=error.got, mend=mend) from error
 
     def fetched(self, view: View, before: Checkpoint | None) -> None:
         """Follows the coordinator's log as this site fetched it beside its rounds, and remembers its head.

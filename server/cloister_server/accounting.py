@@ -79,7 +79,8 @@ def charged_events(asked: Sequence[RoundClient], now: tuple[str, str, int] | Non
 
 def stated_epsilon(store: Store, row: RoundClient) -> float:
     """Epsilon of one client's row as it is told: of one that is still open as if it were charged, since it may have been."""
-    return epsilon(charged_events(store.history_of(row.client)), row.delta) if row.verdict == "open" else row.epsilon
+    worked_out = row.verdict == "open" or not row.epsilon
+    return epsilon(charged_events(store.history_of(row.client)), row.delta) if worked_out else row.epsilon
 
 
 def close_abandoned(store: Store, run: str) -> list[tuple[str, int]]:

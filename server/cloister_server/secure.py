@@ -129,6 +129,11 @@ def collect(
     started = time.monotonic()
     cheats = _cheats(context, groups, accused)
     groups = _stage(context, out, groups, masked, "sent updates")
+    living = [i for name in groups for i in sharers[name] if i in masked]
+    if len(living) + sum(len(opened[name]) for name in done) < context.federation.min_clients:
+        # Once opened a sum is of these for good: no later attempt could take in who is away now.
+        out.changes |= {i: _change(DROPPED, "too few for a round: nothing was opened") for i in living}
+        groups = {}
     for name in groups:
         opening(name, [i for i in sharers[name] if i in masked])
     _open(context, out, talk, name_of, groups, sharers, keys, shares, masked, members, cores)

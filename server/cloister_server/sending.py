@@ -96,7 +96,7 @@ def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]
     out: dict[str, tuple[Receipt, ...]] = {}
     tried = [c for n in (number, number + 1) for c in context.store.clients(context.run.id, n)]
     lacking = {c.client for c in tried if c.reason.startswith(LACKS_RECEIPT)} & {m.id for m in context.members}
-    for row in [*(r for r in rows[:-MOST_RECEIPTS] if (r.leaf or 0) >= least), *newest]:
+    for row in [*(r for r in rows[:-MOST_RECEIPTS] if lacking or (r.leaf or 0) >= least), *newest]:
         leaf = context.store.commit_leaf(context.run.id, row.number)
         if leaf is None:
             continue
@@ -109,7 +109,8 @@ def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]
             out[to] = (*out.get(to, ()), made.by(context.signing))
         for client in clients:
             to = named.get(client.name, client.client)
-            if row not in newest and leaf.index < heard.get(to, 0):
+            # Heard in another run, too: only who says that it lacks one is told all of them.
+            if row not in newest and to not in lacking and leaf.index < heard.get(to, 0):
                 continue
             update = client.update if client.verdict == "accepted" else ""
             made = Receipt(

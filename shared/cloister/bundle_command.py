@@ -65,6 +65,14 @@ def _seen_by(site: Witness, before: Checkpoint | None, federation: Bundle) -> No
         site.fetched(View(federation.note, 0, (), hashes, {}), before)
 
 
+def _known(site: Witness) -> Checkpoint | None:
+    """What a site knows of the federation's log; where what a pull kept cannot be read, ``fetched`` says so."""
+    try:
+        return site.known()
+    except RefusedError:
+        return None
+
+
 def _site_log(site: Witness) -> SiteLog:
     events = tuple(site.ledger.records())
     # Of exactly what was read: a round may go on beside this.
@@ -139,7 +147,7 @@ def export(
             code = max(code, error.exit_code if isinstance(error, RollbackError) else 0)
     federation, logs = Bundle(made, (), ""), dict[str, SiteLog]()
     for left in reversed(range(_TRIES)):
-        before, again = {name: site.known() for name, site in witnesses.items()}, False
+        before, again = {name: _known(site) for name, site in witnesses.items()}, False
         try:
             federation = _federation(made, adapters=adapters) if here else _fetched(made, sites)
         except CloisterError as error:
@@ -160,7 +168,7 @@ def export(
                 code = max(code, RollbackError.exit_code if error.rule == "witness.history" else error.exit_code)
         # Read before they are held against what is here: a round that goes on beside this adds to them.
         logs = {site.signing.verify_key.id.hex(): _site_log(site) for site in witnesses.values()}
-        mine = [site.known() for site in witnesses.values() if federation.note.partition("\n")[0] == site.origin]
+        mine = [_known(site) for site in witnesses.values() if federation.note.partition("\n")[0] == site.origin]
         behind = any(head is not None and head.size > len(federation.leaves) for head in mine)
         if code or not (again or behind):
             break

@@ -560,6 +560,12 @@ def test_a_head_that_a_pull_kept_is_read_by_the_agent_or_told_to_be_unreadable(p
     # Of the coordinator that the site had before: nothing of this one's log.
     path.write_text(own.replace(own.partition("\n")[0], log_of_federation(SigningKey.generate().verify_key)))
     assert pulled_note(site) is None
+    path.write_text(own[:40])
+    assert pulled_note(site) == own[:40]
+    path.chmod(0o600)
+    path.write_text(own)
+    pull("b")
+    assert path.stat().st_mode & 0o777 == 0o644
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(StateError, match="cannot be read"):
         pulled_note(site)

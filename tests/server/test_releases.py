@@ -462,6 +462,16 @@ def _forked(world: World, record: bytes) -> tuple[bytes, str, str]:
     return other, key.verify_key.id.hex(), key.sign("log-leaf", other).hex()
 
 
+def test_a_damaged_head_of_a_pull_keeps_no_export_back(world: World, tmp_path: Path, exporting: Witness) -> None:
+    damaged = replace(exporting, pulled=lambda: "no note")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundle_command, "_witness", lambda _: damaged)
+        with pytest.raises(typer.Exit) as left:
+            bundle_command.export(tmp_path / "one.zip")
+    assert left.value.exit_code == 1
+    assert len(read_bundle(tmp_path / "one.zip").sites) == 1
+
+
 @pytest.mark.parametrize("times", [1, 9])
 def test_an_export_beside_rounds_has_what_its_site_saw_or_says_that_it_has_not(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exporting: Witness, times: int

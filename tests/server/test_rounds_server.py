@@ -698,6 +698,7 @@ def test_a_site_without_a_part_in_a_round_that_it_worked_on_hears_so(world: Worl
     assert set(world.verdicts(3).values()) == {"accepted"}
     told = [json.loads(e) for e in world.desks[100].ledger.records()]
     assert [e["round"] for e in told if e["event"] == "receipt" and e["verdict"] == NOT_ASKED] == [2]
+    assert world.kept(100) == []
     # An audit sees what it did, of which the coordinator knows nothing, and believes the receipt.
     leaves = tuple(SignedLeaf(leaf.record, leaf.key, leaf.signature) for leaf in world.store.leaves())
     logs = {

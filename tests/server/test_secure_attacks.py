@@ -237,15 +237,15 @@ def test_liars_at_the_opening_are_left_out_and_named(members: int, liars: int) -
 
 
 def test_a_round_that_was_aborted_after_one_group_opened_goes_on(tmp_path: Path, tiny_bert: Path) -> None:
-    """Eight sites, two groups, six wanted. Once, one site of the first group dies and two of the second; then all are well."""
+    """Eight sites, two groups, six wanted. Once, one site of the first group dies and, when it is to open, two of the second."""
     world = secure_world(tmp_path, tiny_bert, 8)
     context = drawn(world.context(), world.link, SIZE)
     context = replace(context, federation=replace(context.federation, min_clients=6))
     assert context.draw is not None
     node = {world.id_of(n): n for n in world.desks}
     first, second = context.draw.groups()
-    gone = [node[first[0]], node[second[0]], node[second[1]]]
-    world.link.behaviours = dict.fromkeys(gone, away("plan", "agree", "open"))
+    later = dict.fromkeys([node[second[0]], node[second[1]]], away("agree", "open"))
+    world.link.behaviours = later | {node[first[0]]: away("plan", "agree", "open")}
     with pytest.raises(RefusedError, match="too few updates"):
         one_round(context, world.link, 1)
     world.link.behaviours = {}
@@ -257,6 +257,21 @@ def test_a_round_that_was_aborted_after_one_group_opened_goes_on(tmp_path: Path,
     sums = {row.group: json.loads(row.clients) for row in world.store.summed(world.run.id)}
     assert sorted(map(len, sums.values())) == [3, 4]
     assert [world.charged(n) for n in world.desks if world.id_of(n) != first[0]] == [1] * 7
+
+
+def test_nothing_is_opened_where_too_few_are_left_for_a_round(world: World) -> None:
+    """Else the sum would be of these for good, and the round could not be committed whoever comes back."""
+    context = drawn(world.context(), world.link, SIZE)
+    context = replace(context, federation=replace(context.federation, min_clients=4))
+    world.link.behaviours = {400: away("plan", "agree", "open")}
+    with pytest.raises(RefusedError, match="too few updates"):
+        one_round(context, world.link, 1)
+    assert world.store.openings(world.run.id, 1) == []
+    world.link.behaviours = {}
+    one_round(context, world.link, 1)
+    assert set(world.verdicts(1).values()) == {"accepted"}
+    assert [world.charged(node) for node in world.desks] == [1] * 4
+    means_match(world, 1, [100, 200, 300, 400])
 
 
 def test_a_coordinator_that_dies_while_a_group_opens_asks_for_the_same_living(

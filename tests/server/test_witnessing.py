@@ -20,12 +20,13 @@ from cloister_server.intake import WENT_BACK
 from cloister_server.log import membership
 from cloister_server.rounds import one_round, run_rounds
 from cloister_server.store import Store
+from cloister_server.tables import RoundClient
 from cloister_shared.answers import Preface
 from cloister_shared.encoding import canonical
 from cloister_shared.errors import RefusedError, StateError
 from cloister_shared.merkle import Tree, check_consistency, leaf_hash
 from cloister_shared.notes import Checkpoint, read_checkpoint
-from cloister_shared.receipts import Receipt
+from cloister_shared.receipts import LACKS_RECEIPT, Receipt
 from cloister_shared.signing import SigningKey
 from cloister_shared.witness import LEAF_PURPOSE, View
 
@@ -388,6 +389,29 @@ def test_a_site_that_joined_again_hears_what_became_of_its_rounds(world: World) 
     assert {r.plan for r in told[fresh.verify_key.id.hex()]} == {last.plan}
     assert last.client not in told
     assert {r.plan for r in sending.receipts_of(replace(context, members=renamed), 1)[last.client]} == {last.plan}
+
+
+def test_who_says_that_it_lacks_a_receipt_hears_of_all_its_rounds(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it cosigned in another run, or with its refusal, says nothing of this run's receipts."""
+    context = world.context()
+    for number in (1, 2, 3):
+        one_round(context, world.link, number)
+    monkeypatch.setattr(sending, "MOST_RECEIPTS", 1)
+    client, real = world.id_of(100), world.store.clients
+    assert [r.round for r in sending.receipts_of(context, 3)[client]] == [3]
+
+    def says_so(run: str, number: int) -> list[RoundClient]:
+        rows = real(run, number)
+        for row in rows:
+            row.reason = f"{LACKS_RECEIPT}; refused" if (row.client, number) == (client, 3) else row.reason
+        return rows
+
+    monkeypatch.setattr(world.store, "clients", says_so)
+    told = sending.receipts_of(context, 3)
+    assert [r.round for r in told[client]] == [1, 2, 3]
+    assert {len(told[other]) for other in told if other != client} == {1}
 
 
 def test_a_site_that_was_away_for_long_hears_what_became_of_its_last_round(
