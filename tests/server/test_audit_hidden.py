@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,26 @@ from cloister_shared.audit.bundle import Bundle
 from cloister_shared.audit.command import audit
 from cloister_shared.audit.stated import MOST_LOW
 from cloister_shared.encoding import canonical
+from cloister_shared.merkle import leaf_hash
 from cloister_shared.plan import VOID_PURPOSE
 from cloister_shared.privacy import epsilon
+from cloister_shared.receipts import NOT_ASKED, Receipt, no_work
 
-from support.forged import DELTA, RUN, TERMS, Forged, ForgedSite, again, began, by_key, check, found, lines, named
+from support.forged import (
+    DELTA,
+    RUN,
+    TERMS,
+    Forged,
+    ForgedSite,
+    again,
+    began,
+    by_key,
+    card_of,
+    check,
+    found,
+    lines,
+    named,
+)
 
 # What no coordinator wants to publish.
 LOUD = (0.6, 0.2, 100)
@@ -315,6 +332,21 @@ def test_a_site_that_the_log_never_took_in_is_missed(export: bool) -> None:
     sites = {**made.bundle.sites, **({victim.id: victim.log} if export else {})}
     code = "stale" if export else "no-site-log"
     assert found(audit(replace(made.bundle, sites=sites), made.trust())) == {("incomplete", code)}
+    # Another key of that name, which was put out before anything began, is not its own.
+    other = ForgedSite(victim.name)
+    made = Forged()
+    made.trusted[victim.id] = (victim.name, victim.key.verify_key)
+    made.leaf("enrol", site=other.name, card=card_of(other.name, other.key))
+    made.leaf("revoke", site=other.name)
+    made.begin()
+    made.show(victim)
+    made.round(1)
+    made.close()
+    sites = {**made.bundle.sites, **({victim.id: victim.log} if export else {})}
+    for also in (False, True):
+        made.trusted |= {other.id: (other.id[:16], other.key.verify_key)} if also else {}
+        got = found(audit(replace(made.bundle, sites=sites), by_key(made) if also else made.trust()))
+        assert ("incomplete", code) in got
     # Of a federation that has told no round nobody was asked.
     fresh = Forged()
     fresh.trusted[victim.id] = (victim.name, victim.key.verify_key)
@@ -341,13 +373,17 @@ def test_who_is_put_out_for_a_moment_was_there_all_the_time(export: bool) -> Non
     assert found(audit(bundle, made.trust())) == {("incomplete", "stale" if export else "no-site-log")}
 
 
-def test_who_was_there_while_a_round_ran_alone_is_missed() -> None:
+@pytest.mark.parametrize("between", [False, True])
+def test_who_was_there_while_a_round_ran_alone_is_missed(between: bool) -> None:
+    """Also where the coordinator tells of something else of that round meanwhile."""
     made = four()
     victim = made.sites[3]
     for site in made.sites:
         made.train(site, RUN, 1, LOUD if site is victim else TERMS)
     made.leaf("revoke", site=victim.name)
     made.cosigned.pop(victim.id)
+    if between:
+        made.leaf("incident", what="a site's own log went back", run=RUN, round=1, client=made.sites[0].id, reason="x")
     made.commit(RUN, 1, [made.row(site, RUN, 1) for site in made.sites[:3]])
     made.close()
     made.cosigned.pop(victim.id)
@@ -374,6 +410,19 @@ def test_a_head_with_the_commit_in_it_is_as_good_as_a_receipt_for_the_last_round
     at = made.head
     away.add("fetched", note=at.signed(made.key), log=at.origin, size=at.size, root=at.root.hex())
     assert found(audit(made.bundle, made.trust())) == set()
+
+
+def test_a_receipt_of_another_site_accuses_nobody_for_sure() -> None:
+    """Which of them had no part in a round a receipt does not say: one site may have it of another."""
+    made = began(2)
+    site = made.sites[0]
+    leaf = next(i for i, one in enumerate(made.leaves) if json.loads(one.record)["kind"] == "round_commit")
+    hashed = leaf_hash(made.leaves[leaf].record).hex()
+    commit = json.loads(made.leaves[leaf].record)
+    told = Receipt(RUN, 1, no_work(RUN, 1), "", NOT_ASKED, commit["adapter"], leaf, hashed).by(made.key)
+    site.add("receipt", **asdict(told))
+    made.close()
+    assert check(made) == {("incomplete", "receipt")}
 
 
 def test_a_work_has_one_set_of_terms_and_one_end() -> None:

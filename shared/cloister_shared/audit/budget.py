@@ -24,7 +24,7 @@ MOST_KINDS = 300
 # Kinds in all distinct histories of one site's blocks together: each is laid out by itself.
 MOST_IN_ALL = 3000
 # Entries of all blocks together, each counted with its block's kinds: so much is held against caps.
-_MOST_ON_THE_WAY = 5_000_000
+_MOST_ON_THE_WAY = 1_000_000
 # What a site with several logs is told by.
 SEVERAL = "logs, of one text or of several"
 # How often PLD is worked out for the way there, over all blocks: each takes about 0.1 s.
@@ -272,5 +272,5 @@ def _month(at: float) -> str:
 def _together(entries: list[Entry]) -> Steps:
     whole = Counter[Step]()
     for entry in entries:
-        whole += entry.steps
+        whole.update(entry.steps)
     return tuple(sorted(whole.items()))

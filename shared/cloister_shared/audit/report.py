@@ -57,7 +57,7 @@ NOT_PROVEN = (
     "That an update of which the coordinator says that it came late, was refused or was left out did not enter an adapter.",
     "That the coordinator really added the noise of a client-level statement: it alone draws it.",
     "Which text an adapter holds that a run began with and no round here made: its coordinator brought it.",
-    "What a site was asked after its export that is here, or while the log says that it was not enrolled.",
+    "What a site was asked after its export that is here, or while the log says that it was not enrolled, or no round was told.",
     "Which text is a block, where a site's ledger says that it has several: budgets are of blocks.",
     "That a client really added the noise that its ledger says: short of attestation of its machine nobody outside can see that.",
     "That a site registered all of its text, or that two units are not the same person under two names.",

@@ -93,6 +93,7 @@ class Ledger:
         federation: Leaves of the federation's log by the newest head or receipt in this log; more than are here where that is cut.
         plans: The entries again, by their work; of those that came to the same, the first.
         held_by: Events of the longest head of this log that each key signed and that is of what is here, by client id.
+        done: Works that were spent.
         saw: How many leaves of the federation's log this one knew of by which event, wherever it came to know more.
     """
 
@@ -113,6 +114,7 @@ class Ledger:
     own: frozenset[str] = frozenset()
     held_by: dict[str, int] = field(default_factory=dict)
     saw: list[tuple[int, int]] = field(default_factory=list)
+    done: set[str] = field(default_factory=set)
 
     @property
     def cut(self) -> bool:
@@ -193,7 +195,7 @@ def _seen_late(ledger: Ledger, trust: Trust, history: History, findings: Finding
     """
     sure, late = trust.surely(ledger.name) | {ledger.client}, dict[int, RoundCommit | Aborted]()
     # Whom the log never took in may have been asked all the same.
-    enrolled = any(key.id.hex() in history.names for key in ledger.keys)
+    enrolled = any(client in history.names for client in sure)
     # Of a key that signed no head of this log ``spends.idle`` tells.
     for client in (i for i in (key.id.hex() for key in ledger.keys) if i in sure | ledger.own):
         until = ledger.size if client in sure else ledger.held_by.get(client, 0)
@@ -384,9 +386,10 @@ def _close(
         findings.violation("order", at, f"{record['event']} of entry {found}, which {what}")
         return
     entry.state, entry.closed_at = _CLOSES[record["event"]], index
-    if entry.state == "spent" and any(e.state == "spent" and e is not entry for e in ledger.plans.get(entry.plan, ())):
-        findings.violation("order", at, f"spend of entry {found}, whose work was spent before")
     if entry.state == "spent":
+        if entry.plan in ledger.done:
+            findings.violation("order", at, f"spend of entry {found}, whose work was spent before")
+        ledger.done.add(entry.plan)
         entry.update, entry.vector = hexes(record, "update", 32), hexes(record, "vector", 32, empty=True)
     if entry.state == "void":
         statement = {name: value for name, value in record.items() if name != "signature"}
@@ -449,7 +452,11 @@ def _receipt(
         receipt.round,
         receipt.adapter,
     )
-    if not same or said != [(receipt.verdict, receipt.update)]:
+    if same and said == [] and receipt.verdict == NOT_ASKED:
+        findings.incomplete(
+            "receipt", at, "it says that its site had no part in the round, whose commit says that it had: whose is it?"
+        )
+    elif not same or said != [(receipt.verdict, receipt.update)]:
         findings.violation("receipt", at, "it says something else than the commit that it is for")
 
 

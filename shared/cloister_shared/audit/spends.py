@@ -129,8 +129,8 @@ def _from_log(
     for name in sorted({n for i, n in unheard.items() if i not in trust.sites} - strangers):
         what = "it was enrolled, and took no part by the coordinator's word; the trust file does not name its key"
         findings.incomplete("stranger", f"site {name}", what)
-    taken = set(history.names.values())
-    for name in sorted({trust.called(i) for i in trust.sites if i not in of} - taken) if history.told else ():
+    never = {i for i in trust.sites if i not in of and not trust.surely(trust.called(i)) & history.names.keys()}
+    for name in sorted({trust.called(i) for i in never - history.names.keys()}) if history.told else ():
         what = "the trust file names it, and the federation's log never took it in: its own log is not here: ask it for its export"
         findings.incomplete("no-site-log", f"site {name}", what)
 
@@ -146,7 +146,7 @@ def idle(history: History, of: Mapping[str, Ledger]) -> dict[str, str]:
     # A round's time: from its run's last leaf to the one that tells of it.
     last, since, until = dict[str, int](), list[int](), list[int]()
     for index, record in enumerate(history.records):
-        if record.get("kind") in ("policy", "round_commit", "incident") and isinstance(run := record.get("run"), str):
+        if (index in told or record.get("kind") == "policy") and isinstance(run := record.get("run"), str):
             if index in told:
                 since.append(last.get(run, index))
                 until.append(index)
