@@ -216,7 +216,7 @@ def list_rounds(
 ) -> None:
     """List the federation's rounds, or fetch one with the proof that the log has it."""
     console.choose(json, home)
-    from cloister_client.fetching import fetch_round, fetch_rounds, pulled_head
+    from cloister_client.fetching import fetch_round, fetch_rounds, heads_known
 
     own = read_site(console.site_home(site))
     found = fetch_rounds(own, run)
@@ -228,8 +228,7 @@ def list_rounds(
         return
     if not found:
         raise InputError("the federation has no rounds yet", where=own.name)
-    seen = [open_ledger(own).known_head(log_of_federation(own.coordinator().verify_key)), pulled_head(own)]
-    said = fetch_round(own, run or found[-1]["run"], number, [head for head in seen if head is not None])
+    said = fetch_round(own, run or found[-1]["run"], number, heads_known(own, open_ledger(own)))
     console.emit(
         said,
         f"round {number} of run {said['run'][:8]}: leaf {said['index']} of the log, proven; adapter {said['adapter'][:16]},"

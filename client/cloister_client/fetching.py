@@ -25,10 +25,10 @@ from cloister_shared.v1 import registry_pb2
 from cloister_shared.vectors import Schema, check_bounded, from_safetensors, most_bytes
 from cloister_shared.witness import LEAF_PURPOSE, log_of_federation
 
+from cloister_client.budget import Ledger
 from cloister_client.registry import CALL_SECONDS, LONG_SECONDS, certified, registry_as, registry_of
 from cloister_client.site import PULLED, Site, pulled_note
 
-# Where a pull leaves the head that it saw.
 PULLED_LOCK = "pulled.lock"
 _LOG_BYTES = 1 << 30
 # What a leaf takes beside its bytes: one without any costs whoever holds it something too.
@@ -204,6 +204,16 @@ def pulled_head(site: Site) -> Checkpoint | None:
     if note is None:
         return None
     return read_checkpoint(note, key, log_of_federation(key), str(site.home / PULLED)).checkpoint
+
+
+def heads_known(site: Site, ledger: Ledger) -> list[Checkpoint]:
+    """The newest heads of the federation's log that a site knows: of its rounds and exports, and of its pulls.
+
+    Raises:
+        VerificationError: As ``pulled_head``.
+    """
+    found = [ledger.known_head(log_of_federation(site.coordinator().verify_key)), pulled_head(site)]
+    return [head for head in found if head is not None]
 
 
 def _keep_pulled(site: Site, note: str, tree: Tree, before: Checkpoint | None, where: str) -> None:

@@ -87,43 +87,23 @@ class Remembered:
             named = {"log": head.origin, "size": head.size, "root": head.root.hex()}
             events.append({"event": "fetched", "at": time.time(), "note": note} | named)
 
-    def seen_when_planned(self, run: str, log: str) -> dict[int, int]:
-        """How many leaves of another's log this site had seen in a round when it first reserved for each round of a run."""
+    def reservations(self, log: str) -> list[tuple[str, int, int]]:
+        """Every reservation, oldest first: its run, its round, and how many leaves of another's log this site had seen in a round."""
         event = "CAST(record AS TEXT)"
+        of = [f"json_extract({event}, '$.{name}')" for name in ("event", "run", "round", "size")]
         with self._chain.reading() as db:
             found = db.execute(
-                f"SELECT json_extract({event}, '$.event'), json_extract({event}, '$.round'), json_extract({event}, '$.size')"  # noqa: S608
-                f" FROM event WHERE (json_extract({event}, '$.event') = 'reserve' AND json_extract({event}, '$.run') = ?)"
-                f" OR (json_extract({event}, '$.event') = 'witness' AND json_extract({event}, '$.log') = ?) ORDER BY seq",
-                (run, log),
-            )
-            newest, out = 0, dict[int, int]()
-            for kind, number, size in found:
-                if kind == "witness":
-                    newest = int(size)
-                else:
-                    out.setdefault(int(number), newest)
-            return out
-
-    def seen_elsewhere(self, run: str, log: str) -> int | None:
-        """How many leaves of another's log this site had seen when it last reserved, where that was for another run and none for this."""
-        event = "CAST(record AS TEXT)"
-        with self._chain.reading() as db:
-            found = db.execute(
-                f"SELECT json_extract({event}, '$.event'), json_extract({event}, '$.run'), json_extract({event}, '$.size')"  # noqa: S608
-                f" FROM event WHERE json_extract({event}, '$.event') = 'reserve'"
-                f" OR (json_extract({event}, '$.event') = 'witness' AND json_extract({event}, '$.log') = ?) ORDER BY seq",
+                f"SELECT {', '.join(of)} FROM event WHERE {of[0]} = 'reserve'"  # noqa: S608
+                f" OR ({of[0]} = 'witness' AND json_extract({event}, '$.log') = ?) ORDER BY seq",
                 (log,),
             )
-            newest, last = 0, None
-            for kind, of, size in found:
+            newest, out = 0, list[tuple[str, int, int]]()
+            for kind, run, number, size in found:
                 if kind == "witness":
                     newest = int(size)
-                elif of == run:
-                    return None
                 else:
-                    last = newest
-            return last
+                    out.append((str(run), int(number), newest))
+            return out
 
     def receipt(self, record: dict[str, object]) -> None:
         """Chains what the coordinator says became of an update, once for each work."""

@@ -256,8 +256,10 @@ def settle(desk: Desk, receipts: tuple[Receipt, ...]) -> None:
     for receipt in receipts:
         receipt.check(desk.card.verify_key, "receipt")
         desk.ledger.receipt(asdict(receipt))
-        no_part = receipt.verdict == NOT_ASKED
-        for plan in desk.ledger.works(receipt.run, receipt.round) if no_part else [receipt.plan] * bool(receipt.plan):
+        plans = [receipt.plan]
+        if receipt.verdict == NOT_ASKED:
+            plans = desk.ledger.works(receipt.run, receipt.round)
+        for plan in filter(None, plans):
             (desk.kept / f"{plan}.f32").unlink(missing_ok=True)
 
 

@@ -37,6 +37,7 @@ UP_LOCK = "up.lock"
 AGAIN = "again"
 # Cards of keys that this site had before it joined again.
 EARLIER = "earlier"
+# Where a pull leaves the head that it saw.
 PULLED = "pulled.head"
 MAX_SOCKET_PATH = 104
 

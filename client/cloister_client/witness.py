@@ -201,15 +201,17 @@ class Witness:
                 got="none",
             )
         # A run begins with a leaf of its own: the first plan of another one shows more than the last plan before it did.
-        size, last = view.start + len(view.hashes), self.ledger.seen_elsewhere(run, self.origin)
-        if last and size <= last:
+        reserved = self.ledger.reservations(self.origin)
+        size, last = view.start + len(view.hashes), reserved[-1][2] if reserved else 0
+        # By round, at the first reservation for it.
+        planned = {number: seen for of, number, seen in reversed(reserved) if of == run}
+        if last and not planned and size <= last:
             raise RefusedError(
                 LACKS_RECEIPT,
                 "another run began, and the log has not grown",
                 expected=f"> {last} leaves",
                 got=str(size),
             )
-        planned = self.ledger.seen_when_planned(run, self.origin)
         for receipt in receipts:
             if receipt["index"] < planned.get(receipt["round"], 0):
                 raise RefusedError(

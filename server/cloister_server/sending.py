@@ -101,27 +101,18 @@ def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]
         if leaf is None:
             continue
         clients = context.store.clients(context.run.id, row.number)
-        for to in lacking - {named.get(c.name, c.client) for c in clients}:
-            of = no_work(context.run.id, row.number)
-            made = Receipt(
-                context.run.id, row.number, of, "", NOT_ASKED, row.adapter or "", leaf.index, leaf.hash.hex()
-            )
-            out[to] = (*out.get(to, ()), made.by(context.signing))
-        for client in clients:
-            to = named.get(client.name, client.client)
+        asked = [(named.get(c.name, c.client), c) for c in clients]
+        told = [
+            (to, c.plan, c.update if c.verdict == "accepted" else "", c.verdict)
+            for to, c in asked
             # Heard in another run, too: only who says that it lacks one is told all of them.
-            if row not in newest and to not in lacking and leaf.index < heard.get(to, 0):
-                continue
-            update = client.update if client.verdict == "accepted" else ""
+            if row in newest or to in lacking or leaf.index >= heard.get(to, 0)
+        ]
+        without = lacking - {to for to, _ in asked}
+        told += [(to, no_work(context.run.id, row.number), "", NOT_ASKED) for to in without]
+        for to, plan, update, verdict in told:
             made = Receipt(
-                context.run.id,
-                row.number,
-                client.plan,
-                update,
-                client.verdict,
-                row.adapter or "",
-                leaf.index,
-                leaf.hash.hex(),
+                context.run.id, row.number, plan, update, verdict, row.adapter or "", leaf.index, leaf.hash.hex()
             )
             out[to] = (*out.get(to, ()), made.by(context.signing))
     return out

@@ -279,7 +279,7 @@ def trust(
             store.close()
     else:
         from cloister_client.data import open_ledger
-        from cloister_client.fetching import pulled_head
+        from cloister_client.fetching import heads_known
         from cloister_client.policy import read_policy
         from cloister_client.site import act_as_agent, earlier_cards, read_site
 
@@ -292,9 +292,7 @@ def trust(
         act_as_agent(own)
         ledger = open_ledger(own)
         heads.append(ledger.head(log_of_site(read_secret(own.agent_home / "unit.key", 32))))
-        seen = ledger.known_head(log_of_federation(card.verify_key))
-        known_heads = [head for head in (seen, pulled_head(own)) if head is not None]
-        heads += [max(known_heads, key=lambda head: head.size)] if known_heads else []
+        heads += sorted(heads_known(own, ledger), key=lambda head: head.size)[-1:]
     write_trust(out, trust_of(card.federation, card.verify_key, known, heads, written_at))
     sites, memory = many(len(known), "site"), many(len(heads), "remembered head")
     lines = [f"{out}: the key of {card.federation} ({card.fingerprint}), {sites} by key, {memory}"]

@@ -240,7 +240,7 @@ def _from_ledgers(
     elsewhere = defaultdict[str, set[str]](set)
     for ledger in ledgers.values():
         counted = Counter((e.plan, e.run, e.round) for e in ledger.entries.values() if e.state != "void")
-        rows = dict[tuple[str, str, int], tuple[list[Asked], list[str]]]()
+        rows = dict[tuple[str, str, int], tuple[Asked | None, list[str]]]()
         for entry in ledger.entries.values():
             where = f"site {ledger.name}, entry {entry.number}, round {entry.round} of run {entry.run[:8]}"
             key = entry.plan, entry.run, entry.round
@@ -249,30 +249,29 @@ def _from_ledgers(
             if key not in rows:
                 mine = [one for one in told.get(key, ()) if _whose(one, ledgers, of, trust) is ledger]
                 # Of many leaves the most that any of them says.
-                most_said = max(mine, key=lambda one: (one.took_part, one.charged), default=None)
+                most = max(mine, key=lambda one: (one.took_part, one.charged), default=None)
                 unknown = sorted({one.client for one in told.get(key, ())} - set(trust.sites))
-                rows[key] = [] if most_said is None else [most_said], unknown
+                rows[key] = most, unknown
             said, unknown = rows[key]
             if entry.run not in history.runs:
                 elsewhere[entry.run].add(ledger.name)
-            elif said and not any(one.took_part for one in said):
+            elif said is not None and not said.took_part:
                 findings.violation(
                     "uncharged", where, "the site spent for it, and the log says that it was charged nothing"
                 )
-            elif said and counted[key] > (most := max(max(one.charged, 1) for one in said)):
-                what = (
-                    f"{many(counted[key], 'entry', 'entries')} charged for it, {many(most, 'attempt')} told by the log"
-                )
-                findings.incomplete("charged", where, what)
-                counted[key] = 0
-            elif not said and any(history.names.get(i) == ledger.name for i in unknown):
+            elif said is not None:
+                if counted[key] > (times := max(said.charged, 1)):
+                    what = f"{many(counted[key], 'entry', 'entries')} charged for it, {many(times, 'attempt')} told by the log"
+                    findings.incomplete("charged", where, what)
+                    counted[key] = 0
+            elif any(history.names.get(i) == ledger.name for i in unknown):
                 what = f"the log tells of it under key {unknown[0][:16]} of this site's name, which the trust file does not name"
                 findings.incomplete("untold", where, f"{what}: is that a key that it had before?")
-            elif not said and (entry.run, entry.round) in done:
+            elif (entry.run, entry.round) in done:
                 findings.violation(
                     "untold", where, "the site spent for a round whose commit does not say that it was asked"
                 )
-            elif not said:
+            else:
                 findings.incomplete(
                     "untold", where, "no leaf that can be read tells of this round: it runs, or it was broken off"
                 )
