@@ -81,6 +81,20 @@ def test_rdp_is_theirs_and_bounds_pld(counts: dict[Step, int]) -> None:
         assert not too_low([Stated(least - far, steps, 1e-5)], far + 1e-6)
 
 
+@given(
+    st.floats(-3, 6),
+    st.one_of(st.just(1.0), st.floats(-9, 0).map(lambda p: 10**p), st.floats(-5, 0).map(lambda p: 1 - 10**p)),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_one_release_costs_is_theirs(sigma: float, rate: float) -> None:
+    taken = accountant._bounded(rate)
+    theirs = (
+        RdpAccountant(orders=accountant._ORDERS).compose(PoissonSampledDpEvent(taken, GaussianDpEvent(10**sigma))).rdp
+    )
+    # Both add up to about 1, and what one release costs is what that is above 1.
+    assert accountant._rdp_of((10**sigma, rate)) == pytest.approx(theirs, rel=1e-9, abs=1e-14)
+
+
 @pytest.mark.parametrize(
     "kind",
     [

@@ -1,4 +1,4 @@
-"""Epsilon, recomputed from what the logs say was done, by dp-accounting alone: RDP at every prefix, PLD where a number was published.
+"""Epsilon of what the logs say was done, by an accountant of its own: RDP at every prefix, PLD where a number was published.
 
 A block's history is every Gaussian release of every entry that was
 charged to it and not given back. RDP bounds from above: where it is within the cap, so is the truth; where it is not, PLD decides. The
