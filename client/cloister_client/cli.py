@@ -19,7 +19,6 @@ from cloister_shared.errors import CloisterError, InputError, RefusedError, Stat
 from cloister_shared.invitation import Invitation
 from cloister_shared.processes import Group, free_port
 from cloister_shared.signing import VerifyKey
-from cloister_shared.witness import log_of_federation
 
 from cloister_client import audit_command
 from cloister_client.data import add as add_text
@@ -251,12 +250,12 @@ def pull(
 ) -> None:
     """Fetch the adapter that an alias points at; log, moves and operator's signatures are checked before anything is kept."""
     console.choose(json, home)
-    from cloister_client.fetching import fetch_release
+    from cloister_client.fetching import fetch_release, heads_known
 
     own = read_site(console.site_home(site))
-    seen = open_ledger(own).known_head(log_of_federation(own.coordinator().verify_key))
+    ledger = open_ledger(own)
     wanted = VerifyKey.from_hex(guard, "--guard").raw.hex() if guard else ""
-    got = fetch_release(own, alias, [] if seen is None else [seen])
+    got = fetch_release(own, alias, lambda: heads_known(own, ledger))
     if wanted and got.guard != wanted:
         raise RefusedError(
             "registry.guarded",

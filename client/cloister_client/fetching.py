@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -216,19 +216,24 @@ def heads_known(site: Site, ledger: Ledger) -> list[Checkpoint]:
     return [head for head in found if head is not None]
 
 
-def _keep_pulled(site: Site, note: str, tree: Tree, before: Checkpoint | None, where: str) -> None:
+def _keep_pulled(
+    site: Site, note: str, tree: Tree, before: Checkpoint | None, seen: Callable[[], Sequence[Checkpoint]], where: str
+) -> None:
     """Keeps a checked head as the newest that a pull saw: forward alone, and one at a time, so that the slower of two takes none back.
+
+    Plans go on meanwhile, and each side looks after it wrote (``witness``): whichever is second sees the other's head.
 
     Args:
         site: The site.
         note: The head, signed.
         tree: The leaves that it is of.
         before: What was kept when the pull began.
+        seen: Heads of the log that this site saw by now.
         where: For errors.
 
     Raises:
-        RollbackError: Another pull kept a head of other leaves meanwhile.
-        StateError: Another pull saw a newer head meanwhile, or it cannot be written.
+        RollbackError: Another pull, or a plan, showed other leaves meanwhile.
+        StateError: Another pull, or a plan, showed more meanwhile, or it cannot be written.
     """
     key = site.coordinator().verify_key
     try:
@@ -236,12 +241,10 @@ def _keep_pulled(site: Site, note: str, tree: Tree, before: Checkpoint | None, w
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             now = pulled_head(site)
-            if now is not None and now != before and now.size > len(tree):
-                raise StateError(
-                    "another pull saw a newer log meanwhile", where=where, expected=f"{now.size} leaves",
-                    got=str(len(tree)), mend="the same command again",
-                )  # fmt: skip
+            if now is not None and now != before:
+                _meanwhile(tree, [now], "another pull", where)
             _begins_with(tree, [] if now is None else [now], where)
+            _meanwhile(tree, seen(), "a plan", where)
             if now is None or now.size < len(tree):
                 # Beside the ledger, which is the agent's: that holds its plans against this file too (``witness``).
                 write_durably(site.home / PULLED, own_note(note, key, log_of_federation(key)).encode(), mode=0o644)
@@ -249,6 +252,7 @@ def _keep_pulled(site: Site, note: str, tree: Tree, before: Checkpoint | None, w
             (site.home / PULLED).chmod(0o644)
         finally:
             os.close(lock)
+        _meanwhile(tree, seen(), "a plan", where)
     except OSError as error:
         raise StateError(
             "the newest head cannot be kept", where=str(site.home / PULLED), got=error.strerror or "",
@@ -256,7 +260,18 @@ def _keep_pulled(site: Site, note: str, tree: Tree, before: Checkpoint | None, w
         ) from error  # fmt: skip
 
 
-def fetch_release(site: Site, alias: str, seen: Sequence[Checkpoint]) -> Release:
+def _meanwhile(tree: Tree, heads: Sequence[Checkpoint], by: str, where: str) -> None:
+    """Sees that what was shown while a log was fetched goes no further than it, and is its beginning."""
+    newest = max((head.size for head in heads), default=0)
+    if newest > len(tree):
+        raise StateError(
+            f"{by} saw a newer log meanwhile", where=where, expected=f"{newest} leaves", got=str(len(tree)),
+            mend="the same command again",
+        )  # fmt: skip
+    _begins_with(tree, heads, where)
+
+
+def fetch_release(site: Site, alias: str, seen: Callable[[], Sequence[Checkpoint]]) -> Release:
     """Fetches what an alias points at, after all of it was checked and before anything of it is loaded.
 
     Head signed by the pinned key -> the whole log is what it signs, and begins with what this site saw -> that head is kept -> the
@@ -267,21 +282,21 @@ def fetch_release(site: Site, alias: str, seen: Sequence[Checkpoint]) -> Release
     Args:
         site: The site.
         alias: The alias.
-        seen: Heads of the log that this site saw, beside that of its newest pull.
+        seen: Heads of the log that this site saw, beside that of its newest pull; asked again before and after this one's is kept.
 
     Raises:
         VerificationError: A proof does not hold, or a move of a guarded alias is not its operator's.
         RollbackError: The log shrank or forked.
-        StateError: Another pull saw a newer log meanwhile, or the head cannot be kept.
+        StateError: Another pull or a plan saw a newer log meanwhile, or the head cannot be kept.
         CloisterError: Nobody answers, or the coordinator refuses.
     """
     card, where, before = site.coordinator(), f"alias {alias}", pulled_head(site)
-    known = [*seen, before] if before is not None else list(seen)
+    known = [*seen(), before] if before is not None else seen()
     with registry_of(site) as stub:
         leaves, answer = _whole_log(stub)
         head = read_checkpoint(answer.note, card.verify_key, log_of_federation(card.verify_key), where).checkpoint
         tree = _check_whole([record for record, _, _ in leaves], head, known, where)
-        _keep_pulled(site, answer.note, tree, before, where)
+        _keep_pulled(site, answer.note, tree, before, seen, where)
         records = [_own(record, index, head.origin, where) for index, (record, _, _) in enumerate(leaves)]
         move = newest_move(records, alias, where)
         if move is None:

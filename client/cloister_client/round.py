@@ -1,7 +1,7 @@
 """The story of a round at the client.
 
-    open envelope -> verify plan -> receipts -> attempt -> policy -> kept update? -> reserve -> account -> train with DP -> keep -> spend
-    -> release -> (mask) -> seal
+    open envelope -> verify plan -> attempt -> log -> receipts -> policy -> kept update? -> reserve -> account -> train with DP -> keep
+    -> spend -> release -> (mask) -> seal
 
 Under secure aggregation the plan comes between messages of ``sums``, which are answered here too and need no text.
 Everything called here is a leaf. What leaves passed ``release``, or is one of its fixed words. A refusal never depends on the
@@ -139,13 +139,14 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
     plan, rest = Plan.from_bytes(plaintext, desk.card.verify_key, "plan")
     core = plan.core
     _same(header, plan)
-    settle(desk, plan.receipts)
     # Not in what is answered: whoever cannot remember an attempt says nothing of it.
     first = desk.ledger.attempted(core.digest, plan.attempt)
     # Told also where the log is refused: how far this site's own ledger goes hides nothing.
     preface: Callable[[], Preface] = partial(desk.witness.preface, "")
     try:
         before, cosignature = desk.witness.look(plan.view, plan.own_head)
+        # After it: receipts of a history that is refused are no receipts.
+        settle(desk, plan.receipts)
         preface = partial(desk.witness.preface, cosignature)
         desk.witness.enough(plan.view, before)
         desk.witness.acknowledged(plan.view, core.run, core.round)
@@ -183,10 +184,10 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
 
 def _closed(desk: Desk, header: Header, said: Closing) -> bytes:
     """Keeps a run's last receipts, and answers what this site has seen of the log by now; no text is read for it."""
-    settle(desk, said.receipts)
     cosignature = ""
     try:
         _, cosignature = desk.witness.look(said.view, said.own_head)
+        settle(desk, said.receipts)
     except RefusedError as error:
         desk.tell.update(refusal=str(error))
     return _seal(desk, said.reply_to, header, *acknowledgement(desk.witness.preface(cosignature)))

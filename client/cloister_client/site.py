@@ -183,7 +183,9 @@ def pulled_note(site: Site) -> str | None:
             "the head that a pull saw cannot be read",
             "see to the file's owner and mode, then cloister site pull",
         )
-        raise StateError(what, where=str(path), got=str(error)[:200], mend=mend) from error
+        # Told to the coordinator too, where a plan is refused for it: no path of this machine.
+        got = error.strerror or "" if isinstance(error, OSError) else "no text"
+        raise StateError(what, where=str(path), got=got, mend=mend) from error
     of = "" if note is None else note.partition("\n")[0]
     # Of the coordinator that this site had before it joined another one: it says nothing of this one's log.
     return None if re.fullmatch(f"{FEDERATION_LOGS}[0-9a-f]{{32}}", of) and of != own else note

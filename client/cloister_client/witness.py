@@ -89,6 +89,9 @@ class Witness:
         self._own(own_head)
         if before != now:
             self.ledger.witness(now, own_note(view.note, self.coordinator, self.origin), known)
+        # A pull looks into the ledger after it kept its head: of the two the later one sees the other's.
+        if (again := self._pulled()) is not None and again != pulled:
+            self._beside(view, before, now, *again)
         name = self.signing.verify_key.id.hex()
         return before, now.cosigned(name, self.signing, int(time.time()))
 
@@ -200,18 +203,9 @@ class Witness:
                 expected=f"a receipt for round {missing[0]}",
                 got="none",
             )
-        # A run begins with a leaf of its own: the first plan of another one shows more than the last plan before it did.
         reserved = self.ledger.reservations(self.origin)
-        size, last = view.start + len(view.hashes), reserved[-1][2] if reserved else 0
         # By round, at the first reservation for it.
-        planned = {number: seen for of, number, seen in reversed(reserved) if of == run}
-        if last and not planned and size <= last:
-            raise RefusedError(
-                LACKS_RECEIPT,
-                "another run began, and the log has not grown",
-                expected=f"> {last} leaves",
-                got=str(size),
-            )
+        planned = {of: seen for name, of, seen in reversed(reserved) if name == run}
         for receipt in receipts:
             if receipt["index"] < planned.get(receipt["round"], 0):
                 raise RefusedError(
@@ -227,6 +221,15 @@ class Witness:
                     "a commit that was acknowledged is not in the log",
                     expected=f"leaf {receipt['index']} as in the receipt of round {receipt['round']}",
                 )
+        # Each round ends with a leaf, and a run begins with one: the first plan of another round shows more than the plan before it did.
+        size, last = view.start + len(view.hashes), reserved[-1][2] if reserved else 0
+        if last and number not in planned and size <= last:
+            raise RefusedError(
+                LACKS_RECEIPT,
+                "another round began, and the log has not grown",
+                expected=f"> {last} leaves",
+                got=str(size),
+            )
 
     def preface(self, cosignature: str) -> Preface:
         """What goes before an answer: the head of this site's own log, signed, and the cosignature."""

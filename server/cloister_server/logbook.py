@@ -15,7 +15,7 @@ from cloister_shared.errors import RollbackError, StateError
 from cloister_shared.merkle import Tree
 from cloister_shared.notes import Checkpoint
 from cloister_shared.signing import SigningKey
-from cloister_shared.witness import MAX_HASHES, Cosignature, View, log_of_federation
+from cloister_shared.witness import MAX_COSIGNATURES, MAX_HASHES, Cosignature, View, log_of_federation
 from sqlmodel import select
 
 from cloister_server.blobs import Blobs
@@ -169,7 +169,9 @@ class LogBook:
         tree = self.tree()
         seen = known[client].size if client in known else 0
         start = max(min(seen, at.size), at.size - MAX_HASHES)
-        others = {i: Cosignature(row.size, row.line) for i, row in known.items() if i != client and row.line}
+        # The newest: who was put out, or has another key by now, is among them for good.
+        newest = sorted((i for i, row in known.items() if i != client and row.line), key=lambda i: -known[i].size)
+        others = {i: Cosignature(known[i].size, known[i].line) for i in newest[:MAX_COSIGNATURES]}
         return View(at.signed(self.signing), start, tree.range(start).tops, tuple(tree.hashes(start, at.size)), others)
 
     def keep_witness(self, client: str, at: Checkpoint, line: str, head: Checkpoint, note: str) -> None:

@@ -162,8 +162,10 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
             for m in members.values()
             if m.id not in inside
         )
-        if away := [f"{c.name}: not there with key {c.client}" for c in clients if c.client not in members]:
-            why = "; ".join([*([why] if why else []), *away])
+        away = [f"{c.name}: not there with key {c.client}" for c in clients if c.client not in members]
+        others = {m.card.name for m in context.members} - {c.name for c in clients}
+        away += [f"{name}: has no part in it, the settings changed since it began" for name in sorted(others)]
+        why = "; ".join([*([why] if why else []), *away])
         raise RefusedError(
             "round.min_clients",
             "too few updates for a commit",
@@ -481,12 +483,13 @@ def plan_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
     """Writes down what will be asked, before it is asked; a round that was open keeps its work."""
     # Once: every signature of the draw is checked for it.
     group_of = {} if context.draw is None else {site: group for group in context.draw.groups() for site in group}
-    asked = {c.client for c in context.store.clients(context.run.id, number)}
-    cohort = tuple(sorted({m.id for m in context.members} | set(group_of) | asked))
+    before = [PlanCore.from_dict(json.loads(c.core)) for c in context.store.clients(context.run.id, number)]
+    cohort = tuple(sorted({m.id for m in context.members} | set(group_of) | {core.client for core in before}))
     trainings = {m.id: in_round(context.federation, m.training, number) for m in context.members}
     # One fixed point for all: of whoever may move farthest.
     lora, head = map(max, zip(*map(reaches, trainings.values()), strict=True))
     equal = context.federation.client_level is not None or context.draw is not None
+    summed = {core.secure.members: core.common for core in before if core.secure is not None}
     parent_digest, level = digest(vector_to_bytes(parent)), context.federation.client_level
     entries = []
     for member in context.members:
@@ -512,6 +515,9 @@ def plan_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
             if context.draw is None
             else SecureSum(group_of[member.id], lora, head, *_unlike(context, group_of[member.id])),
         )
+        # Who comes later to a sum was asked as the others of it were, or would be refused by all: settings may have changed since.
+        if core.secure is not None and summed.setdefault(core.secure.members, core.common) != core.common:
+            continue
         spec = core.training
         entries.append(
             RoundClient(

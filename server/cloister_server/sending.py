@@ -94,8 +94,7 @@ def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]
     heard = {client: row.size for client, row in context.store.witnessed().items()}
     least, newest = min((heard.get(m.id, 0) for m in context.members), default=0), rows[-MOST_RECEIPTS:]
     out: dict[str, tuple[Receipt, ...]] = {}
-    tried = [c for n in (number, number + 1) for c in context.store.clients(context.run.id, n)]
-    lacking = {c.client for c in tried if c.reason.startswith(LACKS_RECEIPT)} & {m.id for m in context.members}
+    lacking = _lacking(context, number)
     for row in [*(r for r in rows[:-MOST_RECEIPTS] if lacking or (r.leaf or 0) >= least), *newest]:
         leaf = context.store.commit_leaf(context.run.id, row.number)
         if leaf is None:
@@ -116,6 +115,18 @@ def receipts_of(context: Context, number: int) -> dict[str, tuple[Receipt, ...]]
             )
             out[to] = (*out.get(to, ()), made.by(context.signing))
     return out
+
+
+def _lacking(context: Context, number: int) -> set[str]:
+    """Members that said that they lack a receipt, and of which nothing was accepted since: they may have been away most of the time."""
+    found, left = set[str](), {m.id for m in context.members}
+    for n in range(number + 1, max(0, number - MOST_RECEIPTS), -1):
+        for row in context.store.clients(context.run.id, n):
+            lacks = row.reason.startswith(LACKS_RECEIPT)
+            if row.client in left and (lacks or row.verdict == "accepted"):
+                found |= {row.client} if lacks else set()
+                left.discard(row.client)
+    return found
 
 
 def seal_closing(

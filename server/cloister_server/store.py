@@ -258,8 +258,7 @@ class Store(Records):
     def plan_round(self, row: Round, clients: Sequence[RoundClient]) -> tuple[Round, list[RoundClient]]:
         """Writes a round's work down before anything is sent; where it is there already, the same work gets a new attempt.
 
-        Who has a part in it by now and had none gets one, but for a site that has one under another key; under secure aggregation the
-        groups stay as they are.
+        Who has a part in it by now and had none gets one, but for a site that has one under another key.
 
         Raises:
             StateError: It is committed.
@@ -279,14 +278,12 @@ class Store(Records):
             asked = select(RoundClient).where(RoundClient.run == row.run, RoundClient.number == row.number)
             before = list(session.exec(asked))
             names = {one.name for one in before}
-            if session.get(Draw, row.run) is None:
-                added = [one for one in clients if one.name not in names]
-                for one in added:
-                    # Nothing of an earlier attempt was sent to it: unlike what a coordinator that died left open, it is free.
-                    one.verdict = "missing"
-                session.add_all(added)
-                before += added
-            return known, before
+            added = [one for one in clients if one.name not in names]
+            for one in added:
+                # Nothing of an earlier attempt was sent to it: unlike what a coordinator that died left open, it is free.
+                one.verdict = "missing"
+            session.add_all(added)
+            return known, before + added
 
     def advance(self, run: str, number: int, state: str) -> None:
         """Moves a round on: to ``open`` before its plans are sent, to ``aggregating`` when what comes has come.

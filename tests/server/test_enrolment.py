@@ -29,6 +29,7 @@ import pytest
 from cloister.bundle_command import fetch
 from cloister_client import cli, fetching
 from cloister_client import registry as client
+from cloister_client.fetching import Release
 from cloister_client.policy import Policy
 from cloister_client.site import PULLED, Site, enrol, pulled_note, read_site
 from cloister_flower.frames import reply
@@ -48,7 +49,7 @@ from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import CloisterError, InputError, RefusedError, RollbackError, StateError, VerificationError
 from cloister_shared.invitation import PREFIX, Invitation
 from cloister_shared.merkle import Tree, leaf_hash
-from cloister_shared.notes import Checkpoint
+from cloister_shared.notes import Checkpoint, claimed
 from cloister_shared.privacy import DpSgd, epsilon
 from cloister_shared.processes import free_port
 from cloister_shared.signing import SigningKey
@@ -363,6 +364,10 @@ def test_rounds_are_listed_and_one_is_proven(served: Coordinator, tmp_path: Path
     store.close()
 
 
+def release_of(site: Site, alias: str, *seen: Checkpoint) -> Release:
+    return fetching.fetch_release(site, alias, lambda: seen)
+
+
 def test_what_is_released_is_fetched_and_nothing_else_can_be_shown(served: Coordinator, tmp_path: Path) -> None:
     """A coordinator with its own key that shows an older move, another adapter, or a move that the operator did not sign."""
     site, operator = joined(served, tmp_path / "s", "phi"), SigningKey.generate()
@@ -377,47 +382,47 @@ def test_what_is_released_is_fetched_and_nothing_else_can_be_shown(served: Coord
         store.commit_round(run, number, Commit(store.blobs.put(adapters[number]), 1.0, 0.0, {}, {}))
     guard, names, by = operator.verify_key.raw.hex(), [digest(one) for one in adapters], with_key(operator)
     store.set_alias("best", run, 0, names[0], 0, "first")
-    got = fetching.fetch_release(site, "best", [])
+    got = release_of(site, "best")
     assert (got.number, got.adapter, got.guard) == (0, adapters[0], "")
     early = store.checkpoint()
     store.set_alias("best", run, 1, names[1], 1, "guarded", operator=by, guard=guard)
     store.set_alias("best", run, 3, names[3], 2, "newer", operator=by)
     now = store.checkpoint()
     for seen in ([], [early], [now], [early, now]):
-        got = fetching.fetch_release(site, "best", seen)
+        got = release_of(site, "best", *seen)
         assert (got.run, got.number, got.adapter, got.guard) == (run, 3, adapters[3], guard)
         assert got.record["alias"]["why"] == "newer"
     for odd in (replace(early, root=bytes(32)), replace(now, root=bytes(32)), replace(now, size=now.size + 1)):
         with pytest.raises(RollbackError):
-            fetching.fetch_release(site, "best", [early, odd])
+            release_of(site, "best", early, odd)
     with pytest.raises(RefusedError, match="no such alias"):
-        fetching.fetch_release(site, "worst", [])
+        release_of(site, "worst")
     # Its own leaves, with the key that every leaf is signed with: not at a round that made this adapter, nor at none.
     unlike = (("odd", 1, names[2], "another adapter"), ("odder", 9, names[1], "no commit"))
     for alias, number, adapter, words in unlike:
         body = {"alias": alias, "run": run, "round": number, "adapter": adapter, "version": 1}
         store.log("alias_set", body | {"rollback": False, "guard": ""})
         with pytest.raises(VerificationError, match=words):
-            fetching.fetch_release(site, alias, [])
+            release_of(site, alias)
     gone = {"run": run, "round": 1, "adapter": names[1]}
     store.log("tombstone", gone)
     store.log("alias_set", gone | {"alias": "back", "version": 1, "rollback": False, "guard": ""})
     with pytest.raises(VerificationError, match="given up"):
-        fetching.fetch_release(site, "back", [])
+        release_of(site, "back")
     # Another task than the commit was of, and another adapter under its digest's name.
     with sqlite3.connect(served.home / "registry.db") as db:
         db.execute("DROP TRIGGER kept_run_update")
         db.execute("UPDATE run SET task = '{}' WHERE id = ?", (run,))
     with pytest.raises(VerificationError, match="task"):
-        fetching.fetch_release(site, "best", [])
+        release_of(site, "best")
     with sqlite3.connect(served.home / "registry.db") as db:
         db.execute("UPDATE run SET task = ? WHERE id = ?", (told["task"], run))
-    assert fetching.fetch_release(site, "best", [now]).number == 3
+    assert release_of(site, "best", now).number == 3
     # A move that the coordinator alone wrote: this alias gives nothing any more.
     body = {"log": store.origin, "alias": "best", "run": run, "round": 2, "adapter": names[2], "version": 4}
     store.log("alias_set", body | {"rollback": True, "guard": "", "operator": "", "why": ""})
     with pytest.raises(VerificationError, match="signature of the operator"):
-        fetching.fetch_release(site, "best", [now])
+        release_of(site, "best", now)
     store.close()
 
 
@@ -504,10 +509,10 @@ def test_whatever_a_registry_feigns_is_a_plain_refusal(
 
     monkeypatch.setattr(fetching, "registry_of", registry)
     if name == "good":
-        assert fetching.fetch_release(site, "best", []).number == 1
+        assert release_of(site, "best").number == 1
         return
     with pytest.raises(VerificationError):
-        fetching.fetch_release(site, "best", [])
+        release_of(site, "best")
 
 
 @pytest.fixture
@@ -546,7 +551,9 @@ def kept(site: Site) -> int:
     return 0 if head is None else head.size
 
 
-def test_a_head_that_a_pull_kept_is_read_by_the_agent_or_told_to_be_unreadable(pulling: Any) -> None:
+def test_a_head_that_a_pull_kept_is_read_by_the_agent_or_told_to_be_unreadable(
+    pulling: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site, _, pull = pulling
     before = os.umask(0o077)
     try:
@@ -567,8 +574,15 @@ def test_a_head_that_a_pull_kept_is_read_by_the_agent_or_told_to_be_unreadable(p
     pull("b")
     assert path.stat().st_mode & 0o777 == 0o644
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(StateError, match="cannot be read"):
+    with pytest.raises(StateError, match="cannot be read") as refused:
         pulled_note(site)
+    # Told to the coordinator, where a plan is refused for it.
+    assert (refused.value.got, refused.value.where) == ("no text", str(path))
+    closed = PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr(Path, "read_text", lambda _: (_ for _ in ()).throw(closed))
+    with pytest.raises(StateError) as refused:
+        pulled_note(site)
+    assert refused.value.got == "Permission denied"
 
 
 def test_a_head_that_a_pull_saw_is_kept_whatever_becomes_of_the_pull(pulling: Any) -> None:
@@ -609,6 +623,29 @@ def test_the_slower_of_two_pulls_takes_no_head_back(pulling: Any, tmp_path: Path
         pull("slow", of=1)
     assert kept(site) == 4
     pull("again", of=2)
+
+
+@pytest.mark.parametrize(
+    ("shown", "looks", "kept_then"), [("more", 2, 2), ("more", 3, 3), ("fork", 2, 2), ("fork", 3, 3)]
+)
+def test_what_a_plan_showed_while_a_log_was_pulled_binds_the_pull(
+    pulling: Any, monkeypatch: pytest.MonkeyPatch, shown: str, looks: int, kept_then: int
+) -> None:
+    """A coordinator that ends a pull with a fork of what it shows the agent meanwhile: before the pull's head is kept, or just after."""
+    site, logs, pull = pulling
+    pull("a")
+    more = claimed(logs[2].note, "test")
+    calls, head = list[int](), more if shown == "more" else replace(more, size=3)
+
+    def seen(*_: Any) -> list[Checkpoint]:
+        calls.append(1)
+        return [] if len(calls) < looks else [head]
+
+    monkeypatch.setattr(fetching, "heads_known", seen)
+    wanted: Any = (StateError, "a plan saw a newer log") if shown == "more" else (RollbackError, "changed")
+    with pytest.raises(wanted[0], match=wanted[1]):
+        pull("b", of=1)
+    assert kept(site) == kept_then
 
 
 @pytest.mark.parametrize("out", ["file/x", "/proc/none/x", "n" * 300])

@@ -17,6 +17,7 @@ from cloister_server.aggregation import weighted_mean
 from cloister_server.cli import event_line, show
 from cloister_server.context import Context
 from cloister_server.federation import Defence
+from cloister_server.fsck import check
 from cloister_server.groups import groups_of
 from cloister_server.rounds import one_round, run_rounds
 from cloister_server.run import drawn
@@ -191,6 +192,26 @@ def test_a_group_of_two_survivors_is_dropped_and_the_round_can_go_on(world: Worl
     # Whoever trained before sent the same update: nobody is charged twice.
     assert [world.charged(node) for node in world.desks] == [1] * 4
     assert all(before <= 1 for before in spent)
+
+
+def test_who_comes_later_has_a_part_in_a_sum_that_was_begun(tmp_path: Path, tiny_bert: Path) -> None:
+    """One of the group was away when the round began, another one is gone for good by now: three are enough."""
+    world = secure_world(tmp_path, tiny_bert, settings={"min_clients": "min_clients = 3"})
+    context = context_of(world)
+    world.link.behaviours = {100: lambda *_: None}
+    with pytest.raises(RefusedError, match="too few updates"):
+        one_round(replace(context, members=context.members[:3]), world.link, 1)
+    here = replace(context, members=context.members[1:])
+    members = tuple(replace(m, training=replace(m.training, clipping_norm=9.0)) for m in here.members)
+    with pytest.raises(RefusedError, match="site-4: has no part in it, the settings changed"):
+        one_round(replace(here, members=members), world.link, 1)
+    one_round(here, world.link, 1)
+    verdicts = world.verdicts(1)
+    assert verdicts.pop("site-1") == "missing"
+    assert verdicts == dict.fromkeys(("site-2", "site-3", "site-4"), "accepted")
+    means_match(world, 1, [200, 300, 400])
+    assert [world.charged(node) for node in world.desks] == [0, 1, 1, 1]
+    assert check(world.store) == []
 
 
 def test_what_the_aggregator_holds_gives_no_single_update(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

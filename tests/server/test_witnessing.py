@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,12 +16,12 @@ import pytest
 from cloister_client.budget import Ledger
 from cloister_client.round import execute
 from cloister_flower.frames import reply
-from cloister_server import rounds, sending
+from cloister_server import logbook, rounds, sending
 from cloister_server.intake import WENT_BACK
 from cloister_server.log import membership
-from cloister_server.rounds import one_round, run_rounds
+from cloister_server.rounds import close, one_round, run_rounds
 from cloister_server.store import Store
-from cloister_server.tables import RoundClient
+from cloister_server.tables import RoundClient, Run
 from cloister_shared.answers import Preface
 from cloister_shared.encoding import canonical
 from cloister_shared.errors import RefusedError, StateError
@@ -30,6 +31,7 @@ from cloister_shared.receipts import LACKS_RECEIPT, Receipt
 from cloister_shared.signing import SigningKey
 from cloister_shared.witness import LEAF_PURPOSE, View
 
+from support.registry import a_model
 from support.server_world import Loopback, World, forged_vector, make_world
 
 
@@ -414,6 +416,28 @@ def test_who_says_that_it_lacks_a_receipt_hears_of_all_its_rounds(
     assert {len(told[other]) for other in told if other != client} == {1}
 
 
+def test_who_is_away_every_other_round_hears_what_it_lacks(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = world.context(min_clients=2)
+    one_round(context, world.link, 1)
+    client, real = world.id_of(100), world.store.clients
+    one_round(context, world.link, 2)
+    world.link.behaviours = {100: lambda *_: None}
+    one_round(context, world.link, 3)
+    refused = {2}
+
+    def says_so(run: str, number: int) -> list[RoundClient]:
+        rows = real(run, number)
+        for row in rows:
+            if row.client == client and number in refused:
+                row.reason, row.verdict = f"{LACKS_RECEIPT}; refused", "refused-by-site"
+        return rows
+
+    monkeypatch.setattr(world.store, "clients", says_so)
+    assert sending._lacking(context, 3) == {client}
+    refused = {1}
+    assert sending._lacking(context, 3) == set()
+
+
 def test_a_site_that_was_away_for_long_hears_what_became_of_its_last_round(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -587,10 +611,64 @@ def test_a_run_begins_with_a_leaf_and_gets_no_work_on_a_log_that_stands_still(wo
     witness.acknowledged(replace(view, hashes=(*view.hashes, bytes(32))), "ee" * 16, 1)
     seen = witness.ledger.seen_head(witness.origin)
     assert seen is not None
-    with pytest.raises(RefusedError, match="another run began"):
+    with pytest.raises(RefusedError, match="another round began"):
         witness.acknowledged(replace(view, hashes=view.hashes[: seen.size]), "ee" * 16, 1)
-    # Of the run that it worked for last nothing more is asked than its receipts.
+    # Of the round that it worked on last nothing more is asked.
     witness.acknowledged(replace(view, hashes=view.hashes[: seen.size]), world.run.id, 1)
+
+
+def test_of_many_runs_none_gets_work_on_a_log_that_stands_still(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator that begins runs honestly, and then asks for the next round of each at the one head that peers cosigned."""
+    runs = [world.run]
+    for name in ("c1", "c2"):
+        run = Run(**(world.run.model_dump() | {"id": name * 16, "created": time.time(), "finished": None}))
+        world.store.start_run(
+            run, world.store.adapter(world.store.last_committed(world.run.id).adapter or ""), a_model(run.base)
+        )
+        runs.append(run)
+    for run in runs:
+        one_round(replace(world, run=run).context(), world.link, 1)
+    one_round(replace(world, run=runs[-1]).context(), world.link, 2)
+    frozen, spent = world.store.checkpoint(), world.charged(100)
+    monkeypatch.setattr(world.store, "checkpoint", lambda: frozen)
+    one_round(replace(world, run=runs[0]).context(), world.link, 2)
+    with pytest.raises(RefusedError, match=r"witness\.receipt.*another round began"):
+        one_round(replace(world, run=runs[1]).context(), world.link, 2)
+    assert [world.charged(node) for node in world.desks] == [spent + 1] * 3
+
+
+def test_a_head_that_a_pull_keeps_while_a_plan_is_looked_at_binds_it(world: World) -> None:
+    desk, view = world.desks[100], fetched(world, world.store)
+    other = Checkpoint(world.store.origin, 1, bytes(32)).signed(world.coordinator.signing)
+    notes = iter([None, other])
+    with pytest.raises(RefusedError, match="history"):
+        replace(desk.witness, pulled=lambda: next(notes)).look(view, "")
+    assert [e["event"] for e in said(world, 100)][-1] == "incident"
+
+
+def test_receipts_of_a_history_that_is_refused_are_no_receipts(world: World) -> None:
+    context, desk = world.context(min_clients=2), world.desks[100]
+    one_round(context, world.link, 1)
+    kept, now = world.kept(100), world.store.checkpoint()
+    assert kept
+    more = Checkpoint(now.origin, now.size + 5, bytes(32)).signed(world.coordinator.signing)
+    world.desks[100].witness = replace(desk.witness, pulled=lambda: more)
+    one_round(context, world.link, 2)
+    close(context, world.link)
+    assert "receipt" not in [e["event"] for e in said(world, 100)]
+    assert world.kept(100) == kept
+    assert [e["round"] for e in said(world, 200) if e["event"] == "receipt"] == [1, 2]
+
+
+def test_a_plan_has_the_newest_cosignatures_and_no_more_than_are_read(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = world.context(min_clients=2)
+    one_round(context, world.link, 1)
+    one_round(world.context(members=world.members[1:], min_clients=2), world.link, 2)
+    monkeypatch.setattr(logbook, "MAX_COSIGNATURES", 2)
+    view = world.store.view_for("nobody", world.store.checkpoint(), world.store.witnessed())
+    assert set(view.cosignatures) == {world.id_of(200), world.id_of(300)}
 
 
 def test_receipts_for_a_log_that_does_not_have_them_are_no_receipts(
