@@ -19,8 +19,9 @@ import numpy.typing as npt
 F64 = npt.NDArray[np.float64]
 Step = tuple[float, float]
 Steps = tuple[tuple[Step, int], ...]
-# Where RDP's bound or the number of releases is beyond these, PLD would take its time: nothing of the kind is allowed.
-_FAR_ABOVE, _MOST = 1000.0, 10_000_000
+# Where RDP's bound, the number of releases or the places of their losses are beyond these, PLD would take its time and memory: nothing of
+# the kind is allowed or planned (a whole run at the finest grid has about a hundred thousand places).
+_FAR_ABOVE, _MOST, _MOST_DOTS = 1000.0, 10_000_000, 500_000
 # Integers: at fractional orders the series does not converge for small noise, and the bound holds at any set of orders.
 _ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512)
 # Rates that are nearer to 0 or 1 are taken as these: epsilon grows with the rate, and losses finer than this take minutes to lay out.
@@ -98,7 +99,18 @@ def sure(steps: Steps, delta: float) -> bool:
 
 def beyond(steps: Steps, delta: float) -> bool:
     """Whether PLD would take its time, for what nobody allows."""
-    return by_rdp(steps, delta) >= _FAR_ABOVE or sum(count for _, count in steps) > _MOST
+    far = by_rdp(steps, delta) >= _FAR_ABOVE or sum(count for _, count in steps) > _MOST
+    return far or sum(_losses(step) for step, _ in steps) / width(steps, delta) > _MOST_DOTS
+
+
+def _losses(step: Step) -> float:
+    """About how far apart one release's losses are, of all that are not cut off: ten standard deviations of noise each way."""
+    sigma, rate = step[0], _bounded(step[1])
+    farthest = 10 / sigma + 1 / (2 * sigma**2)
+    if rate == 1:
+        return 2 * farthest
+    above = float(np.logaddexp(math.log1p(-rate), math.log(rate) + farthest))
+    return above + min(above, -math.log1p(-rate))
 
 
 def by_both(steps: Steps, delta: float) -> tuple[float, float]:

@@ -159,19 +159,37 @@ def _together_of_names(
             [(entries, ledger) for ledger, _, entries in charged if ledger.name == name and entries],
             Counter[Step](),
         )
-        # The block that cost most of each log.
+        count, kinds = (
+            sum(len(entries) for entries, _ in mine),
+            {step for es, _ in mine for e in es for step in e.steps},
+        )
+        if len({id(one) for _, one in mine}) < 2:
+            continue
+        if len(kinds) > MOST_KINDS or len(kinds) * count > _MOST_ON_THE_WAY:
+            what = f"it has several logs, with releases of more than {MOST_KINDS} kinds, or too many entries: not worked out together"
+            findings.incomplete("cap", f"site {name}", what)
+            continue
+        # The block that cost most of each log, and the entries of all of them in order: a cap may have been lower in between.
+        heaviest = list[tuple[Entry, Ledger]]()
         for ledger in {id(one): one for _, one in mine}.values():
-            each = [sum((e.steps for e in entries), Counter[Step]()) for entries, of in mine if of is ledger]
-            whole.update(max(each, key=_cost))
-        last = max((entries[-1] for entries, _ in mine), key=lambda e: e.at, default=None)
-        if last is None:
+            each = [entries for entries, of in mine if of is ledger]
+            most = max(each, key=lambda entries: _cost(sum((e.steps for e in entries), Counter[Step]())))
+            heaviest += [(entry, ledger) for entry in most]
+        caps, seen = list[Stated](), set[int]()
+        for entry, ledger in sorted(heaviest, key=lambda one: one[0].at):
+            whole += entry.steps
+            seen.add(id(ledger))
+            if len(seen) > 1:
+                caps.append(Stated(entry.cap, tuple(sorted(whole.items())), entry.terms[3]))
+        total = epsilon_of(whole, caps[-1].delta)
+        findings.held.append(f"{name} has charges in {len(seen)} {SEVERAL}: together they come to epsilon {total:.4f}")
+        if not (low := too_low(caps, TOLERANCE)):
             continue
-        total, count = epsilon_of(whole, last.terms[3]), len({id(one) for _, one in mine})
-        if count > 1:
-            findings.held.append(f"{name} has charges in {count} {SEVERAL}: together they come to epsilon {total:.4f}")
-        if total <= allowed(last.cap, TOLERANCE):
-            continue
-        what = f"it has several logs: each is within its cap; if they are of the same text, epsilon is {total:.4f} of a cap of {last.cap:g}"
+        over = caps[low[-1]]
+        what = (
+            "it has several logs: each is within its cap; if they are of the same text, epsilon was"
+            f" {epsilon_of(Counter(dict(over.steps)), over.delta):.4f} of a cap of {over.epsilon:g}"
+        )
         findings.incomplete("cap", f"site {name}", what)
 
 

@@ -31,6 +31,7 @@ def check_draws(bundle: Bundle, history: History, findings: Findings) -> dict[tu
     drawn = dict[tuple[int, str], str]()
     whole = dict[str, bool]()
     groups, of_run, good = dict[tuple[str, str], tuple[frozenset[str], ...]](), dict[str, str](), 0
+    read = _Draws(bundle)
     for commit in history.commits:
         if not commit.sums:
             continue
@@ -54,7 +55,7 @@ def check_draws(bundle: Bundle, history: History, findings: Findings) -> dict[tu
         key = commit.run, commit.draw
         if key not in groups:
             try:
-                groups[key] = _groups(bundle, commit.run, commit.draw)
+                groups[key] = read.groups(commit.run, commit.draw)
             except (CloisterError, *MALFORMED) as error:
                 findings.violation("draw", where, f"the draw of its groups does not hold: {error}"[:300])
                 groups[key] = ()
@@ -78,8 +79,17 @@ def check_draws(bundle: Bundle, history: History, findings: Findings) -> dict[tu
     return drawn
 
 
-def _groups(bundle: Bundle, run: str, named: str) -> tuple[frozenset[str], ...]:
-    draw = Transcript.from_dict(bundle.draws[named])
-    if (draw.digest, draw.run) != (named, run):
-        raise ValueError("it is another one than the commit names")
-    return tuple(map(frozenset, draw.groups()))
+class _Draws:
+    """A bundle's draws, each read once: any number of runs may name one."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle, self._read = bundle, dict[str, Transcript]()
+
+    def groups(self, run: str, named: str) -> tuple[frozenset[str], ...]:
+        """The groups of a run's draw."""
+        if named not in self._read:
+            self._read[named] = Transcript.from_dict(self._bundle.draws[named])
+        draw = self._read[named]
+        if draw.run != run or draw.digest != named:
+            raise ValueError("it is another one than the commit names")
+        return tuple(map(frozenset, draw.groups()))

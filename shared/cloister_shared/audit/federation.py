@@ -297,7 +297,10 @@ def _tell(findings: Findings, history: History, trust: Trust) -> None:
             if kind not in LEAF_KINDS:
                 raise ValueError(f"no such kind of leaf: {str(kind)[:40]}")
             if kind == "enrol":
-                site, key = words(record, "site"), VerifyKey.from_hex(str(record["card"]["key"]), where)
+                site, key = (
+                    check_name(words(record, "site"), where),
+                    VerifyKey.from_hex(str(record["card"]["key"]), where),
+                )
                 if record["card"]["name"] != site:
                     raise ValueError("the card is another site's")
                 mine = key.id.hex()

@@ -25,6 +25,8 @@ from cloister_shared.audit.stated import MOST_LOW, Stated, too_low
 _MOST_TRIED = 20_000
 # Kinds of release in all figures together: each is held against all that it is of.
 _MOST_TOLD = 3_000_000
+# Kinds that are laid out for all figures: of one series once, and again wherever it does not grow or has a new delta.
+_MOST_LAID = 40_000
 # What a coordinator states of a client whose card it has no more.
 _NO_UNIT = "not said"
 
@@ -62,8 +64,8 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
         of: Sites' own ledgers, by each key that their site had.
     """
     whole, beyond = dict[tuple[str, str], Counter[Step]](), set[str]()
-    # Each time that a series does not grow, or is stated at another delta, all of its kinds are laid out again.
-    delta_of, laid, told_in_all = dict[str, float](), Counter[str](), 0
+    # Each time that a series does not grow, or is stated at a new delta, all of its kinds are laid out again.
+    deltas, laid, told_in_all = set[tuple[str, str, float]](), Counter[str](), 0
     # In the order of the log, of each site, and of each site's part of a run.
     lifetimes, runs = dict[str, list[_Said]](), dict[tuple[str, str], list[_Said]]()
     # Charged, though the round came to nothing; a commit of the same round counts these attempts again.
@@ -102,11 +104,13 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
             events = Counter({(one.noise_multiplier, one.sample_rate): one.steps * times})
             sum_of.update(events)
             run_of.update(events)
-            if not before <= events or delta_of.get(whose) != one.delta:
-                laid[whose] += len(sum_of)
-            delta_of[whose] = one.delta
+            for of_run, kinds in (("", sum_of), (leaf.run, run_of)):
+                if not before <= events or (whose, of_run, one.delta) not in deltas:
+                    laid[whose] += len(kinds)
+                    deltas.add((whose, of_run, one.delta))
             told_in_all += len(sum_of) + len(run_of)
-            if len(sum_of) > MOST_KINDS or laid[whose] > MOST_IN_ALL or told_in_all > _MOST_TOLD:
+            far = laid[whose] > MOST_IN_ALL or laid.total() > _MOST_LAID or told_in_all > _MOST_TOLD
+            if len(sum_of) > MOST_KINDS or far:
                 if whose not in beyond:
                     what = (
                         f"its releases are of more than {MOST_KINDS} kinds, or stated at too many deltas, or too many are before them:"
@@ -129,7 +133,7 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
                 lifetimes.setdefault(whose, []).append(mine)
     bad, tried = set[str](), _Tried.of(history)
     for (whose, run), each in runs.items():
-        low, own = set(too_low([one.stated for one in each], TOLERANCE)), _Owns(of, {run}, tried)
+        low, own = _low(each), _Owns(of, {run}, tried)
         for place, said_of in enumerate(_up_to(each, low, findings)):
             if place in low:
                 _tell(said_of, " for its run", findings)
@@ -137,6 +141,15 @@ def check_published(history: History, findings: Findings, of: Mapping[str, Ledge
                 bad.add(whose)
     _lifetimes(list(lifetimes.values()), bad, findings, of, history, tried)
     _whole_clients(history, findings)
+
+
+def _low(each: list[_Said]) -> set[int]:
+    """Places of figures that are too low, the first ``MOST_LOW`` of them; those at one delta grow from each other, whatever is between."""
+    of = dict[float, list[int]]()
+    for place, one in enumerate(each):
+        of.setdefault(one.row.delta, []).append(place)
+    found = [p[i] for p in of.values() for i in too_low([each[place].stated for place in p], TOLERANCE)]
+    return set(sorted(found)[:MOST_LOW])
 
 
 def _up_to(each: list[_Said], low: set[int], findings: Findings) -> list[_Said]:
@@ -176,7 +189,7 @@ def _lifetimes(
 ) -> None:
     told, mine = set[str](), set[str]()
     for each in lifetimes:
-        low, own = set(too_low([one.stated for one in each], TOLERANCE)), _Owns(of, history.runs, tried)
+        low, own = _low(each), _Owns(of, history.runs, tried)
         for place, said in enumerate(_up_to(each, low, findings)):
             if place in low:
                 _tell(said, "", findings)
@@ -218,6 +231,15 @@ class _Walk:
     def __init__(self, ledger: Ledger, runs: Collection[str], places: Mapping[tuple[str, int], int]) -> None:
         self._entries = [e for e in ledger.entries.values() if e.state != "void" and e.run in runs]
         self._at, self._last = 0, {e.plan: place for place, e in enumerate(self._entries)}
+        # Of blocks that were always in the same rounds one stands for all.
+        charged = dict[int, list[int]]()
+        for place, entry in enumerate(self._entries):
+            for block in entry.blocks:
+                charged.setdefault(block, []).append(place)
+        self._blocks = dict[int, list[int]]()
+        for together, block in {tuple(mine): block for block, mine in charged.items()}.items():
+            for place in together:
+                self._blocks.setdefault(place, []).append(block)
         self._told = [places.get((e.run, e.round), sys.maxsize) for e in self._entries]
         self.spent, self.all = dict[int, Counter[Step]](), dict[int, Counter[Step]]()
 
@@ -226,7 +248,7 @@ class _Walk:
         until = self._last.get(plan, -1)
         while self._at < len(self._entries) and (self._at <= until or self._told[self._at] < leaf):
             entry = self._entries[self._at]
-            for block in entry.blocks:
+            for block in self._blocks.get(self._at, ()):
                 self.all.setdefault(block, Counter()).update(entry.steps)
                 if entry.state == "spent":
                     self.spent.setdefault(block, Counter()).update(entry.steps)

@@ -72,7 +72,10 @@ def _from_log(
     missing, strangers, plans, matched = set[str](), set[str](), set[str](), 0
     last = {commit.run: commit.number for commit in history.commits}
     newest = {
-        one.client: commit.index for commit in history.commits for one in commit.asked if one.verdict == "accepted"
+        (one.client, commit.run): commit.index
+        for commit in history.commits
+        for one in commit.asked
+        if one.verdict == "accepted"
     }
     for leaf in history.told:
         for one in leaf.asked:
@@ -99,10 +102,11 @@ def _from_log(
             plans |= {one.plan} if one.verdict == "accepted" else set()
             if ledger is not None and one.verdict == "accepted":
                 matched += _accepted(one, leaf, ledger, findings, where)
-                # Receipts come with the next plan or the run's end: whoever was put out before has none for its last round.
+                # Receipts come with its run's next plan or its end: whoever was put out or away then has none for its last round.
                 # A head that it has of the log with this commit in it says as much.
                 if one.plan not in ledger.receipts and not (
-                    newest[one.client] == leaf.index and (one.client in history.left or ledger.federation > leaf.index)
+                    newest[one.client, leaf.run] == leaf.index
+                    and (one.client in history.left or ledger.federation > leaf.index)
                 ):
                     late = " (the last of its run: it may be on its way)" if leaf.number == last[leaf.run] else ""
                     findings.incomplete("no-receipt", where, f"the site has no receipt for it{late}")

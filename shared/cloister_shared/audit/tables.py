@@ -111,9 +111,9 @@ def enrolled_table(history: History) -> Table:
     committed = {c.index: c for c in history.commits}
     for index, record in enumerate(history.records):
         if record.get("kind") == "enrol":
-            here[str(record.get("site"))] = None
+            here[str(record.get("site"))[:40]] = None
         elif record.get("kind") == "revoke":
-            here.pop(str(record.get("site")), None)
+            here.pop(str(record.get("site"))[:40], None)
         elif (commit := committed.get(index)) is not None:
             names = ", ".join(sorted(here)) or "nobody"
             if out and (out[-1][0], out[-1][2]) == (commit.run, names):
