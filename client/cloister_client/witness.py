@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from cloister_shared.answers import Preface
 from cloister_shared.errors import CloisterError, RefusedError, RollbackError, VerificationError
-from cloister_shared.notes import Checkpoint, own_note, read_checkpoint
+from cloister_shared.notes import Checkpoint, own_note, read_checkpoint, signed_by_one
 from cloister_shared.receipts import LACKS_RECEIPT
 from cloister_shared.signing import SigningKey, VerifyKey
 from cloister_shared.witness import View, follow, log_of_federation, witnesses
@@ -41,6 +41,7 @@ class Witness:
         peers: Keys of other sites that the policy names, by key id in hex.
         least: How many of them must have cosigned.
         pulled: The newest head that a pull of this site saw, as its signed note; None before the first.
+        earlier: Keys that the site had before: what it signed with them binds its ledger all the same.
     """
 
     ledger: Ledger
@@ -50,6 +51,7 @@ class Witness:
     peers: Mapping[str, VerifyKey]
     least: int
     pulled: Callable[[], str | None] = lambda: None
+    earlier: tuple[VerifyKey, ...] = ()
 
     @property
     def origin(self) -> str:
@@ -153,6 +155,9 @@ class Witness:
             self._follow(view, *pulled)
         if all(head is None or head.size < now.size for head in known):
             self.ledger.fetched(now, own_note(view.note, self.coordinator, self.origin), known)
+        # As in ``_look``; a pull that kept a newer head holds it against this one.
+        if (again := self._pulled()) is not None and again != pulled and again[0].size <= now.size:
+            self._follow(view, *again)
 
     def _follow(self, view: View, before: Checkpoint | None, text: str = "") -> Checkpoint:
         try:
@@ -238,12 +243,9 @@ class Witness:
     def _own(self, note: str) -> None:
         if not note:
             return
-        try:
-            said = read_checkpoint(note, self.signing.verify_key, self.name, "own head").checkpoint
-        except VerificationError:
-            # Of keys or a log before this one: says nothing.
-            return
-        if not self.ledger.contains(said):
+        said = signed_by_one(note, (self.signing.verify_key, *self.earlier), self.name)
+        # Of keys or a log before this one: says nothing.
+        if said is not None and not self.ledger.contains(said):
             raise RefusedError(
                 "witness.own_log",
                 "this site's ledger was put back: the coordinator has a newer head of it, signed here",

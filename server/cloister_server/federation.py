@@ -13,7 +13,7 @@ from cloister_shared.cards import (
 from cloister_shared.draw import LEAST_GROUP, MOST_GROUP
 from cloister_shared.encoding import digest
 from cloister_shared.errors import InputError, VerificationError
-from cloister_shared.settings import Table, read_toml
+from cloister_shared.settings import Table, parse_toml, read_toml
 from cloister_shared.specs import (
     LINEAR_RULES,
     MAX_SCALE,
@@ -312,13 +312,17 @@ def _own_text(table: Table, settings: Path, task: TaskSpec) -> Source | None:
     )
 
 
-def read_federation(path: Path) -> Federation:
+def read_federation(path: Path, begun: str | None = None) -> Federation:
     """Reads FEDERATION.toml.
+
+    Args:
+        path: The file.
+        begun: What it said when a run began, to be read instead; None for the file as it is.
 
     Raises:
         InputError: A key is missing, unknown, of another type or out of range.
     """
-    table = read_toml(path, "federation")
+    table = read_toml(path, "federation") if begun is None else parse_toml(begun.encode(), str(path), "federation")
     names = ("task", "training", "aggregation", "privacy", "round", "held_out", "public", "noised", "defence")
     task, training, aggregation, privacy, waiting, held, public, numbers, defence = map(table.table, names)
     secure, service, storage = (table.table(n) for n in ("secure_aggregation", "registry", "storage"))
@@ -328,7 +332,7 @@ def read_federation(path: Path) -> Federation:
     spec = _task(task, rule)
     federation = Federation(
         path=path.resolve(),
-        digest=digest(path.read_bytes()),
+        digest=digest(path.read_bytes() if begun is None else begun.encode()),
         name=check_name(table.text("name"), str(path)),
         address=table.text("address"),
         base=table.text("base", "minilm"),

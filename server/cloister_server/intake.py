@@ -17,7 +17,7 @@ from cloister_shared.cards import SiteCard
 from cloister_shared.encoding import digest, parse_record
 from cloister_shared.errors import CloisterError, RollbackError, VerificationError
 from cloister_shared.merkle import EMPTY
-from cloister_shared.notes import Checkpoint, claimed, read_checkpoint, read_cosignature
+from cloister_shared.notes import Checkpoint, claimed, read_checkpoint, read_cosignature, signed_by_one
 from cloister_shared.plan import PlanCore
 from cloister_shared.sealing import Codec, Direction, OpeningKey, open_envelope
 from cloister_shared.vectors import F32, Schema, vector_from_bytes, vector_to_bytes
@@ -105,7 +105,7 @@ def read_preface(preface: Preface, card: SiteCard, at: Checkpoint, before: str, 
         preface: What it said.
         card: Who.
         at: The coordinator's head that it was shown.
-        before: The newest head of its own log that it signed earlier, or empty.
+        before: The newest head of its own log that it signed earlier, maybe with a key that it had before, or empty.
         where: For messages.
 
     Raises:
@@ -120,7 +120,10 @@ def read_preface(preface: Preface, card: SiteCard, at: Checkpoint, before: str, 
         head = read_checkpoint(preface.head, card.verify_key, origin, where).checkpoint
     if before:
         old = claimed(before, where)
-        if head.size < old.size or (head.size == old.size and head.root != old.root) or head.origin != old.origin:
+        # One that joined again with another folder has another log, and said nothing else with this key.
+        other = head.origin != old.origin and signed_by_one(before, (card.verify_key,), old.origin) is not None
+        shorter = head.size < old.size or (head.size == old.size and head.root != old.root)
+        if other or (head.origin == old.origin and shorter):
             raise RollbackError(
                 "the site's own log went back",
                 where=where,

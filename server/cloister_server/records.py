@@ -114,6 +114,11 @@ class Records(Releases):
         with self.database.reading() as session:
             return list(session.exec(select(RoundClient).where(RoundClient.client == client)))
 
+    def keys_of(self, name: str) -> set[str]:
+        """Each key under which a site of this name was ever asked for anything."""
+        with self.database.reading() as session:
+            return set(session.exec(select(RoundClient.client).where(RoundClient.name == name).distinct()))
+
     def history_of(self, client: str) -> list[RoundClient]:
         """Everything that the site of this key was ever asked, under each key of its name: one that joined again has the same text."""
         with self.database.reading() as session:

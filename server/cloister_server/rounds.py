@@ -515,8 +515,8 @@ def plan_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
             if context.draw is None
             else SecureSum(group_of[member.id], lora, head, *_unlike(context, group_of[member.id])),
         )
-        # Who comes later to a sum was asked as the others of it were, or would be refused by all: settings may have changed since.
-        if core.secure is not None and summed.setdefault(core.secure.members, core.common) != core.common:
+        # Who comes later to a sum is asked as the others of it were, or would be refused by all: settings may have changed since.
+        if core.secure is not None and summed.get(core.secure.members, core.common) != core.common:
             continue
         spec = core.training
         entries.append(

@@ -32,7 +32,7 @@ from cloister_shared.vectors import Schema, to_safetensors
 from cloister_server.accounting import foresee
 from cloister_server.context import Context, Exchange, Member, Tell
 from cloister_server.coordinator import Coordinator
-from cloister_server.federation import Federation
+from cloister_server.federation import Federation, read_federation
 from cloister_server.groups import draw_groups, groups_of, withstands
 from cloister_server.judge import HeldOutJudge, Judge, NoJudge
 from cloister_server.own_text import begin, check_apart, read_own
@@ -41,24 +41,54 @@ from cloister_server.rounds import run_rounds
 from cloister_server.store import Store
 from cloister_server.tables import Model, Run
 
-# What a resumed run takes from the registry, whatever its settings say by now.
-KEPT = (
-    "privacy.delta",
-    "privacy.epsilon",
-    "privacy.noise_multiplier",
-    "secure_aggregation.group",
-    "training.batch",
-    "training.clipping_norm",
-    "training.rounds",
-    "training.steps",
-    "training.unit_records",
-)
+# What a resumed run takes from the registry, whatever its settings say by now: how they are called there, and here.
+KEPT = {
+    "privacy.delta": "delta",
+    "privacy.epsilon": "epsilon",
+    "privacy.noise_multiplier": "noise_multiplier",
+    "secure_aggregation.group": "secure_group",
+    "training.batch": "batch",
+    "training.clipping_norm": "clipping_norm",
+    "training.rounds": "rounds",
+    "training.steps": "steps",
+    "training.unit_records": "unit_records",
+}
+
+
+def with_kept(federation: Federation, begun: str) -> Federation:
+    """The settings as they are by now, with those of the run that it keeps: who comes to it later is asked as the others were.
+
+    Args:
+        federation: The settings.
+        begun: FEDERATION.toml as it was when the run began.
+
+    Raises:
+        InputError: They do not go together.
+    """
+    before = read_federation(federation.path, begun)
+    if before.secure_group is not None and (federation.noised or federation.reports):
+        raise InputError(
+            "the run is under masks, where only sums of updates are seen",
+            where=str(federation.path),
+            expected="no [training] reports, no [noised]",
+            got=", ".join([*federation.reports, *(n.name for n in federation.noised)]),
+            mend="leave them out, or start a new run",
+        )
+    return replace(federation, **{name: getattr(before, name) for name in KEPT.values()})
 
 
 def earlier_training(store: Store, run: str, card: SiteCard) -> TrainingSpec | None:
-    """How this site was asked to train in this run before, or None."""
-    asked = [c for c in store.asked(card.verify_key.id.hex()) if c.run == run]
-    return PlanCore.from_dict(json.loads(max(asked, key=lambda c: c.number).core)).training if asked else None
+    """How this site was asked to train in this run before, or as the others of its group were: they know what follows for it; or None."""
+    client = card.verify_key.id.hex()
+    asked = [c for c in store.asked(client) if c.run == run]
+    if asked:
+        return PlanCore.from_dict(json.loads(max(asked, key=lambda c: c.number).core)).training
+    for row in reversed(store.rounds(run)) if store.transcript(run) is not None else ():
+        for other in store.clients(run, row.number):
+            core = PlanCore.from_dict(json.loads(other.core))
+            if core.secure is not None and client in core.secure.members:
+                return core.of_member(client).training
+    return None
 
 
 def wait_online(
@@ -150,7 +180,9 @@ def start(coordinator: Coordinator, *, resume: bool, wait: float, tell: Tell) ->
             used = Model(digest=base.digest, source=federation.base, tokenizer=base.tokenizer, kind=task.kind)
             store.start_run(run, to_safetensors(read_vector(model), schema, named), used)
         else:
-            if changed := changed_settings(json.loads(run.config)["settings"], federation.path.read_text()):
+            begun = json.loads(run.config)["settings"]
+            federation = with_kept(federation, begun)
+            if changed := changed_settings(begun, federation.path.read_text()):
                 tell("settings", kept=[k for k in changed if k in KEPT], taken=[k for k in changed if k not in KEPT])
             if run.flower_run is not None:
                 control.stop_if_running(int(run.flower_run))

@@ -26,19 +26,27 @@ class Shown:
     Attributes:
         at: The coordinator's head.
         known: What each site saw and signed last, by client.
+        former: The newest head of a site's own log that it signed with a key that it had before, by client.
     """
 
     at: Checkpoint
     known: Mapping[str, Witnessed]
+    former: Mapping[str, str]
 
     @classmethod
     def now(cls, context: Context) -> Shown:
         """As it is now."""
-        return cls(context.store.checkpoint(), context.store.witnessed())
+        known, former = context.store.witnessed(), dict[str, str]()
+        for member in context.members:
+            keys = context.store.keys_of(member.card.name) - {member.id}
+            if heads := [known[i] for i in keys if i in known and known[i].head]:
+                former[member.id] = max(heads, key=lambda one: one.head_size).head
+        return cls(context.store.checkpoint(), known, former)
 
     def head_of(self, client: str) -> str:
-        """The newest head of a client's own log that it signed, or nothing."""
-        return self.known[client].head if client in self.known else ""
+        """The newest head of a client's own log that it signed, with this key or else with one before, or nothing."""
+        own = self.known[client].head if client in self.known else ""
+        return own or self.former.get(client, "")
 
 
 def seal_plan(

@@ -14,7 +14,7 @@ import base64
 import binascii
 import hashlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidSignature
@@ -91,6 +91,22 @@ class Seen:
 
     checkpoint: Checkpoint
     witnesses: dict[str, int]
+
+
+def signed_by_one(note: str, keys: Iterable[VerifyKey], origin: str) -> Checkpoint | None:
+    """The checkpoint of a note of a log whose owner had several keys; None where it is of another log, or none of them signed it.
+
+    Args:
+        note: The signed note.
+        keys: The keys.
+        origin: The log's name.
+    """
+    for key in keys:
+        try:
+            return read_checkpoint(note, key, origin, "signed note").checkpoint
+        except VerificationError:
+            continue
+    return None
 
 
 def read_checkpoint(

@@ -148,13 +148,20 @@ def read_toml(path: Path, what: str) -> Table:
         InputError: Missing, not UTF-8 or not TOML.
     """
     try:
-        return Table(tomllib.loads(path.read_bytes().decode("utf-8")), str(path))
+        data = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {what}", where=str(path), got=error.strerror or str(error)) from error
+    return parse_toml(data, str(path), what)
+
+
+def parse_toml(data: bytes, where: str, what: str) -> Table:
+    """Reads a TOML file's bytes; arguments and errors as of ``read_toml``."""
+    try:
+        return Table(tomllib.loads(data.decode("utf-8")), where)
     except UnicodeDecodeError as error:
-        raise InputError(f"{what} is not UTF-8", where=str(path), got=f"byte {error.start}") from error
+        raise InputError(f"{what} is not UTF-8", where=where, got=f"byte {error.start}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{what} is not TOML", where=str(path), got=str(error)[:200]) from error
+        raise InputError(f"{what} is not TOML", where=where, got=str(error)[:200]) from error
 
 
 def quote(value: str) -> str:

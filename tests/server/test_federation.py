@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cloister_server.coordinator import Coordinator, admit_site, init, open_coordinator
 from cloister_server.federation import AUTO, read_federation
 from cloister_server.planning import training_for
-from cloister_server.run import changed_settings
+from cloister_server.run import KEPT, changed_settings, with_kept
 from cloister_shared.cards import CoordinatorCard, SiteCard, read_coordinator_card
 from cloister_shared.errors import InputError, StateError
 from cloister_shared.privacy import DpSgd, epsilon
@@ -383,6 +384,27 @@ def test_an_unknown_key_is_told_with_all_that_are_known(tmp_path: Path) -> None:
     path.write_text(path.read_text() + '[defence]\nrule = "mean"\nmarginn = 1\n')
     with pytest.raises(InputError, match=r"attackers, label_margin, margin, rule, sites_margin"):
         read_federation(path)
+
+
+def test_a_resumed_run_keeps_what_its_privacy_was_planned_with(tmp_path: Path) -> None:
+    """Whoever comes later is asked as the others were, whatever the file says by now; the rest is as the file has it."""
+    path = write_federation(tmp_path / "FEDERATION.toml", tmp_path / "base")
+    begun = path.read_text()
+    before = read_federation(path)
+    path.write_text(begun.replace("rounds = 3", "rounds = 9").replace("min_clients = 2", "min_clients = 3"))
+    now = read_federation(path)
+    assert (now.rounds, now.min_clients) != (before.rounds, before.min_clients)
+    kept = with_kept(now, begun)
+    assert kept == replace(now, rounds=before.rounds)
+    assert set(KEPT) == {k for k in KEPT if len(k.split(".")) == 2 and hasattr(before, KEPT[k])}
+
+
+def test_a_run_under_masks_is_not_resumed_with_numbers_beside_them(tmp_path: Path) -> None:
+    path = write_federation(tmp_path / "FEDERATION.toml", tmp_path / "base")
+    without = path.read_text()
+    path.write_text(without + "\n[noised]\nloss = 2.0\n")
+    with pytest.raises(InputError, match="under masks"):
+        with_kept(read_federation(path), without + "\n[secure_aggregation]\ngroup = 4\n")
 
 
 def test_what_changed_between_two_settings_is_named() -> None:

@@ -15,22 +15,25 @@ from cloister_flower.frames import reply
 from cloister_server import secure
 from cloister_server.aggregation import weighted_mean
 from cloister_server.cli import event_line, show
-from cloister_server.context import Context
+from cloister_server.context import Context, Member
 from cloister_server.federation import Defence
 from cloister_server.fsck import check
 from cloister_server.groups import groups_of
+from cloister_server.planning import training_for
 from cloister_server.rounds import one_round, run_rounds
-from cloister_server.run import drawn
+from cloister_server.run import drawn, earlier_training
 from cloister_server.unmask import unmasked
 from cloister_shared import console, masks, shamir
 from cloister_shared.audit.bundle import Bundle, SignedLeaf, SiteLog
 from cloister_shared.audit.command import audit
 from cloister_shared.audit.trust import trust_of
+from cloister_shared.cards import SiteCard
 from cloister_shared.encoding import canonical, digest
 from cloister_shared.errors import InputError, RefusedError
 from cloister_shared.merkle import Tree, leaf_hash
 from cloister_shared.notes import Checkpoint
 from cloister_shared.sealing import Codec, Direction, OpeningKey, SealingKey, open_envelope, read_header, seal
+from cloister_shared.signing import SigningKey
 from cloister_shared.specs import SecureSum
 from cloister_shared.vectors import F32, from_safetensors, vector_from_bytes
 
@@ -212,6 +215,33 @@ def test_who_comes_later_has_a_part_in_a_sum_that_was_begun(tmp_path: Path, tiny
     means_match(world, 1, [200, 300, 400])
     assert [world.charged(node) for node in world.desks] == [0, 1, 1, 1]
     assert check(world.store) == []
+
+
+@pytest.mark.parametrize("away_first", [0, 3])
+def test_who_was_drawn_and_comes_later_is_asked_as_the_others_were(
+    tmp_path: Path, tiny_bert: Path, away_first: int
+) -> None:
+    """By now a smaller site is there, with which a new run would have less of a batch and other noise."""
+    settings = {"min_clients": "min_clients = 3", "noise_multiplier": "", "epsilon": "epsilon = 8.0"}
+    world = secure_world(tmp_path, tiny_bert, settings=settings)
+    cards, federation = [m.card for m in world.members], world.coordinator.federation
+    small = replace(cards[0], name="site-9", key=SigningKey.generate().verify_key.raw.hex(), records=16)
+
+    def members(company: list[SiteCard]) -> tuple[Member, ...]:
+        found = [
+            earlier_training(world.store, world.run.id, card) or training_for(federation, card, company)
+            for card in cards
+        ]
+        return tuple(replace(m, training=t) for m, t in zip(world.members, found, strict=True))
+
+    world.members = members(cards)
+    context = context_of(world)
+    late = context.members[away_first]
+    one_round(replace(context, members=tuple(m for m in context.members if m != late)), world.link, 1)
+    assert training_for(federation, late.card, [*cards, small]) != late.training
+    world.members = members([*cards, small])
+    one_round(context_of(world), world.link, 2)
+    assert set(world.verdicts(2).values()) == {"accepted"}
 
 
 def test_what_the_aggregator_holds_gives_no_single_update(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from cloister_client.budget import Ledger
 from cloister_client.round import execute
 from cloister_flower.frames import reply
 from cloister_server import logbook, rounds, sending
+from cloister_server.coordinator import admit_site
 from cloister_server.intake import WENT_BACK
 from cloister_server.log import membership
 from cloister_server.rounds import close, one_round, run_rounds
@@ -28,8 +29,9 @@ from cloister_shared.errors import RefusedError, StateError
 from cloister_shared.merkle import Tree, check_consistency, leaf_hash
 from cloister_shared.notes import Checkpoint, read_checkpoint
 from cloister_shared.receipts import LACKS_RECEIPT, Receipt
+from cloister_shared.sealing import OpeningKey
 from cloister_shared.signing import SigningKey
-from cloister_shared.witness import LEAF_PURPOSE, View
+from cloister_shared.witness import LEAF_PURPOSE, View, log_of_site
 
 from support.registry import a_model
 from support.server_world import Loopback, World, forged_vector, make_world
@@ -494,6 +496,69 @@ def test_a_ledger_that_was_put_back_with_its_counter_is_seen_by_its_coordinator(
     assert world.verdicts(3)["site-1"] == WENT_BACK
     # The site said so itself as well: it has a note that it signed.
     assert world.charged(100) == 1
+
+
+def joins_again(world: World, node: int, **witness: Any) -> None:
+    """A site's operator has it put out and lets it join under fresh keys, as ``cloister site rejoin`` does."""
+    desk, home = world.desks[node], world.coordinator.home
+    card = next(m.card for m in world.members if m.node == node)
+    (home / "sites" / f"{desk.name}.json").unlink()
+    desk.signing, desk.opening = SigningKey.generate(), OpeningKey.generate()
+    fresh = replace(card, key=desk.signing.verify_key.raw.hex(), sealing=desk.opening.sealing_key.raw.hex())
+    path = desk.ledger.path.parent / "again.json"
+    fresh.save(path, desk.signing)
+    admit_site(home, path)
+    world.store.log_members(world.coordinator.sites)
+    desk.witness = replace(desk.witness, signing=desk.signing, **witness)
+    world.members = tuple(replace(m, card=fresh) if m.node == node else m for m in world.members)
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_ledger_that_was_put_back_stays_so_under_fresh_keys(world: World, tmp_path: Path, knows: bool) -> None:
+    """What the coordinator was shown under the keys before binds it; the site itself sees so where it has those keys' cards."""
+    desk = world.desks[100]
+    before = desk.signing.verify_key
+    one_round(world.context(), world.link, 1)
+    home = desk.ledger.path.parent
+    desk.ledger.close()
+    shutil.copytree(home, tmp_path / "snapshot")
+    desk.ledger = Ledger(home / "ledger.db", home / "counter" / "ledger.json", desk.policy.limits)
+    desk.witness = replace(desk.witness, ledger=desk.ledger)
+    for number in (2, 3):
+        one_round(world.context(), world.link, number)
+    desk.ledger.close()
+    for name in ("ledger.db", "counter/ledger.json"):
+        shutil.copy(tmp_path / "snapshot" / name, home / name)
+    for name in ("ledger.db-wal", "ledger.db-shm"):
+        (home / name).unlink(missing_ok=True)
+    desk.ledger = Ledger(home / "ledger.db", home / "counter" / "ledger.json", desk.policy.limits)
+    joins_again(world, 100, ledger=desk.ledger, earlier=(before,) if knows else ())
+    one_round(world.context(), world.link, 4)
+    assert world.verdicts(4)["site-1"] == WENT_BACK
+    # Where it knows its earlier keys it refuses before it trains.
+    assert world.charged(100) == (1 if knows else 2)
+
+
+@pytest.mark.parametrize("log", ["the old one", "another folder"])
+def test_a_site_that_joins_again_with_its_ledger_or_with_a_new_one_goes_on(world: World, log: str) -> None:
+    before, desk = world.desks[100].signing.verify_key, world.desks[100]
+    one_round(world.context(), world.link, 1)
+    name = desk.witness.name if log == "the old one" else log_of_site(b"another")
+    joins_again(world, 100, earlier=(before,), name=name)
+    for number in (2, 3):
+        one_round(world.context(), world.link, number)
+        assert set(world.verdicts(number).values()) == {"accepted"}
+
+
+def test_a_pull_beside_an_export_is_held_against_what_the_export_brought(world: World) -> None:
+    desk = world.desks[100]
+    one_round(world.context(), world.link, 1)
+    other = Checkpoint(world.store.origin, 2, bytes(32)).signed(world.coordinator.signing)
+    notes = iter([None, None, other])
+    witness = replace(desk.witness, pulled=lambda: next(notes))
+    known = witness.known()
+    with pytest.raises(RefusedError, match="history"):
+        witness.fetched(fetched(world, world.store), known)
 
 
 def test_a_site_that_hides_that_its_ledger_went_back_is_left_out(world: World) -> None:
