@@ -550,6 +550,14 @@ def test_a_site_that_joins_again_with_its_ledger_or_with_a_new_one_goes_on(world
         assert set(world.verdicts(number).values()) == {"accepted"}
 
 
+def test_a_key_has_one_log(world: World) -> None:
+    desk = world.desks[100]
+    one_round(world.context(), world.link, 1)
+    desk.witness = replace(desk.witness, name=log_of_site(b"another"))
+    one_round(world.context(), world.link, 2)
+    assert world.verdicts(2)["site-1"] == WENT_BACK
+
+
 def test_a_pull_beside_an_export_is_held_against_what_the_export_brought(world: World) -> None:
     desk = world.desks[100]
     one_round(world.context(), world.link, 1)
