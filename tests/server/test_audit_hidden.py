@@ -455,7 +455,7 @@ def test_many_rows_and_entries_of_one_work_are_looked_at_once(monkeypatch: pytes
     assert len(looked) < 1000
 
 
-@pytest.mark.parametrize(("module", "limit"), [(published, "_MOST_TOLD"), (budget, "_MOST_ON_THE_WAY")])
+@pytest.mark.parametrize(("module", "limit"), [(published, "_MOST_TOLD"), (budget, "MOST_ON_THE_WAY")])
 def test_what_is_too_much_in_all_is_not_worked_out(monkeypatch: pytest.MonkeyPatch, module: Any, limit: str) -> None:
     made = began(4)
     made.close()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from cloister_shared.audit import accountant, budget, published
+from cloister_shared.audit import accountant, published, several
 from cloister_shared.audit.command import audit
 from cloister_shared.audit.tables import enrolled_table
 from cloister_shared.draw import Transcript
@@ -17,6 +17,7 @@ from cloister_shared.signing import SigningKey
 from support.forged import RUN, TERMS, Forged, again, began, card_of, check, found, named
 
 OTHER = "cd" * 16
+QUIET, LOUD = (1.0, 0.1, 50), (1.0, 0.1, 150)
 
 
 def test_losses_too_many_to_be_laid_out_are_bounded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +143,10 @@ def test_each_cap_of_a_site_with_two_logs_is_held_against_both(caps: tuple[float
     assert not [f for f in got.findings.found if f.code != "cap"]
 
 
-def test_too_many_kinds_in_several_logs_are_not_worked_out_together(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", ["MOST_KINDS", "MOST_ON_THE_WAY"])
+def test_too_many_kinds_in_several_logs_are_not_worked_out_together(
+    monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
     made = began(1)
     made.close()
     old, new = again(made)
@@ -152,9 +156,39 @@ def test_too_many_kinds_in_several_logs_are_not_worked_out_together(monkeypatch:
     made.close()
     bundle = replace(made.bundle, sites={**made.bundle.sites, old.id: old.log})
     assert found(audit(bundle, made.trust())) == set()
-    monkeypatch.setattr(budget, "MOST_KINDS", 1)
+    monkeypatch.setattr(several, limit, 1)
     got = audit(bundle, made.trust())
     assert any("not worked out together" in f.what for f in got.findings.found)
+
+
+@pytest.mark.parametrize("last", [None, 1, 2])
+def test_the_block_of_each_log_that_cost_most_by_then_counts(last: int | None) -> None:
+    """A block that costs more later, under a larger cap, does not hide that another one was above its own."""
+    made = Forged()
+    made.begin()
+
+    def a_round(run: str, number: int, terms: tuple[float, float, int], block: int, cap: float) -> None:
+        rows = []
+        for site in made.sites:
+            first = site.name == "site-1"
+            mine = terms if first else TERMS
+            told: dict[str, Any] = {"cap": cap, "blocks": [block], "admitted": [0.5]} if first else {}
+            made.train(site, run, number, mine, **told)
+            rows.append(made.row(site, run, number, mine))
+        made.commit(run, number, rows)
+
+    a_round(RUN, 1, QUIET, 2, 6.0)
+    made.close()
+    old, new = again(made)
+    new.at = old.at
+    made.begin(OTHER)
+    a_round(OTHER, 1, QUIET, 1, 6.0)
+    if last is not None:
+        a_round(OTHER, 2, LOUD, last, 50.0)
+    made.close()
+    got = audit(replace(made.bundle, sites={**made.bundle.sites, old.id: old.log}), made.trust())
+    assert found(got) == {("incomplete", "cap")}
+    assert "was 7.0467 of a cap of 6" in got.findings.found[0].what
 
 
 def test_a_site_that_missed_the_end_of_a_run_and_is_in_another_needs_no_receipt_of_it() -> None:

@@ -19,9 +19,9 @@ import numpy.typing as npt
 F64 = npt.NDArray[np.float64]
 Step = tuple[float, float]
 Steps = tuple[tuple[Step, int], ...]
-# Where RDP's bound, the number of releases or the places of their losses are beyond these, PLD would take its time and memory: nothing of
-# the kind is allowed or planned (a whole run at the finest grid has about a hundred thousand places).
-_FAR_ABOVE, _MOST, _MOST_DOTS = 1000.0, 10_000_000, 500_000
+# Where RDP's bound, the number of releases or the places of one kind's losses, or of all kinds', are beyond these, PLD would take its time
+# and memory: nothing of the kind is allowed or planned (at the finest grid of a usual run a kind has about a hundred thousand places).
+_FAR_ABOVE, _MOST, _MOST_DOTS, _DOTS_IN_ALL = 1000.0, 10_000_000, 500_000, 2_000_000
 # Integers: at fractional orders the series does not converge for small noise, and the bound holds at any set of orders.
 _ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512)
 # Rates that are nearer to 0 or 1 are taken as these: epsilon grows with the rate, and losses finer than this take minutes to lay out.
@@ -100,7 +100,11 @@ def sure(steps: Steps, delta: float) -> bool:
 def beyond(steps: Steps, delta: float) -> bool:
     """Whether PLD would take its time, for what nobody allows."""
     far = by_rdp(steps, delta) >= _FAR_ABOVE or sum(count for _, count in steps) > _MOST
-    return far or sum(_losses(step) for step, _ in steps) / width(steps, delta) > _MOST_DOTS
+    if far or not steps:
+        return far
+    wide = width(steps, delta)
+    dots = [_losses(step) / wide for step, _ in steps]
+    return max(dots) > _MOST_DOTS or sum(dots) > _DOTS_IN_ALL
 
 
 def _losses(step: Step) -> float:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from cloister_shared.audit.accountant import Step, Steps, allowed, by_both, by_rdp, epsilon_of, sure
+from cloister_shared.audit.accountant import Step, Steps, allowed, by_both, by_rdp, sure
 from cloister_shared.audit.findings import Findings, many
 from cloister_shared.audit.sites import Entry, Ledger
 from cloister_shared.audit.stated import MOST_LOW, Stated, too_low
@@ -24,9 +24,7 @@ MOST_KINDS = 300
 # Kinds in all distinct histories of one site's blocks together: each is laid out by itself.
 MOST_IN_ALL = 3000
 # Entries of all blocks together, each counted with its block's kinds: so much is held against caps.
-_MOST_ON_THE_WAY = 1_000_000
-# What a site with several logs is told by.
-SEVERAL = "logs, of one text or of several"
+MOST_ON_THE_WAY = 1_000_000
 # How often PLD is worked out for the way there, over all blocks: each takes about 0.1 s.
 _SURE_POINTS = 60
 
@@ -124,7 +122,7 @@ def check_budgets(ledgers: Mapping[str, Ledger], findings: Findings) -> list[Blo
             kinds = len({step for entry in entries for step in entry.steps})
             in_all[ledger.client] += kinds
             on_the_way += kinds * len(entries)
-            if kinds and (kinds > MOST_KINDS or in_all[ledger.client] > MOST_IN_ALL or on_the_way > _MOST_ON_THE_WAY):
+            if kinds and (kinds > MOST_KINDS or in_all[ledger.client] > MOST_IN_ALL or on_the_way > MOST_ON_THE_WAY):
                 known[same] = _bounded(ledger, block, entries)
                 beyond.setdefault(ledger.client, f"site {ledger.name} block {block}")
             else:
@@ -136,61 +134,11 @@ def check_budgets(ledgers: Mapping[str, Ledger], findings: Findings) -> list[Blo
             " not worked out, nor others"
         )
         findings.incomplete("cap", where, what)
-    _together_of_names(ledgers, charged, findings)
     if out:
         worst = max(out, key=lambda b: b.epsilon)
         most = f"{worst.epsilon:.3f} ({worst.site}, block {worst.block})"
         findings.held.append(f"{many(len(out), 'block')} recomputed by dp-accounting; the most is {most}")
     return sorted(out, key=lambda b: (b.site, b.block))
-
-
-def _cost(steps: Mapping[Step, int]) -> float:
-    return epsilon_of(Counter(steps), 1e-5)
-
-
-def _together_of_names(
-    ledgers: Mapping[str, Ledger], charged: list[tuple[Ledger, int, list[Entry]]], findings: Findings
-) -> None:
-    """Several logs of one site may be of the same text: whether they are nobody can see, so that its cap is held against all of them."""
-    for name in {
-        one.name for one in ledgers.values() if [other.name for other in ledgers.values()].count(one.name) > 1
-    }:
-        mine, whole = (
-            [(entries, ledger) for ledger, _, entries in charged if ledger.name == name and entries],
-            Counter[Step](),
-        )
-        count, kinds = (
-            sum(len(entries) for entries, _ in mine),
-            {step for es, _ in mine for e in es for step in e.steps},
-        )
-        if len({id(one) for _, one in mine}) < 2:
-            continue
-        if len(kinds) > MOST_KINDS or len(kinds) * count > _MOST_ON_THE_WAY:
-            what = f"it has several logs, with releases of more than {MOST_KINDS} kinds, or too many entries: not worked out together"
-            findings.incomplete("cap", f"site {name}", what)
-            continue
-        # The block that cost most of each log, and the entries of all of them in order: a cap may have been lower in between.
-        heaviest = list[tuple[Entry, Ledger]]()
-        for ledger in {id(one): one for _, one in mine}.values():
-            each = [entries for entries, of in mine if of is ledger]
-            most = max(each, key=lambda entries: _cost(sum((e.steps for e in entries), Counter[Step]())))
-            heaviest += [(entry, ledger) for entry in most]
-        caps, seen = list[Stated](), set[int]()
-        for entry, ledger in sorted(heaviest, key=lambda one: one[0].at):
-            whole += entry.steps
-            seen.add(id(ledger))
-            if len(seen) > 1:
-                caps.append(Stated(entry.cap, tuple(sorted(whole.items())), entry.terms[3]))
-        total = epsilon_of(whole, caps[-1].delta)
-        findings.held.append(f"{name} has charges in {len(seen)} {SEVERAL}: together they come to epsilon {total:.4f}")
-        if not (low := too_low(caps, TOLERANCE)):
-            continue
-        over = caps[low[-1]]
-        what = (
-            "it has several logs: each is within its cap; if they are of the same text, epsilon was"
-            f" {epsilon_of(Counter(dict(over.steps)), over.delta):.4f} of a cap of {over.epsilon:g}"
-        )
-        findings.incomplete("cap", f"site {name}", what)
 
 
 def _bounded(ledger: Ledger, block: int, charged: list[Entry]) -> Block:

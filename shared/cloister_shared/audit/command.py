@@ -31,6 +31,7 @@ from cloister_shared.audit.published import check_published
 from cloister_shared.audit.reading import printable, when
 from cloister_shared.audit.releases import check_releases
 from cloister_shared.audit.report import VERDICTS, answers, as_record
+from cloister_shared.audit.several import check_several
 from cloister_shared.audit.sites import Ledger, check_site
 from cloister_shared.audit.spends import check_spends, ledgers_by_client
 from cloister_shared.audit.trust import Trust, read_trust
@@ -83,6 +84,7 @@ def audit(bundle: Bundle, trust: Trust) -> Audit:
     check_spends(ledgers, trust, history, drawn, findings)
     check_covered(history, findings)
     blocks = check_budgets(ledgers, findings)
+    check_several(ledgers, findings)
     check_published(history, findings, ledgers_by_client(ledgers, trust))
     for name, data in bundle.adapters.items():
         if digest(data) != name:

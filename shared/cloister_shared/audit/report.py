@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cloister_shared.audit.became import became, imported, round_of, standing
-from cloister_shared.audit.budget import SEVERAL, Block
+from cloister_shared.audit.budget import Block
 from cloister_shared.audit.bundle import Bundle
 from cloister_shared.audit.federation import History, RoundCommit
 from cloister_shared.audit.findings import Findings, listed, many
 from cloister_shared.audit.reading import MALFORMED, printable, when
+from cloister_shared.audit.several import SEVERAL
 from cloister_shared.audit.sites import Ledger
 from cloister_shared.audit.spends import idle, ledgers_by_client, unsure
 from cloister_shared.audit.tables import Table, caps_table, code_table, enrolled_table, rounds_table, spans
