@@ -320,8 +320,24 @@ def begin_again(home: Path, card: CoordinatorCard, policy: Policy) -> Path:
 
 
 def earlier_cards(home: Path) -> list[SiteCard]:
-    """Cards of the keys that a site had before."""
-    return [read_site_card(path) for path in sorted((home / EARLIER).glob("*.json"))]
+    """Cards of the keys that a site had before.
+
+    Raises:
+        StateError: They cannot be listed: what was signed with those keys binds, whoever hides them.
+    """
+    folder = home / EARLIER
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StateError(
+            "the cards of earlier keys cannot be listed",
+            where=str(folder),
+            got=error.strerror or "",
+            mend="see to the folder's owner and mode",
+        ) from error
+    return [read_site_card(folder / name) for name in names if name.endswith(".json")]
 
 
 def take_over(home: Path) -> SiteCard:
@@ -332,8 +348,12 @@ def take_over(home: Path) -> SiteCard:
     again, own = home / AGAIN, read_site_card(home / "card.json")
     if (again / "card.json").exists():
         # What an auditor needs to know this site's earlier words by.
-        (home / EARLIER).mkdir(mode=0o755, exist_ok=True)
-        write_durably(home / EARLIER / f"{own.verify_key.id.hex()}.json", (home / "card.json").read_bytes(), mode=0o644)
+        (home / EARLIER).mkdir(exist_ok=True)
+        # Whatever the umask: the agent of another user reads them.
+        (home / EARLIER).chmod(0o755)
+        card = home / EARLIER / f"{own.verify_key.id.hex()}.json"
+        write_durably(card, (home / "card.json").read_bytes(), mode=0o644)
+        card.chmod(0o644)
     for name in (
         "agent/sign.key",
         "agent/seal.key",

@@ -217,9 +217,7 @@ def _client_level(table: Table, rule: Rule) -> ClientLevel | None:
     )
 
 
-def _defence(
-    table: Table, rule: Rule, min_clients: int | None, client_level: bool, held_out: bool, told: bool
-) -> Defence:
+def _defence(table: Table, rule: Rule, client_level: bool, held_out: bool, told: bool) -> Defence:
     # Measured (README): what loses least to the attacks there, where there is held-out text to see harm on.
     named = table.text(
         "rule",
@@ -241,17 +239,6 @@ def _defence(
     if not (margin is None and by_label is None) and not held_out:
         raise InputError("a margin is measured on held-out text", where=f"{table.where} margin", mend="add [held_out]")
     attackers = table.integer("attackers", 0, 100_000, 0)
-    fewest = least(of_rows(named), attackers)
-    # Under secure aggregation a rule is given groups, whose number is known when they are drawn.
-    if min_clients is not None and fewest > min_clients:
-        # Told before anybody trains: such a round could only be held, and its work would be charged.
-        raise InputError(
-            "a round may have fewer updates than this defence can do with",
-            where=f"{table.where} attackers",
-            expected=f"[round] min_clients >= {fewest} for {named} at {attackers} attackers",
-            got=f"min_clients = {min_clients}",
-            mend="raise [round] min_clients, or lower attackers",
-        )
     by_sites = table.number("sites_margin", 0, 1000) if table.has("sites_margin") else None
     if by_sites is not None and not told:
         raise InputError(
@@ -261,6 +248,41 @@ def _defence(
             mend="add it: it is charged with each round",
         )
     return Defence(named, attackers, margin, by_label, by_sites)
+
+
+def check_together(federation: Federation) -> None:
+    """Sees that settings go together, those of a resumed run that it keeps with what the file says by now, too.
+
+    Raises:
+        InputError: They do not.
+    """
+    path, defence = federation.path, federation.defence
+    fewest = least(of_rows(defence.rule), defence.attackers)
+    # Under secure aggregation a rule is given groups, whose number is known when they are drawn.
+    if federation.secure_group is None and fewest > federation.min_clients:
+        # Told before anybody trains: such a round could only be held, and its work would be charged.
+        raise InputError(
+            "a round may have fewer updates than this defence can do with",
+            where=f"{path} [defence] attackers",
+            expected=f"[round] min_clients >= {fewest} for {defence.rule} at {defence.attackers} attackers",
+            got=f"min_clients = {federation.min_clients}",
+            mend="raise [round] min_clients, or lower attackers",
+        )
+    if federation.secure_group is not None and (federation.noised or federation.reports):
+        raise InputError(
+            "under masks only sums of updates are seen",
+            where=str(path),
+            expected="no [training] reports, no [noised] beside [secure_aggregation]",
+            got=", ".join([*federation.reports, *(n.name for n in federation.noised)]),
+            mend="leave them out, or start a new run without [secure_aggregation]",
+        )
+    if federation.head_rounds > federation.rounds:
+        raise InputError(
+            "more rounds for the head alone than rounds",
+            where=f"{path} [training] head_rounds",
+            expected=f"<= {federation.rounds}",
+            got=str(federation.head_rounds),
+        )
 
 
 def _secure(table: Table, rule: Rule, client_level: bool, numbers: bool) -> int | None:
@@ -356,7 +378,6 @@ def read_federation(path: Path, begun: str | None = None) -> Federation:
         defence=_defence(
             defence,
             rule,
-            None if secure.written else min_clients,
             bool(client_level.written),
             bool(held.written),
             "parent_loss" in numbers.written,
@@ -399,13 +420,7 @@ def read_federation(path: Path, begun: str | None = None) -> Federation:
         raise InputError(
             "public text starts a head, and this task has none", where=f"{path} [public]", mend="leave it out"
         )
-    if federation.head_rounds > federation.rounds:
-        raise InputError(
-            "more rounds for the head alone than rounds",
-            where=f"{path} [training] head_rounds",
-            expected=f"<= {federation.rounds}",
-            got=str(federation.head_rounds),
-        )
+    check_together(federation)
     if federation.client_level is not None and federation.reports:
         raise InputError(
             "un-noised numbers of one client would stand beside client-level noise",

@@ -8,6 +8,7 @@ Whatever is wrong costs this client alone. Clients are not compared here (``defe
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -98,14 +99,14 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)[:500]
 
 
-def read_preface(preface: Preface, card: SiteCard, at: Checkpoint, before: str, where: str) -> Prefaced:
+def read_preface(preface: Preface, card: SiteCard, at: Checkpoint, before: Sequence[str], where: str) -> Prefaced:
     """Checks what a client said of logs.
 
     Args:
         preface: What it said.
         card: Who.
         at: The coordinator's head that it was shown.
-        before: The newest head of its own log that it signed earlier, maybe with a key that it had before, or empty.
+        before: The newest heads of its own logs that it signed earlier, with this key or with those that it had before.
         where: For messages.
 
     Raises:
@@ -118,10 +119,10 @@ def read_preface(preface: Preface, card: SiteCard, at: Checkpoint, before: str, 
         if not origin.startswith(SITE_LOGS):
             raise VerificationError("the head of no site's log", where=where, got=origin[:80])
         head = read_checkpoint(preface.head, card.verify_key, origin, where).checkpoint
-    if before:
-        old = claimed(before, where)
+    for note in before:
+        old = claimed(note, where)
         # One that joined again with another folder has another log, and said nothing else with this key.
-        other = head.origin != old.origin and signed_by_one(before, (card.verify_key,), old.origin) is not None
+        other = head.origin != old.origin and signed_by_one(note, (card.verify_key,), old.origin) is not None
         shorter = head.size < old.size or (head.size == old.size and head.root != old.root)
         if other or (head.origin == old.origin and shorter):
             raise RollbackError(
@@ -186,7 +187,7 @@ def read_reply(
     schema: Schema,
     server: bytes,
     at: Checkpoint,
-    before: str,
+    before: Sequence[str],
 ) -> Reply:
     """Opens and judges one frame against what was asked; nothing in it raises.
 
@@ -199,7 +200,7 @@ def read_reply(
         schema: Names and shapes.
         server: The coordinator's key id.
         at: The head of the coordinator's log that was shown.
-        before: The newest head of the client's own log that it signed earlier, or empty.
+        before: The newest heads of the client's own logs that it signed earlier.
     """
     where = f"reply of {card.name}"
     try:
@@ -229,7 +230,14 @@ def read_reply(
 
 
 def read_acknowledgement(
-    frame: bytes, card: SiteCard, run: Run, key: OpeningKey, schema: str, server: bytes, at: Checkpoint, before: str
+    frame: bytes,
+    card: SiteCard,
+    run: Run,
+    key: OpeningKey,
+    schema: str,
+    server: bytes,
+    at: Checkpoint,
+    before: Sequence[str],
 ) -> Prefaced:
     """Opens what a site says of logs at a run's end.
 
@@ -241,7 +249,7 @@ def read_acknowledgement(
         schema: Digest of names and shapes, hex.
         server: The coordinator's key id.
         at: The head of the coordinator's log that was shown.
-        before: The newest head of the client's own log that it signed earlier, or empty.
+        before: The newest heads of the client's own logs that it signed earlier.
 
     Raises:
         CloisterError: It is something else, or does not hold.
@@ -269,7 +277,7 @@ def take(
     attempt: int,
     key: OpeningKey,
     at: Checkpoint,
-    before: str,
+    before: Sequence[str],
     message: Any,
 ) -> None:
     """Reads one reply and writes down what it came to; whatever is wrong with it costs this client alone."""

@@ -8,7 +8,7 @@ from typing import Any
 from cloister_shared.encoding import canonical, digest, parse_record
 from cloister_shared.errors import InputError, StateError, VerificationError
 from cloister_shared.statement import Proof
-from sqlmodel import select
+from sqlmodel import and_, col, select
 
 from cloister_server.log import DAMAGED, column, said
 from cloister_server.releases import Releases
@@ -114,10 +114,16 @@ class Records(Releases):
         with self.database.reading() as session:
             return list(session.exec(select(RoundClient).where(RoundClient.client == client)))
 
-    def keys_of(self, name: str) -> set[str]:
-        """Each key under which a site of this name was ever asked for anything."""
+    def keys_of(self, name: str) -> list[str]:
+        """Each key under which a site of this name was ever asked for anything, in the order of their last rounds."""
         with self.database.reading() as session:
-            return set(session.exec(select(RoundClient.client).where(RoundClient.name == name).distinct()))
+            last = dict[str, float]()
+            of = col(RoundClient.run) == col(Round.run), col(RoundClient.number) == col(Round.number)
+            for client, opened in session.exec(
+                select(RoundClient.client, Round.opened).join(Round, and_(*of)).where(RoundClient.name == name)
+            ):
+                last[client] = max(opened, last.get(client, 0.0))
+            return sorted(last, key=last.__getitem__)
 
     def history_of(self, client: str) -> list[RoundClient]:
         """Everything that the site of this key was ever asked, under each key of its name: one that joined again has the same text."""

@@ -102,7 +102,7 @@ def close(context: Context, link: Exchange) -> None:
     frames = {node: seal_closing(context, m, receipts[m.id], shown, key) for node, m in asked.items()}
     seen, server, schema = dict[str, Prefaced](), context.signing.verify_key.id, context.schema.digest
     for node, message in link.exchange(frames, "closing", CLOSING_SECONDS, lambda replies: len(replies) == len(frames)):
-        card, before = asked[node].card, shown.head_of(asked[node].id)
+        card, before = asked[node].card, shown.heads_of(asked[node].id)
         try:
             frame = frame_of(message, f"acknowledgement of {card.name}")
             found = read_acknowledgement(frame, card, context.run, key, schema, server, shown.at, before)
@@ -126,6 +126,15 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
     """Plans, exchanges, aggregates and commits one round; returns why its parent was kept, or nothing."""
     started = time.monotonic()
     store, federation = context.store, context.federation
+    if not context.members:
+        raise RefusedError(
+            "round.min_clients",
+            "none of the sites that are there has a part in this run",
+            where=f"run {context.run.id[:8]} round {number}",
+            expected=f">= {federation.min_clients}",
+            got="0",
+            mend="see to the sites; those that joined again under another key have their part in a new run: cloister run",
+        )
     if federation.client_level is not None:
         foresee(store, federation.client_level, 1)
     before = store.last_committed(context.run.id)
@@ -272,7 +281,7 @@ def gather(
             lambda replies: len(replies) == len(frames),
         ):
             member = by_node[node]
-            past = shown.head_of(member.id)
+            past = shown.heads_of(member.id)
             take(context, intake, member, cores[member.id], row.attempt, key, shown.at, past, message)
             spent = spent or pool.submit(spending, context.store, cores)
         intake.costs = None if spent is None else spent.result()
@@ -311,7 +320,7 @@ def gather_sums(
         return seal_plan(context, member, cores[member.id], parent, row.attempt, key, shown(), told, sharers, shares)
 
     def said(member: Member, preface: Preface, where: str) -> Prefaced:
-        return read_preface(preface, member.card, shown().at, shown().head_of(member.id), where)
+        return read_preface(preface, member.card, shown().at, shown().heads_of(member.id), where)
 
     store, run = context.store, context.run.id
     known = {s.group: s for s in store.openings(run, row.number)}

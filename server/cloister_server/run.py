@@ -32,7 +32,7 @@ from cloister_shared.vectors import Schema, to_safetensors
 from cloister_server.accounting import foresee
 from cloister_server.context import Context, Exchange, Member, Tell
 from cloister_server.coordinator import Coordinator
-from cloister_server.federation import Federation, read_federation
+from cloister_server.federation import Federation, check_together, read_federation
 from cloister_server.groups import draw_groups, groups_of, withstands
 from cloister_server.judge import HeldOutJudge, Judge, NoJudge
 from cloister_server.own_text import begin, check_apart, read_own
@@ -66,15 +66,9 @@ def with_kept(federation: Federation, begun: str) -> Federation:
         InputError: They do not go together.
     """
     before = read_federation(federation.path, begun)
-    if before.secure_group is not None and (federation.noised or federation.reports):
-        raise InputError(
-            "the run is under masks, where only sums of updates are seen",
-            where=str(federation.path),
-            expected="no [training] reports, no [noised]",
-            got=", ".join([*federation.reports, *(n.name for n in federation.noised)]),
-            mend="leave them out, or start a new run",
-        )
-    return replace(federation, **{name: getattr(before, name) for name in KEPT.values()})
+    kept = replace(federation, **{name: getattr(before, name) for name in KEPT.values()})
+    check_together(kept)
+    return kept
 
 
 def earlier_training(store: Store, run: str, card: SiteCard) -> TrainingSpec | None:
@@ -246,6 +240,7 @@ def drawn(context: Context, link: Exchange, size: int) -> Context:
         store.register_draw(run.id, json.dumps(draw.as_dict()))
     else:
         draw = Transcript.from_dict(json.loads(known))
+        groups_of(context.federation, len(draw.commitments))
     groups = draw.groups()
     context.tell(
         "groups",

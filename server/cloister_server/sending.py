@@ -26,27 +26,30 @@ class Shown:
     Attributes:
         at: The coordinator's head.
         known: What each site saw and signed last, by client.
-        former: The newest head of a site's own log that it signed with a key that it had before, by client.
+        former: The newest heads of a site's own logs that it signed with keys that it had before, by client; of its last key last.
     """
 
     at: Checkpoint
     known: Mapping[str, Witnessed]
-    former: Mapping[str, str]
+    former: Mapping[str, tuple[str, ...]]
 
     @classmethod
     def now(cls, context: Context) -> Shown:
         """As it is now."""
-        known, former = context.store.witnessed(), dict[str, str]()
+        known, former = context.store.witnessed(), dict[str, tuple[str, ...]]()
         for member in context.members:
-            keys = context.store.keys_of(member.card.name) - {member.id}
-            if heads := [known[i] for i in keys if i in known and known[i].head]:
-                former[member.id] = max(heads, key=lambda one: one.head_size).head
+            keys = [i for i in context.store.keys_of(member.card.name) if i != member.id]
+            former[member.id] = tuple(known[i].head for i in keys if i in known and known[i].head)
         return cls(context.store.checkpoint(), known, former)
 
     def head_of(self, client: str) -> str:
-        """The newest head of a client's own log that it signed, with this key or else with one before, or nothing."""
+        """The newest head of a client's own log that it signed, with this key or else with the last one before, or nothing."""
+        return (self.heads_of(client) or ("",))[-1]
+
+    def heads_of(self, client: str) -> tuple[str, ...]:
+        """All heads of its own logs that bind what it says, the newest last: it may have had another folder, and log, in between."""
         own = self.known[client].head if client in self.known else ""
-        return own or self.former.get(client, "")
+        return self.former.get(client, ()) + ((own,) if own else ())
 
 
 def seal_plan(

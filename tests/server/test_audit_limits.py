@@ -24,7 +24,7 @@ QUIET, LOUD = (1.0, 0.1, 50), (1.0, 0.1, 150)
 def test_losses_too_many_to_be_laid_out_are_bounded_at_once(monkeypatch: pytest.MonkeyPatch, kinds: int) -> None:
     """Little noise on tiny rates has losses far apart; many quiet releases beside them ask for a fine grid."""
     sigma = 0.5 if kinds == 1 else 1.0
-    steps = tuple(((sigma + n / 1000, 1e-7), 3) for n in range(kinds)) + (((101.28, 0.00555), 200_000),)
+    steps = (*(((sigma + n / 1000, 1e-7), 3) for n in range(kinds)), ((101.28, 0.00555), 200_000))
     accountant.forget()
     with monkeypatch.context() as without:
         without.setattr(accountant, "one_release", lambda *_: pytest.fail("laid out"))

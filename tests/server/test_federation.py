@@ -407,6 +407,31 @@ def test_a_run_under_masks_is_not_resumed_with_numbers_beside_them(tmp_path: Pat
         with_kept(read_federation(path), without + "\n[secure_aggregation]\ngroup = 4\n")
 
 
+@pytest.mark.parametrize(
+    ("begun", "now", "words"),
+    [
+        (
+            "",
+            '[secure_aggregation]\ngroup = 4\n[defence]\nrule = "krum"\nattackers = 3\n',
+            "fewer updates than this defence",
+        ),
+        ("rounds", "[training]", "more rounds for the head"),
+    ],
+)
+def test_what_a_resumed_run_keeps_goes_with_what_the_file_says_by_now(
+    tmp_path: Path, begun: str, now: str, words: str
+) -> None:
+    """Else every site's budget would be spent on rounds that can only be held."""
+    path = write_federation(tmp_path / "FEDERATION.toml", tmp_path / "base")
+    before = path.read_text()
+    if begun:
+        path.write_text(before.replace("rounds = 3", "rounds = 9\nhead_rounds = 6"))
+    else:
+        path.write_text(before + now)
+    with pytest.raises(InputError, match=words):
+        with_kept(read_federation(path), before)
+
+
 def test_what_changed_between_two_settings_is_named() -> None:
     before = 'name = "x"\n[training]\nrounds = 3\nsteps = 1\n[round]\nmin_clients = 2\n'
     now = 'name = "x"\n[training]\nrounds = 4\nsteps = 1\n[round]\nmin_clients = 2\ndeadline_seconds = 9\n'

@@ -645,6 +645,11 @@ def test_who_comes_later_was_asked_nothing_before(world: World, tmp_path: Path) 
     assert row.reason.startswith("policy.least_cohort")
 
 
+def test_a_run_of_which_no_member_is_left_says_so(world: World) -> None:
+    with pytest.raises(RefusedError, match=r"none of the sites that are there has a part.*new run"):
+        one_round(world.context(members=()), world.link, 1)
+
+
 def test_who_is_missing_under_its_old_key_is_named(world: World) -> None:
     fresh = replace(world.members[0].card, key=SigningKey.generate().verify_key.raw.hex())
     world.link.behaviours = {100: died}

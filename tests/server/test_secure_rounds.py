@@ -244,6 +244,13 @@ def test_who_was_drawn_and_comes_later_is_asked_as_the_others_were(
     assert set(world.verdicts(2).values()) == {"accepted"}
 
 
+def test_a_run_that_was_drawn_is_not_resumed_with_a_rule_that_its_groups_cannot_stand(world: World) -> None:
+    context = context_of(world)
+    robust = replace(context, federation=replace(context.federation, defence=Defence("krum", 1, None, None, None)))
+    with pytest.raises(InputError, match="not both"):
+        drawn(robust, world.link, 4)
+
+
 def test_what_the_aggregator_holds_gives_no_single_update(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all that it received in a round in which a site died, the coordinator cannot take one survivor's masks off.
 

@@ -16,21 +16,22 @@ import pytest
 from cloister_client.budget import Ledger
 from cloister_client.round import execute
 from cloister_flower.frames import reply
+from cloister_model.text import Source
 from cloister_server import logbook, rounds, sending
 from cloister_server.coordinator import admit_site
-from cloister_server.intake import WENT_BACK
+from cloister_server.intake import WENT_BACK, read_preface
 from cloister_server.log import membership
 from cloister_server.rounds import close, one_round, run_rounds
 from cloister_server.store import Store
 from cloister_server.tables import RoundClient, Run
 from cloister_shared.answers import Preface
 from cloister_shared.encoding import canonical
-from cloister_shared.errors import RefusedError, StateError
+from cloister_shared.errors import RefusedError, RollbackError, StateError
 from cloister_shared.merkle import Tree, check_consistency, leaf_hash
 from cloister_shared.notes import Checkpoint, read_checkpoint
 from cloister_shared.receipts import LACKS_RECEIPT, Receipt
 from cloister_shared.sealing import OpeningKey
-from cloister_shared.signing import SigningKey
+from cloister_shared.signing import SigningKey, VerifyKey
 from cloister_shared.witness import LEAF_PURPOSE, View, log_of_site
 
 from support.registry import a_model
@@ -548,6 +549,67 @@ def test_a_site_that_joins_again_with_its_ledger_or_with_a_new_one_goes_on(world
     for number in (2, 3):
         one_round(world.context(), world.link, number)
         assert set(world.verdicts(number).values()) == {"accepted"}
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_longer_log_of_another_folder_hides_no_ledger_that_was_put_back(
+    world: World, tmp_path: Path, knows: bool
+) -> None:
+    """A site had a folder, then another one; that one is put back, and joins again: what it signed of this very log binds it."""
+    desk = world.desks[100]
+    keys = [desk.signing.verify_key]
+    for number in (1, 2):
+        one_round(world.context(), world.link, number)
+    home = tmp_path / "other"
+    (home / "counter").mkdir(parents=True)
+
+    def opened() -> Ledger:
+        return Ledger(home / "ledger.db", home / "counter" / "ledger.json", desk.policy.limits)
+
+    desk.ledger = opened()
+    desk.ledger.register(Source(home / "text.jsonl", "text", "label"), [b"2" * 32])
+    joins_again(world, 100, ledger=desk.ledger, name=log_of_site(b"another"), earlier=())
+    keys.append(desk.signing.verify_key)
+    desk.ledger.close()
+    shutil.copytree(home, tmp_path / "snapshot")
+    desk.ledger = opened()
+    desk.witness = replace(desk.witness, ledger=desk.ledger)
+    one_round(world.context(), world.link, 3)
+    assert world.verdicts(3)["site-1"] == "accepted"
+    heads = [row.head_size for row in world.store.witnessed().values() if row.client in {k.id.hex() for k in keys}]
+    assert len(heads) == 2
+    desk.ledger.close()
+    shutil.rmtree(home)
+    shutil.copytree(tmp_path / "snapshot", home)
+    desk.ledger = opened()
+    joins_again(world, 100, ledger=desk.ledger, earlier=tuple(keys) if knows else ())
+    told = sending.Shown.now(world.context())
+    assert [note.partition("\n")[0] for note in told.heads_of(world.id_of(100))] == [
+        log_of_site(b"another") if key is keys[1] else note_of(world, key) for key in keys
+    ]
+    one_round(world.context(), world.link, 4)
+    if knows:
+        assert (world.verdicts(4)["site-1"], world.charged(100)) == (WENT_BACK, 0)
+
+
+def note_of(world: World, key: VerifyKey) -> str:
+    """The name of the log that a key signed a head of."""
+    return world.store.witnessed()[key.id.hex()].head.partition("\n")[0]
+
+
+@pytest.mark.parametrize("origin", ["of this log", "of another one"])
+def test_every_log_that_a_site_had_binds_what_it_says_of_it(world: World, origin: str) -> None:
+    site, before = SigningKey.generate(), SigningKey.generate()
+    logs = [log_of_site(b"one"), log_of_site(b"two")]
+    notes = [Checkpoint(name, 9, bytes(32)).signed(before) for name in logs]
+    at = world.store.checkpoint()
+    card = replace(world.members[0].card, key=site.verify_key.raw.hex())
+    said = Checkpoint(logs[0] if origin == "of this log" else log_of_site(b"three"), 8, bytes(32)).signed(site)
+    if origin == "of this log":
+        with pytest.raises(RollbackError, match="went back"):
+            read_preface(Preface(said, ""), card, at, notes, "test")
+    else:
+        assert read_preface(Preface(said, ""), card, at, notes, "test").head.size == 8
 
 
 def test_a_key_has_one_log(world: World) -> None:
