@@ -549,6 +549,9 @@ def test_a_site_that_joins_again_with_its_ledger_or_with_a_new_one_goes_on(world
     for number in (2, 3):
         one_round(world.context(), world.link, number)
         assert set(world.verdicts(number).values()) == {"accepted"}
+    told, own = sending.Shown.now(world.context()), world.store.witnessed()[world.id_of(100)].head
+    heads = told.heads_of(world.id_of(100))
+    assert (len(heads), heads[-1], told.head_of(world.id_of(100))) == (2, own, own)
 
 
 @pytest.mark.parametrize("knows", [True, False])
