@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cloister_client.budget import Ledger
-from cloister_client.round import execute
+from cloister_client.round import Desk, execute
 from cloister_flower.frames import reply
 from cloister_model.text import Source
 from cloister_server import logbook, rounds, sending
@@ -474,24 +474,37 @@ def test_a_quorum_that_was_lost_comes_together_at_the_next_attempt(world: World)
     assert [world.charged(node) for node in world.desks] == [2, 2, 2]
 
 
+def copied(desk: Desk, snapshot: Path) -> None:
+    """A snapshot of a site's ledger and its counter is taken."""
+    home = desk.ledger.path.parent
+    desk.ledger.close()
+    shutil.copytree(home, snapshot)
+    reopened(desk, home)
+
+
+def restored(desk: Desk, snapshot: Path) -> None:
+    """A snapshot of both is put back."""
+    home = desk.ledger.path.parent
+    desk.ledger.close()
+    shutil.rmtree(home)
+    shutil.copytree(snapshot, home)
+    reopened(desk, home)
+
+
+def reopened(desk: Desk, home: Path) -> None:
+    """A site opens the ledger in a folder."""
+    desk.ledger = Ledger(home / "ledger.db", home / "counter" / "ledger.json", desk.policy.limits)
+    desk.witness = replace(desk.witness, ledger=desk.ledger)
+
+
 def test_a_ledger_that_was_put_back_with_its_counter_is_seen_by_its_coordinator(world: World, tmp_path: Path) -> None:
     """A snapshot of the whole machine restores both; the coordinator's copy of the site's own head tells."""
     context, desk = world.context(), world.desks[100]
     one_round(context, world.link, 1)
-    home = desk.ledger.path.parent
-    desk.ledger.close()
-    shutil.copytree(home, tmp_path / "snapshot")
-    desk.ledger = Ledger(home / "ledger.db", home / "counter" / "ledger.json", desk.policy.limits)
-    desk.witness = replace(desk.witness, ledger=desk.ledger)
+    copied(desk, tmp_path / "snapshot")
     one_round(context, world.link, 2)
     assert world.charged(100) == 2
-    desk.ledger.close()
-    for name in ("ledger.db", "counter/ledger.json"):
-        shutil.copy(tmp_path / "snapshot" / name, home / name)
-    for name in ("ledger.db-wal", "ledger.db-shm"):
-        (home / name).unlink(missing_ok=True)
-    desk.ledger = Ledger(home / "ledger.db", home / "counter" / "ledger.json", desk.policy.limits)
-    desk.witness = replace(desk.witness, ledger=desk.ledger)
+    restored(desk, tmp_path / "snapshot")
     assert world.charged(100) == 1  # the ledger itself has nothing to say against it
     one_round(context, world.link, 3)
     assert world.verdicts(3)["site-1"] == WENT_BACK
@@ -520,20 +533,11 @@ def test_a_ledger_that_was_put_back_stays_so_under_fresh_keys(world: World, tmp_
     desk = world.desks[100]
     before = desk.signing.verify_key
     one_round(world.context(), world.link, 1)
-    home = desk.ledger.path.parent
-    desk.ledger.close()
-    shutil.copytree(home, tmp_path / "snapshot")
-    desk.ledger = Ledger(home / "ledger.db", home / "counter" / "ledger.json", desk.policy.limits)
-    desk.witness = replace(desk.witness, ledger=desk.ledger)
+    copied(desk, tmp_path / "snapshot")
     for number in (2, 3):
         one_round(world.context(), world.link, number)
-    desk.ledger.close()
-    for name in ("ledger.db", "counter/ledger.json"):
-        shutil.copy(tmp_path / "snapshot" / name, home / name)
-    for name in ("ledger.db-wal", "ledger.db-shm"):
-        (home / name).unlink(missing_ok=True)
-    desk.ledger = Ledger(home / "ledger.db", home / "counter" / "ledger.json", desk.policy.limits)
-    joins_again(world, 100, ledger=desk.ledger, earlier=(before,) if knows else ())
+    restored(desk, tmp_path / "snapshot")
+    joins_again(world, 100, earlier=(before,) if knows else ())
     one_round(world.context(), world.link, 4)
     assert world.verdicts(4)["site-1"] == WENT_BACK
     # Where it knows its earlier keys it refuses before it trains.
@@ -565,27 +569,17 @@ def test_a_longer_log_of_another_folder_hides_no_ledger_that_was_put_back(
         one_round(world.context(), world.link, number)
     home = tmp_path / "other"
     (home / "counter").mkdir(parents=True)
-
-    def opened() -> Ledger:
-        return Ledger(home / "ledger.db", home / "counter" / "ledger.json", desk.policy.limits)
-
-    desk.ledger = opened()
+    reopened(desk, home)
     desk.ledger.register(Source(home / "text.jsonl", "text", "label"), [b"2" * 32])
-    joins_again(world, 100, ledger=desk.ledger, name=log_of_site(b"another"), earlier=())
+    joins_again(world, 100, name=log_of_site(b"another"), earlier=())
     keys.append(desk.signing.verify_key)
-    desk.ledger.close()
-    shutil.copytree(home, tmp_path / "snapshot")
-    desk.ledger = opened()
-    desk.witness = replace(desk.witness, ledger=desk.ledger)
+    copied(desk, tmp_path / "snapshot")
     one_round(world.context(), world.link, 3)
     assert world.verdicts(3)["site-1"] == "accepted"
     heads = [row.head_size for row in world.store.witnessed().values() if row.client in {k.id.hex() for k in keys}]
     assert len(heads) == 2
-    desk.ledger.close()
-    shutil.rmtree(home)
-    shutil.copytree(tmp_path / "snapshot", home)
-    desk.ledger = opened()
-    joins_again(world, 100, ledger=desk.ledger, earlier=tuple(keys) if knows else ())
+    restored(desk, tmp_path / "snapshot")
+    joins_again(world, 100, earlier=tuple(keys) if knows else ())
     told = sending.Shown.now(world.context())
     assert [note.partition("\n")[0] for note in told.heads_of(world.id_of(100))] == [
         log_of_site(b"another") if key is keys[1] else note_of(world, key) for key in keys
