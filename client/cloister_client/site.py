@@ -348,12 +348,21 @@ def take_over(home: Path) -> SiteCard:
     again, own = home / AGAIN, read_site_card(home / "card.json")
     if (again / "card.json").exists():
         # What an auditor needs to know this site's earlier words by.
-        (home / EARLIER).mkdir(exist_ok=True)
-        # Whatever the umask: the agent of another user reads them.
-        (home / EARLIER).chmod(0o755)
         card = home / EARLIER / f"{own.verify_key.id.hex()}.json"
-        write_durably(card, (home / "card.json").read_bytes(), mode=0o644)
-        card.chmod(0o644)
+        try:
+            card.parent.mkdir(exist_ok=True)
+            write_durably(card, (home / "card.json").read_bytes(), mode=0o644)
+            # Whatever the umask: the agent of another user reads them.
+            for path, mode in ((card.parent, 0o755), (card, 0o644)):
+                if path.stat().st_mode & 0o777 != mode:
+                    path.chmod(mode)
+        except OSError as error:
+            raise StateError(
+                "the card of the key that this site had cannot be kept",
+                where=str(card),
+                got=error.strerror or "",
+                mend="see to the folder's owner and mode, then the same command again",
+            ) from error
     for name in (
         "agent/sign.key",
         "agent/seal.key",

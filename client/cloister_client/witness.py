@@ -198,6 +198,10 @@ class Witness:
         Raises:
             RefusedError: A receipt is missing, or its leaf is not where it says.
         """
+        if not view.start + len(view.hashes):
+            raise RefusedError(
+                "witness.view", "the log is empty: a run begins with a leaf", expected="> 0 leaves", got="0"
+            )
         receipts = self.ledger.receipts_of(run)
         # By round: a coordinator that was put back to before it wrote a round's work down asks for another work in its place.
         told = {receipt["round"] for receipt in receipts}

@@ -7,8 +7,9 @@ from typing import Any
 
 from cloister_shared.encoding import canonical, digest, parse_record
 from cloister_shared.errors import InputError, StateError, VerificationError
+from cloister_shared.signing import VerifyKey
 from cloister_shared.statement import Proof
-from sqlmodel import and_, col, select
+from sqlmodel import col, select
 
 from cloister_server.log import DAMAGED, column, said
 from cloister_server.releases import Releases
@@ -114,16 +115,18 @@ class Records(Releases):
         with self.database.reading() as session:
             return list(session.exec(select(RoundClient).where(RoundClient.client == client)))
 
-    def keys_of(self, name: str) -> list[str]:
-        """Each key under which a site of this name was ever asked for anything, in the order of their last rounds."""
+    def keys_by_name(self) -> dict[str, list[str]]:
+        """Each key under which a site was ever asked for anything or enrolled, by the site's name; the last that the log took in last."""
         with self.database.reading() as session:
-            last = dict[str, float]()
-            of = col(RoundClient.run) == col(Round.run), col(RoundClient.number) == col(Round.number)
-            for client, opened in session.exec(
-                select(RoundClient.client, Round.opened).join(Round, and_(*of)).where(RoundClient.name == name)
-            ):
-                last[client] = max(opened, last.get(client, 0.0))
-            return sorted(last, key=last.__getitem__)
+            out = dict[str, list[str]]()
+            for name, client in session.exec(select(RoundClient.name, RoundClient.client).distinct()):
+                out.setdefault(name, []).append(client)
+            for leaf in session.exec(select(Leaf).where(Leaf.kind == "enrol").order_by(col(Leaf.index))):
+                record = said(leaf)
+                keys, card = out.setdefault(str(record.get("site")), []), record.get("card")
+                if isinstance(card, dict) and (client := _key_id(str(card.get("key")))):
+                    keys[:] = [*(key for key in keys if key != client), client]
+            return out
 
     def history_of(self, client: str) -> list[RoundClient]:
         """Everything that the site of this key was ever asked, under each key of its name: one that joined again has the same text."""
@@ -237,3 +240,11 @@ def _run_of(record: bytes) -> str:
         return str(parse_record(record, "log").get("run"))
     except VerificationError:
         return ""  # changed by hand: fsck's to tell
+
+
+def _key_id(text: str) -> str:
+    """The id of a public key, or nothing where it is none."""
+    try:
+        return VerifyKey.from_hex(text, "enrol leaf").id.hex()
+    except VerificationError:
+        return ""

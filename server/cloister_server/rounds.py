@@ -499,9 +499,12 @@ def plan_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
     lora, head = map(max, zip(*map(reaches, trainings.values()), strict=True))
     equal = context.federation.client_level is not None or context.draw is not None
     summed = {core.secure.members: core.common for core in before if core.secure is not None}
+    # As it was asked, whoever of the group is put out by now.
+    unlike = {core.secure.members: (core.secure.rates, core.secure.units) for core in before if core.secure is not None}
     parent_digest, level = digest(vector_to_bytes(parent)), context.federation.client_level
     entries = []
     for member in context.members:
+        group = group_of.get(member.id, ())
         core = PlanCore(
             federation=context.federation.name,
             run=context.run.id,
@@ -522,7 +525,7 @@ def plan_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
             noised=context.federation.noised,
             secure=None
             if context.draw is None
-            else SecureSum(group_of[member.id], lora, head, *_unlike(context, group_of[member.id])),
+            else SecureSum(group, lora, head, *(unlike.get(group) or _unlike(context, group))),
         )
         # Who comes later to a sum is asked as the others of it were, or would be refused by all: settings may have changed since.
         if core.secure is not None and summed.get(core.secure.members, core.common) != core.common:

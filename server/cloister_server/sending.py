@@ -37,8 +37,9 @@ class Shown:
     def now(cls, context: Context) -> Shown:
         """As it is now."""
         known, former = context.store.witnessed(), dict[str, tuple[str, ...]]()
+        named = context.store.keys_by_name()
         for member in context.members:
-            keys = [i for i in context.store.keys_of(member.card.name) if i != member.id]
+            keys = [i for i in named.get(member.card.name, ()) if i != member.id]
             former[member.id] = tuple(known[i].head for i in keys if i in known and known[i].head)
         return cls(context.store.checkpoint(), known, former)
 

@@ -217,6 +217,21 @@ def test_who_comes_later_has_a_part_in_a_sum_that_was_begun(tmp_path: Path, tiny
     assert check(world.store) == []
 
 
+def test_who_comes_later_to_a_sum_is_asked_as_it_was_whoever_is_put_out_by_now(tmp_path: Path, tiny_bert: Path) -> None:
+    """The card of a member that is gone said of which unit its work is: the others' plans have it still."""
+    world = secure_world(tmp_path, tiny_bert, settings={"min_clients": "min_clients = 3"})
+    first = world.members[0]
+    field = replace(first, training=replace(first.training, unit="field", unit_records=16))
+    world.members = (replace(field, card=replace(first.card, unit="field")), *world.members[1:])
+    context = replace(context_of(world), cards=tuple(m.card for m in world.members))
+    world.link.behaviours = {100: lambda *_: None}
+    with pytest.raises(RefusedError, match="too few updates"):
+        one_round(replace(context, members=context.members[:3]), world.link, 1)
+    rest = context.members[1:]
+    one_round(replace(context, members=rest, cards=tuple(m.card for m in rest)), world.link, 1)
+    assert [v for name, v in sorted(world.verdicts(1).items()) if name != "site-1"] == ["accepted"] * 3
+
+
 @pytest.mark.parametrize("away_first", [0, 3])
 def test_who_was_drawn_and_comes_later_is_asked_as_the_others_were(
     tmp_path: Path, tiny_bert: Path, away_first: int

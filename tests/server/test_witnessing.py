@@ -544,6 +544,34 @@ def test_a_ledger_that_was_put_back_stays_so_under_fresh_keys(world: World, tmp_
     assert world.charged(100) == (1 if knows else 2)
 
 
+def test_a_head_that_came_at_a_runs_end_binds_a_site_under_its_next_key(world: World, tmp_path: Path) -> None:
+    """A key that had no part in any round, and answered a closing: what it said of its log is known by the log's enrolments."""
+    desk = world.desks[100]
+    keys = [desk.signing.verify_key]
+    one_round(world.context(), world.link, 1)
+    copied(desk, tmp_path / "snapshot")
+    one_round(world.context(), world.link, 2)
+    joins_again(world, 100, earlier=tuple(keys))
+    keys.append(desk.signing.verify_key)
+    close(world.context(), world.link)
+    said_by = [world.store.witnessed()[key.id.hex()].head_size for key in keys]
+    assert said_by[1] > said_by[0]
+    restored(desk, tmp_path / "snapshot")
+    joins_again(world, 100, earlier=tuple(keys))
+    told = sending.Shown.now(world.context()).heads_of(world.id_of(100))
+    assert [world.store.witnessed()[key.id.hex()].head for key in keys] == list(told)
+    one_round(world.context(), world.link, 3)
+    assert (world.verdicts(3)["site-1"], world.charged(100)) == (WENT_BACK, 1)
+
+
+def test_there_is_no_work_on_an_empty_log(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = Checkpoint(world.store.origin, 0, Tree().root())
+    monkeypatch.setattr(world.store, "checkpoint", lambda: empty)
+    with pytest.raises(RefusedError, match="the log is empty"):
+        one_round(world.context(), world.link, 1)
+    assert [world.charged(node) for node in world.desks] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("log", ["the old one", "another folder"])
 def test_a_site_that_joins_again_with_its_ledger_or_with_a_new_one_goes_on(world: World, log: str) -> None:
     before, desk = world.desks[100].signing.verify_key, world.desks[100]
