@@ -37,7 +37,7 @@ from support.client_world import (
     World,
     ask,
     closing,
-    empty_view,
+    first_view,
     make_records,
     make_site,
     make_world,
@@ -210,7 +210,7 @@ def test_the_closing_message_deletes_what_was_kept_and_answers_what_was_seen_of_
     )
     preface, rest = read_answer(plaintext, "test")
     assert (header.codec, rest) == (Codec.ACK, b"")
-    name, view = client.desk.signing.verify_key.id.hex(), empty_view(client.world.signing)
+    name, view = client.desk.signing.verify_key.id.hex(), first_view(client.world.signing)
     read_cosignature(
         preface.cosignature, view.note.partition("\n\n")[0] + "\n", name, client.desk.signing.verify_key, "test"
     )
@@ -279,7 +279,7 @@ def test_another_signer_is_not_heard(client: Client) -> None:
 
 def test_a_plan_of_another_signer_in_the_coordinators_envelope_is_not_heard(client: Client) -> None:
     core = client.core()
-    view = empty_view(client.world.signing)
+    view = first_view(client.world.signing)
     plan = Plan(core, 1, OpeningKey.generate().sealing_key, 1, view).to_bytes(
         client.world.parent, SigningKey.generate()
     )

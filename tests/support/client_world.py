@@ -28,7 +28,7 @@ from cloister_model.text import Record, Source
 from cloister_shared.answers import Preface, read_answer
 from cloister_shared.cards import CoordinatorCard
 from cloister_shared.encoding import digest
-from cloister_shared.merkle import EMPTY
+from cloister_shared.merkle import leaf_hash
 from cloister_shared.notes import Checkpoint
 from cloister_shared.plan import Plan, PlanCore
 from cloister_shared.processes import free_port
@@ -247,7 +247,7 @@ def ask(
 ) -> Asked:
     """A sealed plan; ``by`` signs plan and envelope in the coordinator's place, ``header`` changes header fields."""
     core, key = core or world.core(signing_id), OpeningKey.generate()
-    plan = Plan(core, attempt, key.sealing_key, int(time.time()), empty_view(world.signing), receipts)
+    plan = Plan(core, attempt, key.sealing_key, int(time.time()), first_view(world.signing), receipts)
     plaintext = plan.to_bytes(world.parent if parent is None else parent, by or world.signing)
     head = replace(world.header(core, attempt, len(plaintext)), **(header or {}))
     return Asked(core, attempt, key, seal(head, plaintext, opening.sealing_key, by or world.signing))
@@ -260,7 +260,7 @@ CLOSING_KEY = OpeningKey.generate()
 def closing(world: World, signing_id: bytes, opening: OpeningKey, receipts: tuple[Receipt, ...]) -> bytes:
     """A sealed closing message."""
     core = world.core(signing_id)
-    said = Closing(core.run, CLOSING_KEY.sealing_key, receipts, empty_view(world.signing))
+    said = Closing(core.run, CLOSING_KEY.sealing_key, receipts, first_view(world.signing))
     plaintext = said.to_bytes(world.signing)
     head = world.header(core, 1, len(plaintext), Codec.CLOSING)
     return seal(replace(head, plan=bytes(32)), plaintext, opening.sealing_key, world.signing)
@@ -298,9 +298,10 @@ def spec(**changes: Any) -> TrainingSpec:
     return TrainingSpec(**(asdict(TRAINING) | changes))
 
 
-def empty_view(signing: SigningKey) -> View:
-    """A coordinator's log with nothing in it."""
-    return View(Checkpoint(log_of_federation(signing.verify_key), 0, EMPTY).signed(signing), 0, (), (), {})
+def first_view(signing: SigningKey) -> View:
+    """A coordinator's log with the leaf that a run begins with."""
+    leaf = leaf_hash(b"policy")
+    return View(Checkpoint(log_of_federation(signing.verify_key), 1, leaf).signed(signing), 0, (), (leaf,), {})
 
 
 class Alone(Witness):
