@@ -144,7 +144,7 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
     # Told also where the log is refused: how far this site's own ledger goes hides nothing.
     preface: Callable[[], Preface] = partial(desk.witness.preface, "")
     try:
-        before, cosignature = desk.witness.look(plan.view, plan.own_head)
+        before, cosignature = desk.witness.look(plan.view, plan.own_heads)
         # After it: receipts of a history that is refused are no receipts.
         settle(desk, plan.receipts)
         preface = partial(desk.witness.preface, cosignature)
@@ -186,7 +186,7 @@ def _closed(desk: Desk, header: Header, said: Closing) -> bytes:
     """Keeps a run's last receipts, and answers what this site has seen of the log by now; no text is read for it."""
     cosignature = ""
     try:
-        _, cosignature = desk.witness.look(said.view, said.own_head)
+        _, cosignature = desk.witness.look(said.view, said.own_heads)
         settle(desk, said.receipts)
     except RefusedError as error:
         desk.tell.update(refusal=str(error))

@@ -3,8 +3,8 @@
 With each plan comes the log's newest head and the way to it. The site checks that nothing it saw before was changed, writes the head into
 its own ledger, cosigns it, and only then looks whether enough of the sites that its policy names cosigned what it saw the last time: a
 coordinator that shows different histories to different sites cannot bring their cosignatures together. A history that shrank or forked is
-refused for good, with both notes in the ledger as evidence. The plan also carries the newest head of this site's own log that the
-coordinator has: a ledger that does not contain it was put back, whatever its own counter says.
+refused for good, with both notes in the ledger as evidence. The plan also carries the newest heads of this site's own logs that the
+coordinator has: a ledger that does not contain those of its log was put back, whatever its own counter says.
 
 It trains nothing and decides no budget. The first head that a site sees is taken as it is.
 """
@@ -12,7 +12,7 @@ It trains nothing and decides no budget. The first head that a site sees is take
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cloister_shared.answers import Preface
@@ -58,14 +58,14 @@ class Witness:
         """The name of the coordinator's log."""
         return log_of_federation(self.coordinator)
 
-    def look(self, view: View, own_head: str) -> tuple[Checkpoint | None, str]:
+    def look(self, view: View, own_heads: Sequence[str]) -> tuple[Checkpoint | None, str]:
         """Follows the coordinator's log to its newest head, remembers and cosigns it.
 
         Where an export keeps another head at the same time, the view is held against that one too.
 
         Args:
             view: What came with a plan or at a run's end.
-            own_head: The newest head of this site's log that the coordinator has, or empty.
+            own_heads: The newest heads of this site's logs that the coordinator has, signed here.
 
         Returns:
             The head that was seen before, and the cosignature of the new one.
@@ -75,20 +75,20 @@ class Witness:
         """
         for _ in range(_TRIES - 1):
             try:
-                return self._look(view, own_head)
+                return self._look(view, own_heads)
             except RefusedError as error:
                 if error.rule != MEANWHILE:
                     raise
-        return self._look(view, own_head)
+        return self._look(view, own_heads)
 
-    def _look(self, view: View, own_head: str) -> tuple[Checkpoint | None, str]:
+    def _look(self, view: View, own_heads: Sequence[str]) -> tuple[Checkpoint | None, str]:
         known = before, fetched = self.ledger.heads_of(self.origin)
         now = self._follow(view, before)
         if fetched is not None:
             self._beside(view, before, now, fetched, fetched.text)
         if (pulled := self._pulled()) is not None:
             self._beside(view, before, now, *pulled)
-        self._own(own_head)
+        self._own(own_heads)
         if before != now:
             self.ledger.witness(now, own_note(view.note, self.coordinator, self.origin), known)
         # A pull looks into the ledger after it kept its head: of the two the later one sees the other's.
@@ -244,16 +244,15 @@ class Witness:
         """What goes before an answer: the head of this site's own log, signed, and the cosignature."""
         return Preface(self.ledger.head(self.name).signed(self.signing), cosignature)
 
-    def _own(self, note: str) -> None:
-        if not note:
-            return
-        said = signed_by_one(note, (self.signing.verify_key, *self.earlier), self.name)
-        # Of keys or a log before this one: says nothing.
-        if said is not None and not self.ledger.contains(said):
-            raise RefusedError(
-                "witness.own_log",
-                "this site's ledger was put back: the coordinator has a newer head of it, signed here",
-                expected=f"{said.size} events of root {said.root.hex()[:16]}",
-                got=f"{self.ledger.head(self.name).size} events",
-                mend="put the newest ledger back; if it is lost, its text counts as spent",
-            )
+    def _own(self, notes: Sequence[str]) -> None:
+        for note in notes:
+            said = signed_by_one(note, (self.signing.verify_key, *self.earlier), self.name)
+            # Of keys or a log before this one: says nothing.
+            if said is not None and not self.ledger.contains(said):
+                raise RefusedError(
+                    "witness.own_log",
+                    "this site's ledger was put back: the coordinator has a newer head of it, signed here",
+                    expected=f"{said.size} events of root {said.root.hex()[:16]}",
+                    got=f"{self.ledger.head(self.name).size} events",
+                    mend="put the newest ledger back; if it is lost, its text counts as spent",
+                )

@@ -282,6 +282,7 @@ def check_together(federation: Federation) -> None:
             where=f"{path} [training] head_rounds",
             expected=f"<= {federation.rounds}",
             got=str(federation.head_rounds),
+            mend="lower it; a resumed run keeps the number of rounds that it began with",
         )
 
 

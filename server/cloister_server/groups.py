@@ -109,7 +109,7 @@ def groups_of(federation: Federation, sites: int) -> int:
             where=f"{federation.path} [secure_aggregation], [defence]",
             expected=f">= {LEAST_FOR_BOTH} sites for both",
             got=f"{sites} sites, rule {defence.rule}",
-            mend="leave out one of the two",
+            mend="leave out one of the two: of a resumed run [defence], for it keeps its [secure_aggregation]",
         )
     fewest = least(of_rows(defence.rule), defence.attackers)
     if defence.attackers > withstands(groups) or fewest > groups:

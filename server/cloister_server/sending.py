@@ -43,10 +43,6 @@ class Shown:
             former[member.id] = tuple(known[i].head for i in keys if i in known and known[i].head)
         return cls(context.store.checkpoint(), known, former)
 
-    def head_of(self, client: str) -> str:
-        """The newest head of a client's own log that it signed, with this key or else with the last one before, or nothing."""
-        return (self.heads_of(client) or ("",))[-1]
-
     def heads_of(self, client: str) -> tuple[str, ...]:
         """All heads of its own logs that bind what it says, the newest last: it may have had another folder, and log, in between."""
         own = self.known[client].head if client in self.known else ""
@@ -66,7 +62,7 @@ def seal_plan(
     shares: Mapping[str, tuple[str, str, str]] | None = None,
 ) -> bytes:
     """One client's plan, signed and sealed to it, with what is shown of the log."""
-    view, own = context.store.view_for(member.id, shown.at, shown.known), shown.head_of(member.id)
+    view, own = context.store.view_for(member.id, shown.at, shown.known), shown.heads_of(member.id)
     plan = Plan(core, attempt, key.sealing_key, int(time.time()), view, receipts, sharers or {}, shares or {}, own)
     return sealed(context, member, Codec.PLAN, plan.to_bytes(parent, context.signing), core.round, attempt, core.digest)
 
@@ -145,6 +141,6 @@ def seal_closing(
     context: Context, member: Member, receipts: tuple[Receipt, ...], shown: Shown, key: OpeningKey
 ) -> bytes:
     """One client's last receipts of a run, with what is shown of the log; what it saw comes back under ``key``."""
-    view, own = context.store.view_for(member.id, shown.at, shown.known), shown.head_of(member.id)
+    view, own = context.store.view_for(member.id, shown.at, shown.known), shown.heads_of(member.id)
     said = Closing(context.run.id, key.sealing_key, receipts, view, own).to_bytes(context.signing)
     return sealed(context, member, Codec.CLOSING, said, context.run.rounds, 1, "00" * 32)

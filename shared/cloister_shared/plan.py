@@ -16,7 +16,7 @@ from typing import Any
 
 from cloister_shared.encoding import canonical, digest, parse_record
 from cloister_shared.errors import VerificationError
-from cloister_shared.plan_fields import must, must_be_hex, must_be_integer, must_be_number, read_fields
+from cloister_shared.plan_fields import are_notes, must, must_be_hex, must_be_integer, must_be_number, read_fields
 from cloister_shared.privacy import DpSgd
 from cloister_shared.receipts import Receipt
 from cloister_shared.sealing import SealingKey
@@ -212,7 +212,7 @@ class Plan:
             work; else none.
         shares: Under masks: by each other sharer, its sealed share for this client and what it said of the two in it
             (``masks.share_digest`` of ``mask`` and of ``seed``), hex.
-        own_head: The newest head of the client's own log that the coordinator has, as the client signed it; or empty.
+        own_heads: The newest heads of the client's own logs that the coordinator has, as the client signed them, one for each key.
     """
 
     core: PlanCore
@@ -223,7 +223,7 @@ class Plan:
     receipts: tuple[Receipt, ...] = ()
     sharers: Mapping[str, str] = field(default_factory=dict)
     shares: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
-    own_head: str = ""
+    own_heads: tuple[str, ...] = ()
 
     def to_bytes(self, parent: F32, by: SigningKey) -> bytes:
         """The signed plaintext of the envelope."""
@@ -234,7 +234,7 @@ class Plan:
                 "round_key": self.round_key.raw.hex(),
                 "issued": self.issued,
                 "view": self.view.as_dict(),
-                "own_head": self.own_head,
+                "own_heads": list(self.own_heads),
                 "receipts": [asdict(receipt) for receipt in self.receipts],
                 "sharers": dict(self.sharers),
                 "shares": {name: list(parts) for name, parts in self.shares.items()},
@@ -260,13 +260,13 @@ class Plan:
         record_bytes, rest = data[4 : 4 + size], data[4 + size :]
         by.verify(PURPOSE, record_bytes, rest[:SIGNATURE_BYTES], where)
         record = parse_record(record_bytes, where)
-        names = {"core", "attempt", "round_key", "issued", "view", "own_head", "receipts", "sharers", "shares"}
+        names = {"core", "attempt", "round_key", "issued", "view", "own_heads", "receipts", "sharers", "shares"}
         must(
             set(record) == names
             and isinstance(record["receipts"], list)
             and isinstance(record["sharers"], dict)
             and isinstance(record["shares"], dict)
-            and isinstance(record["own_head"], str),
+            and are_notes(record["own_heads"]),
             "other fields than a plan's",
             sorted(record),
         )
@@ -280,7 +280,7 @@ class Plan:
                 tuple(Receipt.from_dict(r) for r in record["receipts"]),
                 record["sharers"],
                 {name: _three(parts) for name, parts in record["shares"].items()},
-                record["own_head"],
+                tuple(record["own_heads"]),
             )
         except (KeyError, TypeError) as error:
             raise VerificationError("plan is malformed", where=where, got=str(error)) from error

@@ -56,6 +56,11 @@ def must_be_integer(value: Any, low: int, high: int, what: str) -> None:
     )
 
 
+def are_notes(value: Any) -> bool:
+    """Whether a field is a list of texts."""
+    return isinstance(value, list) and all(isinstance(note, str) for note in value)
+
+
 def read_fields(value: Any, kind: type[Any], *lists: str) -> dict[str, Any]:
     """A record's JSON form, of which every field must be there and no other; ``lists`` as tuples."""
     record = dict(value)

@@ -8,7 +8,7 @@ from typing import Any
 
 from cloister_shared.encoding import canonical, digest, parse_record
 from cloister_shared.errors import VerificationError
-from cloister_shared.plan_fields import must, must_be_hex, must_be_integer
+from cloister_shared.plan_fields import are_notes, must, must_be_hex, must_be_integer
 from cloister_shared.sealing import SealingKey
 from cloister_shared.signing import SIGNATURE_BYTES, SigningKey, VerifyKey
 from cloister_shared.witness import View
@@ -103,14 +103,14 @@ class Closing:
         reply_to: The key that its answer is sealed to.
         receipts: Of rounds that it took part in.
         view: The coordinator's log.
-        own_head: The newest head of the client's own log that it signed, or empty.
+        own_heads: The newest heads of the client's own logs that it signed, one for each key.
     """
 
     run: str
     reply_to: SealingKey
     receipts: tuple[Receipt, ...]
     view: View
-    own_head: str = ""
+    own_heads: tuple[str, ...] = ()
 
     def to_bytes(self, by: SigningKey) -> bytes:
         """The signed plaintext."""
@@ -120,7 +120,7 @@ class Closing:
                 "reply_to": self.reply_to.raw.hex(),
                 "receipts": [asdict(receipt) for receipt in self.receipts],
                 "view": self.view.as_dict(),
-                "own_head": self.own_head,
+                "own_heads": list(self.own_heads),
             }
         )
         return struct.pack(">I", len(record)) + record + by.sign(CLOSING_PURPOSE, record)
@@ -141,8 +141,8 @@ class Closing:
             record = parse_record(record_bytes, where)
             receipts = tuple(Receipt.from_dict(r) for r in record["receipts"])
             key, view = SealingKey.from_hex(record["reply_to"], where), View.from_dict(record["view"], where)
-            if not isinstance(record["own_head"], str):
-                raise TypeError("own_head")
-            return cls(str(record["run"]), key, receipts, view, record["own_head"])
+            if not are_notes(record["own_heads"]):
+                raise TypeError("own_heads")
+            return cls(str(record["run"]), key, receipts, view, tuple(record["own_heads"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise VerificationError("closing message is malformed", where=where, got=str(error)) from error

@@ -425,10 +425,10 @@ def test_parent_must_be_the_one_named_and_for_our_schema() -> None:
 def test_closing_message() -> None:
     refused = replace(RECEIPT, update="", verdict="stale")
     view = PLAN.view
-    said = Closing(RECEIPT.run, PLAN.round_key, (RECEIPT, refused), view, "a head")
+    said = Closing(RECEIPT.run, PLAN.round_key, (RECEIPT, refused), view, ("a head",))
     data = said.to_bytes(COORDINATOR)
     assert Closing.from_bytes(data, COORDINATOR.verify_key, "w") == said
-    nothing = replace(said, receipts=(), own_head="")
+    nothing = replace(said, receipts=(), own_heads=())
     assert Closing.from_bytes(nothing.to_bytes(COORDINATOR), COORDINATOR.verify_key, "w") == nothing
     with pytest.raises(VerificationError, match="signature"):
         Closing.from_bytes(data, SigningKey.generate().verify_key, "w")
