@@ -11,7 +11,7 @@ from cloister_shared.audit.accountant import Step, Steps, by_pld, by_rdp, epsilo
 from cloister_shared.audit.stated import Stated, too_low
 from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
-from dp_accounting.rdp import RdpAccountant
+from dp_accounting.rdp import RdpAccountant, compute_epsilon
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -93,6 +93,19 @@ def test_what_one_release_costs_is_theirs(sigma: float, rate: float) -> None:
     )
     # Both add up to about 1, and what one release costs is what that is above 1.
     assert accountant._rdp_of((10**sigma, rate)) == pytest.approx(theirs, rel=1e-9, abs=1e-14)
+
+
+@given(
+    st.floats(-2, 5),
+    st.sampled_from([1.0, 0.3, 0.01, 1e-4]),
+    st.integers(1, 10**6),
+    st.floats(-12, -0.01).map(lambda power: 10**power),
+)
+@settings(max_examples=200, deadline=None)
+def test_epsilon_of_divergences_is_theirs(sigma: float, rate: float, count: int, delta: float) -> None:
+    step = 10**sigma, rate
+    theirs, _ = compute_epsilon(accountant._ORDERS, accountant._rdp_of(step) * count, delta)
+    assert by_rdp(((step, count),), delta) == pytest.approx(theirs, rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize(
