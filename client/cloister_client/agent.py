@@ -45,7 +45,7 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
     from cloister_client.data import load, open_ledger
     from cloister_client.policy import note_peers, read_policy
     from cloister_client.round import Desk
-    from cloister_client.site import earlier_cards, pulled_note, read_site
+    from cloister_client.site import pulled_note, read_site
     from cloister_client.status import Status, StatusFile
     from cloister_client.sums import Sums
     from cloister_client.train import choose_device
@@ -120,7 +120,6 @@ def open_desk(home: Path, shut: door.Report) -> tuple[Desk, StatusFile]:
             {key.id.hex(): key for key in (VerifyKey.from_hex(text, "policy.toml peers") for text in policy.peers)},
             policy.least_witnesses,
             partial(pulled_note, site),
-            tuple(card.verify_key for card in earlier_cards(home)),
         ),
     )
     return desk, tell

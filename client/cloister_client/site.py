@@ -323,7 +323,7 @@ def earlier_cards(home: Path) -> list[SiteCard]:
     """Cards of the keys that a site had before.
 
     Raises:
-        StateError: They cannot be listed: what was signed with those keys binds, whoever hides them.
+        StateError: They cannot be listed: what was signed with those keys is this site's, whoever hides them.
     """
     folder = home / EARLIER
     try:
@@ -352,7 +352,7 @@ def take_over(home: Path) -> SiteCard:
         try:
             card.parent.mkdir(exist_ok=True)
             write_durably(card, (home / "card.json").read_bytes(), mode=0o644)
-            # Whatever the umask: the agent of another user reads them.
+            # Whatever the umask: who says whom to trust may be another user.
             for path, mode in ((card.parent, 0o755), (card, 0o644)):
                 if path.stat().st_mode & 0o777 != mode:
                     path.chmod(mode)

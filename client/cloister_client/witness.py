@@ -4,7 +4,7 @@ With each plan comes the log's newest head and the way to it. The site checks th
 its own ledger, cosigns it, and only then looks whether enough of the sites that its policy names cosigned what it saw the last time: a
 coordinator that shows different histories to different sites cannot bring their cosignatures together. A history that shrank or forked is
 refused for good, with both notes in the ledger as evidence. The plan also carries the newest heads of this site's own logs that the
-coordinator has: a ledger that does not contain those of its log was put back, whatever its own counter says.
+coordinator has: a ledger that does not contain those of its log, whichever key signed them, was put back, whatever its own counter says.
 
 It trains nothing and decides no budget. The first head that a site sees is taken as it is.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from cloister_shared.answers import Preface
 from cloister_shared.errors import CloisterError, RefusedError, RollbackError, VerificationError
-from cloister_shared.notes import Checkpoint, own_note, read_checkpoint, signed_by_one
+from cloister_shared.notes import Checkpoint, claimed, is_of_key, own_note, read_checkpoint
 from cloister_shared.receipts import LACKS_RECEIPT
 from cloister_shared.signing import SigningKey, VerifyKey
 from cloister_shared.witness import View, follow, log_of_federation, witnesses
@@ -41,7 +41,6 @@ class Witness:
         peers: Keys of other sites that the policy names, by key id in hex.
         least: How many of them must have cosigned.
         pulled: The newest head that a pull of this site saw, as its signed note; None before the first.
-        earlier: Keys that the site had before: what it signed with them binds its ledger all the same.
     """
 
     ledger: Ledger
@@ -51,7 +50,6 @@ class Witness:
     peers: Mapping[str, VerifyKey]
     least: int
     pulled: Callable[[], str | None] = lambda: None
-    earlier: tuple[VerifyKey, ...] = ()
 
     @property
     def origin(self) -> str:
@@ -246,13 +244,18 @@ class Witness:
 
     def _own(self, notes: Sequence[str]) -> None:
         for note in notes:
-            said = signed_by_one(note, (self.signing.verify_key, *self.earlier), self.name)
-            # Of keys or a log before this one: says nothing.
-            if said is not None and not self.ledger.contains(said):
+            try:
+                said = claimed(note, "own_heads")
+                elsewhere = said.origin != self.name and is_of_key(note, self.signing.verify_key, "own_heads")
+            except VerificationError as error:
+                raise RefusedError("witness.own_log", error.what, expected="a signed head", got=error.got) from error
+            # Another folder's log, by that folder's key: says nothing. A head of this one binds whichever key signed it: this folder may
+            # have been put back to before it had that key, and a coordinator that makes one up gets no work for it.
+            if elsewhere or (said.origin == self.name and not self.ledger.contains(said)):
                 raise RefusedError(
                     "witness.own_log",
-                    "this site's ledger was put back: the coordinator has a newer head of it, signed here",
-                    expected=f"{said.size} events of root {said.root.hex()[:16]}",
-                    got=f"{self.ledger.head(self.name).size} events",
+                    "this site's ledger was put back or made anew: the coordinator has a head that it does not contain",
+                    expected=f"{said.size} events of root {said.root.hex()[:16]} in {said.origin}",
+                    got=f"{self.ledger.head(self.name).size} events in {self.name}",
                     mend="put the newest ledger back; if it is lost, its text counts as spent",
                 )

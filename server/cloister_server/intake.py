@@ -18,7 +18,7 @@ from cloister_shared.cards import SiteCard
 from cloister_shared.encoding import digest, parse_record
 from cloister_shared.errors import CloisterError, RollbackError, VerificationError
 from cloister_shared.merkle import EMPTY
-from cloister_shared.notes import Checkpoint, claimed, read_checkpoint, read_cosignature, signed_by_one
+from cloister_shared.notes import Checkpoint, claimed, is_of_key, read_checkpoint, read_cosignature
 from cloister_shared.plan import PlanCore
 from cloister_shared.sealing import Codec, Direction, OpeningKey, open_envelope
 from cloister_shared.vectors import F32, Schema, vector_from_bytes, vector_to_bytes
@@ -122,7 +122,7 @@ def read_preface(preface: Preface, card: SiteCard, at: Checkpoint, before: Seque
     for note in before:
         old = claimed(note, where)
         # One that joined again with another folder has another log, and said nothing else with this key.
-        other = head.origin != old.origin and signed_by_one(note, (card.verify_key,), old.origin) is not None
+        other = head.origin != old.origin and is_of_key(note, card.verify_key, where)
         shorter = head.size < old.size or (head.size == old.size and head.root != old.root)
         if other or (head.origin == old.origin and shorter):
             raise RollbackError(

@@ -172,8 +172,6 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
             if m.id not in inside
         )
         away = [f"{c.name}: not there with key {c.client}" for c in clients if c.client not in members]
-        others = {m.card.name for m in context.members} - {c.name for c in clients}
-        away += [f"{name}: has no part in it, the settings changed since it began" for name in sorted(others)]
         why = "; ".join([*([why] if why else []), *away])
         raise RefusedError(
             "round.min_clients",
@@ -498,13 +496,15 @@ def plan_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
     # One fixed point for all: of whoever may move farthest.
     lora, head = map(max, zip(*map(reaches, trainings.values()), strict=True))
     equal = context.federation.client_level is not None or context.draw is not None
-    summed = {core.secure.members: core.common for core in before if core.secure is not None}
-    # As it was asked, whoever of the group is put out by now.
-    unlike = {core.secure.members: (core.secure.rates, core.secure.units) for core in before if core.secure is not None}
+    # Who comes later to a sum is asked as the others of it were, whatever settings and sites there are by now, or all would refuse it.
+    summed = {core.secure.members: core for core in before if core.secure is not None}
     parent_digest, level = digest(vector_to_bytes(parent)), context.federation.client_level
     entries = []
     for member in context.members:
         group = group_of.get(member.id, ())
+        if group in summed:
+            entries.append(_open_row(summed[group].of_member(member.id), member))
+            continue
         core = PlanCore(
             federation=context.federation.name,
             run=context.run.id,
@@ -523,29 +523,9 @@ def plan_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
             update_norm=None if level is None else level.clipping_norm,
             reports=context.federation.reports,
             noised=context.federation.noised,
-            secure=None
-            if context.draw is None
-            else SecureSum(group, lora, head, *(unlike.get(group) or _unlike(context, group))),
+            secure=None if context.draw is None else SecureSum(group, lora, head, *_unlike(context, group)),
         )
-        # Who comes later to a sum is asked as the others of it were, or would be refused by all: settings may have changed since.
-        if core.secure is not None and summed.get(core.secure.members, core.common) != core.common:
-            continue
-        spec = core.training
-        entries.append(
-            RoundClient(
-                run=core.run,
-                number=number,
-                client=member.id,
-                name=member.card.name,
-                plan=core.digest,
-                core=core.to_bytes().decode(),
-                weight=core.weight,
-                noise_multiplier=spec.noise_multiplier,
-                sample_rate=spec.sample_rate,
-                steps=spec.steps,
-                delta=spec.delta,
-            )
-        )
+        entries.append(_open_row(core, member))
     row = Round(
         run=context.run.id,
         number=number,
@@ -556,3 +536,20 @@ def plan_round(context: Context, number: int, parent: F32) -> tuple[Round, list[
         lock=lock_digest(),
     )
     return context.store.plan_round(row, entries)
+
+
+def _open_row(core: PlanCore, member: Member) -> RoundClient:
+    spec = core.training
+    return RoundClient(
+        run=core.run,
+        number=core.round,
+        client=member.id,
+        name=member.card.name,
+        plan=core.digest,
+        core=core.to_bytes().decode(),
+        weight=core.weight,
+        noise_multiplier=spec.noise_multiplier,
+        sample_rate=spec.sample_rate,
+        steps=spec.steps,
+        delta=spec.delta,
+    )

@@ -14,7 +14,7 @@ import base64
 import binascii
 import hashlib
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidSignature
@@ -93,20 +93,23 @@ class Seen:
     witnesses: dict[str, int]
 
 
-def signed_by_one(note: str, keys: Iterable[VerifyKey], origin: str) -> Checkpoint | None:
-    """The checkpoint of a note of a log whose owner had several keys; None where it is of another log, or none of them signed it.
+def is_of_key(note: str, key: VerifyKey, where: str) -> bool:
+    """Whether this key signed a checkpoint, of whichever log; what is trusted is read by ``read_checkpoint``.
 
     Args:
         note: The signed note.
-        keys: The keys.
-        origin: The log's name.
+        key: The key.
+        where: For messages.
+
+    Raises:
+        VerificationError: It is no checkpoint.
     """
-    for key in keys:
-        try:
-            return read_checkpoint(note, key, origin, "signed note").checkpoint
-        except VerificationError:
-            continue
-    return None
+    origin = claimed(note, where).origin
+    try:
+        read_checkpoint(note, key, origin, where)
+    except VerificationError:
+        return False
+    return True
 
 
 def read_checkpoint(

@@ -527,21 +527,17 @@ def joins_again(world: World, node: int, **witness: Any) -> None:
     world.members = tuple(replace(m, card=fresh) if m.node == node else m for m in world.members)
 
 
-@pytest.mark.parametrize("knows", [True, False])
-def test_a_ledger_that_was_put_back_stays_so_under_fresh_keys(world: World, tmp_path: Path, knows: bool) -> None:
-    """What the coordinator was shown under the keys before binds it; the site itself sees so where it has those keys' cards."""
+def test_a_ledger_that_was_put_back_stays_so_under_fresh_keys(world: World, tmp_path: Path) -> None:
+    """What the coordinator was shown under the keys before binds it, and the site refuses before it trains."""
     desk = world.desks[100]
-    before = desk.signing.verify_key
     one_round(world.context(), world.link, 1)
     copied(desk, tmp_path / "snapshot")
     for number in (2, 3):
         one_round(world.context(), world.link, number)
     restored(desk, tmp_path / "snapshot")
-    joins_again(world, 100, earlier=(before,) if knows else ())
+    joins_again(world, 100)
     one_round(world.context(), world.link, 4)
-    assert world.verdicts(4)["site-1"] == WENT_BACK
-    # Where it knows its earlier keys it refuses before it trains.
-    assert world.charged(100) == (1 if knows else 2)
+    assert (world.verdicts(4)["site-1"], world.charged(100)) == (WENT_BACK, 1)
 
 
 def test_a_head_that_came_at_a_runs_end_binds_a_site_under_its_next_key(world: World, tmp_path: Path) -> None:
@@ -551,13 +547,13 @@ def test_a_head_that_came_at_a_runs_end_binds_a_site_under_its_next_key(world: W
     one_round(world.context(), world.link, 1)
     copied(desk, tmp_path / "snapshot")
     one_round(world.context(), world.link, 2)
-    joins_again(world, 100, earlier=tuple(keys))
+    joins_again(world, 100)
     keys.append(desk.signing.verify_key)
     close(world.context(), world.link)
     said_by = [world.store.witnessed()[key.id.hex()].head_size for key in keys]
     assert said_by[1] > said_by[0]
     restored(desk, tmp_path / "snapshot")
-    joins_again(world, 100, earlier=tuple(keys))
+    joins_again(world, 100)
     told = sending.Shown.now(world.context()).heads_of(world.id_of(100))
     assert [world.store.witnessed()[key.id.hex()].head for key in keys] == list(told)
     one_round(world.context(), world.link, 3)
@@ -574,10 +570,10 @@ def test_there_is_no_work_on_an_empty_log(world: World, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("log", ["the old one", "another folder"])
 def test_a_site_that_joins_again_with_its_ledger_or_with_a_new_one_goes_on(world: World, log: str) -> None:
-    before, desk = world.desks[100].signing.verify_key, world.desks[100]
+    desk = world.desks[100]
     one_round(world.context(), world.link, 1)
     name = desk.witness.name if log == "the old one" else log_of_site(b"another")
-    joins_again(world, 100, earlier=(before,), name=name)
+    joins_again(world, 100, name=name)
     for number in (2, 3):
         one_round(world.context(), world.link, number)
         assert set(world.verdicts(number).values()) == {"accepted"}
@@ -586,10 +582,7 @@ def test_a_site_that_joins_again_with_its_ledger_or_with_a_new_one_goes_on(world
     assert (len(heads), heads[-1]) == (2, own)
 
 
-@pytest.mark.parametrize("knows", [True, False])
-def test_a_longer_log_of_another_folder_hides_no_ledger_that_was_put_back(
-    world: World, tmp_path: Path, knows: bool
-) -> None:
+def test_a_longer_log_of_another_folder_hides_no_ledger_that_was_put_back(world: World, tmp_path: Path) -> None:
     """A site had a folder, then another one; that one is put back, and joins again: what it signed of this very log binds it."""
     desk = world.desks[100]
     keys = [desk.signing.verify_key]
@@ -599,7 +592,7 @@ def test_a_longer_log_of_another_folder_hides_no_ledger_that_was_put_back(
     (home / "counter").mkdir(parents=True)
     reopened(desk, home)
     desk.ledger.register(Source(home / "text.jsonl", "text", "label"), [b"2" * 32])
-    joins_again(world, 100, name=log_of_site(b"another"), earlier=())
+    joins_again(world, 100, name=log_of_site(b"another"))
     keys.append(desk.signing.verify_key)
     copied(desk, tmp_path / "snapshot")
     one_round(world.context(), world.link, 3)
@@ -607,20 +600,57 @@ def test_a_longer_log_of_another_folder_hides_no_ledger_that_was_put_back(
     heads = [row.head_size for row in world.store.witnessed().values() if row.client in {k.id.hex() for k in keys}]
     assert len(heads) == 2
     restored(desk, tmp_path / "snapshot")
-    joins_again(world, 100, earlier=tuple(keys) if knows else ())
+    joins_again(world, 100)
     told = sending.Shown.now(world.context())
     assert [note.partition("\n")[0] for note in told.heads_of(world.id_of(100))] == [
         log_of_site(b"another") if key is keys[1] else note_of(world, key) for key in keys
     ]
     one_round(world.context(), world.link, 4)
-    if knows:
-        assert (world.verdicts(4)["site-1"], world.charged(100)) == (WENT_BACK, 0)
+    assert (world.verdicts(4)["site-1"], world.charged(100)) == (WENT_BACK, 0)
+
+
+def test_a_folder_from_before_it_had_its_newest_key_is_not_worked_with(world: World, tmp_path: Path) -> None:
+    """All of it is put back, its keys with it: what it signed with a key that it does not know is of its log all the same."""
+    desk, members = world.desks[100], world.members
+    one_round(world.context(), world.link, 1)
+    keys, witness = (desk.signing, desk.opening), desk.witness
+    copied(desk, tmp_path / "snapshot")
+    joins_again(world, 100)
+    one_round(world.context(), world.link, 2)
+    assert world.verdicts(2)["site-1"] == "accepted"
+    restored(desk, tmp_path / "snapshot")
+    desk.signing, desk.opening = keys
+    desk.witness, world.members = replace(witness, ledger=desk.ledger), members
+    joins_again(world, 100)
+    for number in (3, 4):
+        one_round(world.context(), world.link, number)
+        assert (world.verdicts(number)["site-1"], world.charged(100)) == (WENT_BACK, 1)
+
+
+def test_a_key_that_signed_of_another_log_gets_no_text(world: World, tmp_path: Path) -> None:
+    """A ledger made anew, with a name of its own, beside the key of the one before."""
+    desk = world.desks[100]
+    one_round(world.context(), world.link, 1)
+    home = tmp_path / "anew"
+    (home / "counter").mkdir(parents=True)
+    reopened(desk, home)
+    desk.ledger.register(Source(home / "text.jsonl", "text", "label"), [b"2" * 32])
+    desk.witness = replace(desk.witness, name=log_of_site(b"anew"))
+    one_round(world.context(), world.link, 2)
+    assert (world.verdicts(2)["site-1"], world.charged(100)) == (WENT_BACK, 0)
+
+
+def test_what_is_no_head_of_its_own_is_refused(world: World) -> None:
+    desk = world.desks[100]
+    one_round(world.context(), world.link, 1)
+    with pytest.raises(RefusedError, match="not a checkpoint"):
+        desk.witness.look(fetched(world, world.store), ("nothing of the kind",))
 
 
 def test_a_folder_that_is_put_back_after_another_one_sees_it_itself(world: World, tmp_path: Path) -> None:
     """A site has a folder, then another one, then the first again as it was: the head of its own log is not the newest that it signed."""
     desk = world.desks[100]
-    first, name = desk.signing.verify_key, desk.witness.name
+    name = desk.witness.name
     copied(desk, tmp_path / "snapshot")
     here = desk.ledger.path.parent
     one_round(world.context(), world.link, 1)
@@ -628,12 +658,12 @@ def test_a_folder_that_is_put_back_after_another_one_sees_it_itself(world: World
     (home / "counter").mkdir(parents=True)
     reopened(desk, home)
     desk.ledger.register(Source(home / "text.jsonl", "text", "label"), [b"2" * 32])
-    joins_again(world, 100, name=log_of_site(b"another"), earlier=())
+    joins_again(world, 100, name=log_of_site(b"another"))
     one_round(world.context(), world.link, 2)
     assert world.verdicts(2)["site-1"] == "accepted"
     reopened(desk, here)
     restored(desk, tmp_path / "snapshot")
-    joins_again(world, 100, name=name, earlier=(first,))
+    joins_again(world, 100, name=name)
     one_round(world.context(), world.link, 3)
     assert (world.verdicts(3)["site-1"], world.charged(100)) == (WENT_BACK, 0)
 
