@@ -141,10 +141,13 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
     _same(header, plan)
     # Not in what is answered: whoever cannot remember an attempt says nothing of it.
     first = desk.ledger.attempted(core.digest, plan.attempt)
-    # Told also where the log is refused: how far this site's own ledger goes hides nothing.
-    preface: Callable[[], Preface] = partial(desk.witness.preface, "")
+    # A ledger that was put back signs no head: one that grew since would take the place of the head that tells.
+    preface: Callable[[], Preface] = Preface
     try:
-        before, cosignature = desk.witness.look(plan.view, plan.own_heads)
+        desk.witness.own(plan.own_heads)
+        # Told also where the log is refused: how far this site's own ledger goes hides nothing.
+        preface = partial(desk.witness.preface, "")
+        before, cosignature = desk.witness.look(plan.view)
         # After it: receipts of a history that is refused are no receipts.
         settle(desk, plan.receipts)
         preface = partial(desk.witness.preface, cosignature)
@@ -184,13 +187,16 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
 
 def _closed(desk: Desk, header: Header, said: Closing) -> bytes:
     """Keeps a run's last receipts, and answers what this site has seen of the log by now; no text is read for it."""
-    cosignature = ""
+    preface: Callable[[], Preface] = Preface
     try:
-        _, cosignature = desk.witness.look(said.view, said.own_heads)
+        desk.witness.own(said.own_heads)
+        preface = partial(desk.witness.preface, "")
+        _, cosignature = desk.witness.look(said.view)
+        preface = partial(desk.witness.preface, cosignature)
         settle(desk, said.receipts)
     except RefusedError as error:
         desk.tell.update(refusal=str(error))
-    return _seal(desk, said.reply_to, header, *acknowledgement(desk.witness.preface(cosignature)))
+    return _seal(desk, said.reply_to, header, *acknowledgement(preface()))
 
 
 def _secure(desk: Desk, header: Header, plaintext: bytes) -> bytes:

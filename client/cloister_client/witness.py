@@ -56,37 +56,35 @@ class Witness:
         """The name of the coordinator's log."""
         return log_of_federation(self.coordinator)
 
-    def look(self, view: View, own_heads: Sequence[str]) -> tuple[Checkpoint | None, str]:
+    def look(self, view: View) -> tuple[Checkpoint | None, str]:
         """Follows the coordinator's log to its newest head, remembers and cosigns it.
 
         Where an export keeps another head at the same time, the view is held against that one too.
 
         Args:
             view: What came with a plan or at a run's end.
-            own_heads: The newest heads of this site's logs that the coordinator has, signed here.
 
         Returns:
             The head that was seen before, and the cosignature of the new one.
 
         Raises:
-            RefusedError: The log shrank or forked, the view does not hold, or this site's own ledger was put back.
+            RefusedError: The log shrank or forked, or the view does not hold.
         """
         for _ in range(_TRIES - 1):
             try:
-                return self._look(view, own_heads)
+                return self._look(view)
             except RefusedError as error:
                 if error.rule != MEANWHILE:
                     raise
-        return self._look(view, own_heads)
+        return self._look(view)
 
-    def _look(self, view: View, own_heads: Sequence[str]) -> tuple[Checkpoint | None, str]:
+    def _look(self, view: View) -> tuple[Checkpoint | None, str]:
         known = before, fetched = self.ledger.heads_of(self.origin)
         now = self._follow(view, before)
         if fetched is not None:
             self._beside(view, before, now, fetched, fetched.text)
         if (pulled := self._pulled()) is not None:
             self._beside(view, before, now, *pulled)
-        self._own(own_heads)
         if before != now:
             self.ledger.witness(now, own_note(view.note, self.coordinator, self.origin), known)
         # A pull looks into the ledger after it kept its head: of the two the later one sees the other's.
@@ -242,8 +240,16 @@ class Witness:
         """What goes before an answer: the head of this site's own log, signed, and the cosignature."""
         return Preface(self.ledger.head(self.name).signed(self.signing), cosignature)
 
-    def _own(self, notes: Sequence[str]) -> None:
-        for note in notes:
+    def own(self, heads: Sequence[str]) -> None:
+        """Sees that this site's ledger is the one that the coordinator knows, or goes on from it; before anything is said of it.
+
+        Args:
+            heads: The newest heads of this site's logs that the coordinator has, as they were signed.
+
+        Raises:
+            RefusedError: The ledger was put back or made anew.
+        """
+        for note in heads:
             try:
                 said = claimed(note, "own_heads")
                 elsewhere = said.origin != self.name and is_of_key(note, self.signing.verify_key, "own_heads")

@@ -111,9 +111,16 @@ def read_preface(preface: Preface, card: SiteCard, at: Checkpoint, before: Seque
 
     Raises:
         VerificationError: A signature does not hold.
-        RollbackError: Its log is shorter than it was, or another at the same length.
+        RollbackError: Its log is shorter than it was, another at the same length, or nothing that it says of it any more.
     """
     head = Checkpoint("none", 0, EMPTY)
+    if before and not preface.head:
+        raise RollbackError(
+            "the site's own log went back: it signs no head of it",
+            where=where,
+            expected="a head that goes on from those that it signed",
+            got="none",
+        )
     if preface.head:
         origin = preface.head.split("\n", 1)[0]
         if not origin.startswith(SITE_LOGS):

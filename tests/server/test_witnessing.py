@@ -38,15 +38,20 @@ from support.registry import a_model
 from support.server_world import Loopback, World, forged_vector, make_world
 
 
-@pytest.fixture
-def world(tmp_path: Path, tiny_bert: Path) -> World:
+def witnesses(tmp_path: Path, tiny_bert: Path, rounds: int) -> World:
     """Three sites that name each other as witnesses and want one."""
-    made = make_world(tmp_path, tiny_bert, sites=3, rounds=4)
+    made = make_world(tmp_path, tiny_bert, sites=3, rounds=rounds)
     keys = {made.id_of(node): desk.signing.verify_key for node, desk in made.desks.items()}
     for node, desk in made.desks.items():
         others = {name: key for name, key in keys.items() if name != made.id_of(node)}
         desk.witness = replace(desk.witness, peers=others, least=1)
     return made
+
+
+@pytest.fixture
+def world(tmp_path: Path, tiny_bert: Path) -> World:
+    """Such a federation of four rounds."""
+    return witnesses(tmp_path, tiny_bert, 4)
 
 
 def said(world: World, node: int) -> list[dict[str, Any]]:
@@ -247,7 +252,7 @@ def test_a_first_plan_goes_on_from_what_was_fetched_too(world: World, tmp_path: 
     at = start if start == 0 else len(leaves)
     view = View(note, at, other.range(at).tops, tuple(leaves[at:]), {})
     with pytest.raises(RefusedError) as refused:
-        witness.look(view, ())
+        witness.look(view)
     assert refused.value.rule == ("witness.history" if start == 0 else "witness.view")
     assert witness.ledger.seen_head(witness.origin) is None
 
@@ -259,17 +264,17 @@ def test_a_plan_must_go_on_from_what_a_pull_saw(world: World, tmp_path: Path) ->
     world.store.log("recovery", {"what": "seen by whoever pulls"})
     note = world.store.signed_checkpoint(world.store.checkpoint())
     desk.witness = replace(desk.witness, pulled=lambda: note)
-    desk.witness.look(fetched(world, world.store), ())
+    desk.witness.look(fetched(world, world.store))
     world.store.close()
     shutil.copy(tmp_path / "old.db", world.store.home / "registry.db")
     other = Store(world.store.home)
     node = sorted(world.desks)[1]
     fresh = replace(world.desks[node].witness, pulled=lambda: note)
     with pytest.raises(RefusedError, match="less of the log"):
-        fresh.look(fetched(world, other), ())
+        fresh.look(fetched(world, other))
     for number in range(2):
         other.log("recovery", {"what": f"another history, {number}"})
-    for look in (lambda: fresh.look(fetched(world, other), ()), lambda: fresh.fetched(fetched(world, other), None)):
+    for look in (lambda: fresh.look(fetched(world, other)), lambda: fresh.fetched(fetched(world, other), None)):
         with pytest.raises(RefusedError, match="history was changed"):
             look()
     (incident,) = [e for e in said(world, node) if e["event"] == "incident"]
@@ -296,7 +301,7 @@ def test_a_head_that_is_kept_while_another_is_looked_at_is_not_passed_over(
     with monkeypatch.context() as patch:
         patch.setattr(type(ledger), "witness", slowly)
         with pytest.raises(RefusedError, match="history was changed"):
-            witness.look(one, ())
+            witness.look(one)
 
 
 def test_an_export_beside_a_plan_costs_no_round(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +318,7 @@ def test_an_export_beside_a_plan_costs_no_round(world: World, monkeypatch: pytes
         append(self, *what)
 
     monkeypatch.setattr(type(ledger), "witness", slowly)
-    assert witness.look(view, ())[0] == known
+    assert witness.look(view)[0] == known
     assert ledger.heads_of(witness.origin) == (world.store.checkpoint(), world.store.checkpoint())
 
 
@@ -340,7 +345,7 @@ def test_a_pulled_head_that_cannot_be_read_is_a_refusal_that_says_so(world: Worl
 
     for pulled in (unreadable, lambda: "no note"):
         witness = replace(world.desks[100].witness, pulled=pulled)
-        for look in (partial(witness.look, fetched(world, world.store), ""), witness.known):
+        for look in (partial(witness.look, fetched(world, world.store)), witness.known):
             with pytest.raises(RefusedError) as refused:
                 look()
             assert refused.value.rule == "witness.pulled"
@@ -360,9 +365,9 @@ def test_a_plan_that_was_held_back_accuses_nobody_for_sure(world: World) -> None
     """It shows a head that this site never saw, since the next plan came before it."""
     witness, first = world.desks[100].witness, fetched(world, world.store)
     world.store.log("recovery", {"what": "what the next plan shows"})
-    witness.look(fetched(world, world.store), ())
+    witness.look(fetched(world, world.store))
     with pytest.raises(RefusedError, match="shrank"):
-        witness.look(first, ())
+        witness.look(first)
     assert "an old message was late" in said(world, 100)[-1]["what"]
 
 
@@ -371,9 +376,9 @@ def test_a_plan_that_shows_less_than_was_fetched_is_refused_and_accuses_nobody(w
     world.store.log("recovery", {"what": "seen by whoever fetches"})
     witness.fetched(fetched(world, world.store), witness.known())
     with pytest.raises(RefusedError, match="less of the log"):
-        witness.look(view, ())
+        witness.look(view)
     assert "incident" not in [e["event"] for e in said(world, 100)]
-    witness.look(fetched(world, world.store), ())
+    witness.look(fetched(world, world.store))
 
 
 def test_a_site_that_joined_again_hears_what_became_of_its_rounds(world: World) -> None:
@@ -627,6 +632,40 @@ def test_a_folder_from_before_it_had_its_newest_key_is_not_worked_with(world: Wo
         assert (world.verdicts(number)["site-1"], world.charged(100)) == (WENT_BACK, 1)
 
 
+@pytest.mark.parametrize("told_by", ["a plan", "a closing"])
+@pytest.mark.parametrize("keys", ["the same", "fresh ones"])
+def test_a_ledger_that_was_put_back_takes_no_newer_ones_place(
+    tmp_path: Path, tiny_bert: Path, told_by: str, keys: str
+) -> None:
+    """It grows longer than the newest head before anybody asks: what it says then must not be kept instead; the newest one goes on."""
+    world = witnesses(tmp_path, tiny_bert, 6)
+    desk = world.desks[100]
+    one_round(world.context(), world.link, 1)
+    copied(desk, tmp_path / "snapshot")
+    one_round(world.context(), world.link, 2)
+    copied(desk, tmp_path / "newest")
+    kept = world.store.witnessed()[world.id_of(100)].head
+    restored(desk, tmp_path / "snapshot")
+    for n in range(20):
+        desk.ledger.register(Source(tmp_path / f"more-{n}.jsonl", "text", "label"), [bytes([n]) * 32])
+    number = 3
+    if told_by == "a closing":
+        close(world.context(), world.link)
+    else:
+        one_round(world.context(), world.link, number)
+        number += 1
+        assert world.verdicts(3)["site-1"] == WENT_BACK
+    assert world.store.witnessed()[world.id_of(100)].head == kept
+    if keys == "fresh ones":
+        joins_again(world, 100)
+    for n in (number, number + 1):
+        one_round(world.context(), world.link, n)
+        assert (world.verdicts(n)["site-1"], world.charged(100)) == (WENT_BACK, 1)
+    restored(desk, tmp_path / "newest")
+    one_round(world.context(), world.link, number + 2)
+    assert world.verdicts(number + 2)["site-1"] == "accepted"
+
+
 def test_a_key_that_signed_of_another_log_gets_no_text(world: World, tmp_path: Path) -> None:
     """A ledger made anew, with a name of its own, beside the key of the one before."""
     desk = world.desks[100]
@@ -644,7 +683,7 @@ def test_what_is_no_head_of_its_own_is_refused(world: World) -> None:
     desk = world.desks[100]
     one_round(world.context(), world.link, 1)
     with pytest.raises(RefusedError, match="not a checkpoint"):
-        desk.witness.look(fetched(world, world.store), ("nothing of the kind",))
+        desk.witness.own(("nothing of the kind",))
 
 
 def test_a_folder_that_is_put_back_after_another_one_sees_it_itself(world: World, tmp_path: Path) -> None:
@@ -853,7 +892,7 @@ def test_a_head_that_a_pull_keeps_while_a_plan_is_looked_at_binds_it(world: Worl
     other = Checkpoint(world.store.origin, 1, bytes(32)).signed(world.coordinator.signing)
     notes = iter([None, other])
     with pytest.raises(RefusedError, match="history"):
-        replace(desk.witness, pulled=lambda: next(notes)).look(view, ())
+        replace(desk.witness, pulled=lambda: next(notes)).look(view)
     assert [e["event"] for e in said(world, 100)][-1] == "incident"
 
 
