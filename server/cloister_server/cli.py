@@ -21,7 +21,7 @@ from cloister_server.accounting import client_level_line, client_level_statement
 from cloister_server.coordinator import admit_site, open_coordinator
 from cloister_server.coordinator import init as make_coordinator
 from cloister_server.federation import read_federation
-from cloister_server.fsck import check_round
+from cloister_server.fsck import check_round, check_rounds
 from cloister_server.here import Home, Json, RunName, registry
 from cloister_server.log import DAMAGED, column, items
 from cloister_server.operators import sign_file, whose_move
@@ -373,7 +373,7 @@ def run(
 
 def round_rows(store: Store, run_id: str) -> list[dict[str, Any]]:
     """The rounds of a run as records, for tables and JSON."""
-    rows, sums = [], [s for s in store.noised_sums() if s.run == run_id]
+    rows, sums, gone = [], [s for s in store.noised_sums() if s.run == run_id], store.tombstones()
     held = {j.number for j in store.judgements(run_id) if j.held}
     for row in store.rounds(run_id):
         clients = store.clients(run_id, row.number)
@@ -383,6 +383,7 @@ def round_rows(store: Store, run_id: str) -> list[dict[str, Any]]:
                 "state": "held" if row.number in held else row.state,
                 "attempts": row.attempt,
                 "adapter": row.adapter,
+                "given_up": row.adapter in gone,
                 "residual": row.residual,
                 "metrics": store.metrics(run_id, row.number),
                 "participants": sum(c.verdict == "accepted" for c in clients),
@@ -419,7 +420,7 @@ def rounds_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     cells = [
         [
             str(r["round"]),
-            r["state"],
+            r["state"] + (", given up" if r["given_up"] else ""),
             *(f"{r['metrics'][n]:.4f}" if n in r["metrics"] else "" for n in names),
             *(["" if r["residual"] is None else f"{r['residual']:.2%}"] if lossy else []),
             str(r["participants"]),
@@ -443,7 +444,13 @@ def list_rounds(run_name: RunName = None, json: Json = False, home: Home = None)
     rows = round_rows(store, found.id)
     columns, cells = rounds_table(rows)
     others, came = [r for r in store.runs() if r.id != found.id], store.imported(found)
-    said = client_level_statement(store)
+    said, damaged = client_level_statement(store), None
+    title = [f"run {found.id[:8]} of {found.federation}, rule {found.rule}", *_came(came)]
+    try:
+        check_rounds(store, found, [r["round"] for r in rows if r["state"] in ("committed", "held")])
+    except CloisterError as error:
+        damaged = error
+        title.append(f"NOT AS THE LOG SAYS: {error.where}: {error.what}")
     console.table(
         {
             "run": found.id,
@@ -454,21 +461,23 @@ def list_rounds(run_name: RunName = None, json: Json = False, home: Home = None)
             "imported": came,
             "other_runs": [r.id for r in others],
         },
-        f"run {found.id[:8]} of {found.federation}, rule {found.rule}{_came(came)}",
+        title,
         columns,
         cells,
     )
     _second_statement(said)
+    if damaged is not None:
+        raise damaged
     if others and not console.OUTPUT.json:
         console.emit({}, f"other runs: {', '.join(r.id[:8] + ('' if r.rounds else ' (imported)') for r in others)}")
 
 
-def _came(came: dict[str, Any] | None) -> str:
+def _came(came: dict[str, Any] | None) -> list[str]:
     """Where an imported adapter comes from, for a title."""
     if came is None:
-        return ""
+        return []
     where = f"round {came['round']} of run {str(came['run'])[:8]} of {came['federation']}"
-    return f"\nimported: {where}; what it cost its own sites stands in its statement {str(came['statement'])[:16]}"
+    return [f"imported: {where}; what it cost its own sites stands in its statement {str(came['statement'])[:16]}"]
 
 
 def _second_statement(said: dict[str, Any] | None) -> None:
@@ -530,15 +539,16 @@ def show(
     scores = _scores(row["metrics"])
     lost = "" if row["residual"] is None else f"residual {row['residual']:.2%}"
     facts = ", ".join(filter(None, (row["state"], scores, f"rule {found.rule}", lost)))
-    title = f"run {found.id[:8]} round {number}: {facts}"
-    title += f"\nadapter {row['adapter']}, {state}" if row["adapter"] else "\nno adapter"
-    title += "".join(f"\n{_noised(s)}" for s in row["client_level"]) + _came(came := store.imported(found))
+    title = [f"run {found.id[:8]} round {number}: {facts}"]
+    title.append(f"adapter {row['adapter']}, {state}" if row["adapter"] else "no adapter")
+    title += [*map(_noised, row["client_level"]), *_came(came := store.imported(found))]
     judgement = next((j.model_dump() for j in store.judgements(found.id) if j.number == number), None)
     if judgement is not None:
-        title += (
-            f"\ndefence: {judgement['rule']}, {judgement['attackers']} attackers assumed,"
+        title.append(
+            f"defence: {judgement['rule']}, {judgement['attackers']} attackers assumed,"
             f" {judgement['entered']} of {judgement['judged']} updates entered"
-        ) + (f"; HELD: {judgement['held']}" if judgement["held"] else "")
+            + (f"; HELD: {judgement['held']}" if judgement["held"] else "")
+        )
     sums = [s.model_dump(exclude={"run", "number"}) for s in store.summed(found.id) if s.number == number]
     names = {c["client"]: c["name"] for c in clients}
     for one in sums:
@@ -546,7 +556,7 @@ def show(
         one["sites"] = [names.get(str(client), str(client)) for client in items(one.pop("clients"), where)]
     if sums:
         seen = "; ".join(f"{s['group']} ({len(s['sites'])} of {s['members']}: {', '.join(s['sites'])})" for s in sums)
-        title += f"\nsecure aggregation: no update was seen, only the sums of {seen}"
+        title.append(f"secure aggregation: no update was seen, only the sums of {seen}")
     evidence = [e.model_dump(exclude={"run", "number"}) for e in store.evidence(found.id) if e.number == number]
     said = client_level_statement(store)
     if row["state"] in ("committed", "held") and damaged is None:
@@ -554,7 +564,7 @@ def show(
             check_round(store, found, number)
         except CloisterError as error:
             damaged = error
-            title += f"\nNOT AS THE LOG SAYS: {error.what}"
+            title.append(f"NOT AS THE LOG SAYS: {error.what}")
     record = {"run": found.id, "rule": found.rule, "client_level_statement": said} | row | {"clients": clients}
     record |= {"defence": judgement, "evidence": evidence, "secure_sums": sums, "imported": came}
     console.table(record, title, columns, cells)

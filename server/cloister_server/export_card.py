@@ -17,7 +17,7 @@ tags: [cloister, lora, differential-privacy]
 ---
 # {federation}, run {run}, round {number}
 
-A LoRA adapter that Cloister trained on text that never left the organisations that own it; {sites} site(s) took part in this round.
+{made}
 
 - Base model: digest `{base}` (all pinned files); the digest covers weights, configuration and tokeniser
 - Registered adapter: SHA-256 `{adapter}`
@@ -100,6 +100,18 @@ def privacy_table(stated: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _made(stated: Mapping[str, Any]) -> str:
+    if origin := stated["imported"]:
+        return f"A LoRA adapter that was imported from the federation {origin['federation']}; nothing was trained on it here."
+    if stated["round"] == 0:
+        return "The LoRA adapter that a run began with: nothing was trained on anybody's text yet."
+    sites = sum(c["verdict"] == "accepted" and c["round"] == stated["round"] for c in stated["privacy"])
+    return (
+        "A LoRA adapter that Cloister trained on text that never left the organisations that own it;"
+        f" {sites} site{'' if sites == 1 else 's'} took part in this round."
+    )
+
+
 def card_text(stated: Mapping[str, Any], labels: Sequence[str]) -> str:
     """The card, from what the statement says.
 
@@ -115,7 +127,7 @@ def card_text(stated: Mapping[str, Any], labels: Sequence[str]) -> str:
         federation=stated["federation"],
         run=str(stated["run"])[:8],
         number=stated["round"],
-        sites=sum(c["verdict"] == "accepted" and c["round"] == stated["round"] for c in stated["privacy"]),
+        made=_made(stated),
         base=stated["base"],
         adapter=stated["adapter"],
         rule=stated["rule"],

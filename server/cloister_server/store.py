@@ -208,7 +208,7 @@ class Store(Records):
                             "this round was imported before",
                             where=f"leaf {leaf.index}",
                             got=f"run {str(record.get('run'))[:8]} began with it",
-                            mend="rounds show RUN 0",
+                            mend="cloister rounds show 0 --run RUN",
                         )
                 self._stated(session, run.id, 0, statement, origin.key, origin.statement, at)
                 body["imported"] = dict(origin.said) | {"statement": statement}

@@ -49,12 +49,14 @@ def _common(
 
 
 @cache  # once a process, however often it is called: what is added is added for good
-def _assemble() -> None:
+def _assemble() -> tuple[str, ...]:
+    lacking = []
     for entry in sorted(entry_points(group="cloister.commands"), key=lambda e: e.name):
         try:
             entry.load()(app)
         except ModuleNotFoundError as error:
             missing = error.name or "a package"
+            lacking.append(entry.name)
 
             def explain(extra: str = entry.name, missing: str = missing) -> None:
                 raise CloisterError(
@@ -73,25 +75,35 @@ def _assemble() -> None:
         audit = typer.Typer(no_args_is_help=True, help="Check what is claimed about privacy.")
         app.add_typer(audit, name="audit")
     bundle_command.register(audit)
+    return tuple(lacking)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command; exits 0 done, 1 refused or violated, 2 usage or incomplete, 3 rollback or fork."""
-    _assemble()
+    lacking = _assemble()
     try:
         code = app(args=arguments, standalone_mode=False)
     except CloisterError as error:
         code = console.fail(error)
+    except ModuleNotFoundError as error:
+        if not lacking:
+            raise
+        code = console.fail(
+            InputError(f"{error.name or 'a package'} is not installed here", mend="pip install 'cloister[all]'")
+        )
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         code = 2
     except click.ClickException as error:
         code = 2
+        halves = "; ".join(f"the {extra}'s commands: pip install 'cloister[{extra}]'" for extra in lacking)
         if "--json" in (sys.argv[1:] if arguments is None else arguments):
             console.OUTPUT.json = True
-            code = console.fail(InputError(error.format_message(), mend="cloister --help"))
+            code = console.fail(InputError(error.format_message(), mend=halves or "cloister --help"))
         else:
             error.show()
+            if halves:
+                print(f"not installed here: {halves}", file=sys.stderr)
     except (click.Abort, KeyboardInterrupt):
         print("stopped", file=sys.stderr)
         code = 130

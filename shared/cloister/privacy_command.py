@@ -107,7 +107,7 @@ def _status_tables(record: dict[str, Any], found: dict[str, tuple[Standing, ...]
         return
     console.table(
         {},
-        "\nby run and model, each alone (they do not add up: together they cost less than their sum)",
+        ["", "by run and model, each alone (they do not add up: together they cost less than their sum)"],
         ("site", "block", "run", "model", "rounds", "steps", "epsilon"),
         [(n, b, x.run[:8], x.base[:8], x.rounds, x.steps, f"{x.epsilon:.3f}") for n, b, x in shares],
     )
@@ -220,7 +220,7 @@ def _plan_file(path: Path) -> None:
         return
     console.table(
         {},
-        f"\nwhat each knob costs, at {middle.name} ({middle.records} declared)",
+        ["", f"what each knob costs, at {middle.name} ({middle.records} declared)"],
         ("change", "epsilon at this sigma", "sigma that keeps the target"),
         [
             (k.change, f"{k.epsilon:.3f}", "" if k.noise_multiplier is None else f"{k.noise_multiplier:.2f}")

@@ -94,8 +94,10 @@ def emit(record: dict[str, Any], lines: str | Iterable[str]) -> None:
             print(line, flush=True)
 
 
-def table(record: dict[str, Any], title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints one JSON line, or a table."""
+def table(
+    record: dict[str, Any], title: str | Sequence[str], columns: Sequence[str], rows: Iterable[Sequence[object]]
+) -> None:
+    """Prints one JSON line, or a table under its title, of one line or several."""
     if OUTPUT.json:
         print(json.dumps(record, sort_keys=True), flush=True)
         return
@@ -109,7 +111,8 @@ def table(record: dict[str, Any], title: str, columns: Sequence[str], rows: Iter
     for row in rows:
         grid.add_row(*[Text(_printable(str(cell))) for cell in row])
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(Text(_printable(title)), soft_wrap=True)
+    for line in [title] if isinstance(title, str) else title:
+        console.print(Text(_printable(line)), soft_wrap=True)
     console.print(grid)
 
 

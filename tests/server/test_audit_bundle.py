@@ -715,6 +715,32 @@ def test_what_no_sites_log_tells_is_not_said_to_be_well(case: Case) -> None:
         assert "Poisson" not in said[question]
 
 
+def said_of(bundle: Bundle, case: Case) -> dict[str, str]:
+    """The report's answers, by question."""
+    got = audit(bundle, case.trust)
+    told = answers(bundle, case.trust, got.history, got.ledgers, got.blocks, got.findings)
+    return {a.question: "; ".join(a.lines) for a in told}
+
+
+def test_who_cosigned_how_much_is_told_apart_from_who_saw_it(case: Case) -> None:
+    said = said_of(case.bundle, case)["Is the log whole, append-only, seen by others?"]
+    size = len(case.bundle.leaves)
+    assert f"{size} leaves; the first {size} seen by sites, as their cosignatures or their own ledgers say" in said
+    for far in {at for at, _, line in case.bundle.cosignatures.values() if line}:
+        assert f"the first {far} cosigned by " in said
+
+
+def test_of_a_log_that_is_not_what_was_signed_nothing_is_said_to_be_well(case: Case) -> None:
+    first, *rest = case.bundle.leaves
+    spoiled = replace(first, record=first.record.replace(b'"at":', b'"at":1', 1))
+    bundle = replace(case.bundle, leaves=(spoiled, *rest), adapters={digest(b"x"): b"x"})
+    said = said_of(bundle, case)
+    assert "none found in the sites' own logs that are here" in said["Any overrun or reset?"]
+    assert "cannot be said from these bundles" in said["Is the log whole, append-only, seen by others?"]
+    # What it comes from is the finding, not that no round made the adapters.
+    assert "adapter" not in found(audit(bundle, case.trust))
+
+
 def test_two_histories_that_one_key_signed_are_a_fork_in_whatever_bundle(case: Case) -> None:
     records = records_of(case)
     records[-1]["metrics"] = {"accuracy": 1.0}

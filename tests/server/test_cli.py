@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from cloister_shared.vectors import Schema, to_safetensors
 
 from support.registry import a_model, planned
 from support.server_world import make_desk, start_store, write_federation
+from support.tampering import edit
 
 COMMANDS = (
     "",
@@ -336,6 +338,38 @@ def test_rounds_show_refuses_a_changed_adapter(here: Here, registry: Registry, t
         True,
         True,
     )
+
+
+def test_rounds_list_tells_of_rows_that_are_not_as_the_log_says(here: Here, registry: Registry, tmp_path: Path) -> None:
+    shutil.copytree(registry.home / "coordinator", tmp_path / "coordinator")
+    assert here("--home", tmp_path, "rounds", "list").code == 0
+    with closing(Store(tmp_path / "coordinator")) as store:
+        edit(store, "UPDATE round_client SET epsilon = 0.001 WHERE number = 1")
+    said = here("--home", tmp_path, "rounds", "list")
+    assert (said.code, "not as its log says" in said.err) == (1, True)
+    assert any(line.startswith("NOT AS THE LOG SAYS: ") for line in said.out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mend"),
+    [(("rounds", "list"), "pip install 'cloister[server]'"), (("demo",), "pip install 'cloister[all]'")],
+)
+@pytest.mark.parametrize("json_too", [False, True])
+def test_a_command_of_a_half_that_is_not_here_says_so(arguments: tuple[str, ...], mend: str, json_too: bool) -> None:
+    program = (
+        "import sys, importlib.abc\n"
+        "class No(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'transformers', 'sqlmodel', 'sqlalchemy', 'flwr'):\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, No())\n"
+        "from cloister.cli import main\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", program, *(["--json"] if json_too else []), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    assert mend in (json.loads(done.stdout)["mend"] if json_too else done.stderr)
 
 
 # Runs

@@ -79,6 +79,9 @@ def test_a_statement_says_what_the_round_is_and_what_it_cost(made: Two) -> None:
     assert str(made.world.coordinator.home.parent) not in text
     card = (made.folder / "README.md").read_text()
     assert all(word in card for word in ("add/remove", "Accountant", stated["log"], "nothing is ever refunded"))
+    assert "trained on text that never left the organisations that own it; 2 sites took part" in card
+    untrained = export_round(made.world.store, made.world.run, 0, made.folder.parent / "first") / "README.md"
+    assert "nothing was trained on anybody's text yet" in untrained.read_text()
     leaves = [json.loads(leaf.record) for leaf in made.world.store.leaves() if leaf.kind == "export"]
     assert leaves[0]["statement"] == digest((made.folder / FILE).read_bytes())
 
@@ -103,6 +106,7 @@ def test_an_export_is_registered_elsewhere_with_all_that_it_proves(two: Two) -> 
     again = export_round(two.other, run, 0, two.folder.parent / "again")
     card = (again / "README.md").read_text()
     assert "was imported" in card
+    assert "trained on text" not in card
     assert two.world.run.id in card
     third = check_statement((again / FILE).read_bytes(), two.other.signing.verify_key, "test")
     assert third["imported"]["log"] == two.world.store.origin

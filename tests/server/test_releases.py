@@ -19,7 +19,7 @@ import typer
 from cloister import bundle_command
 from cloister_client.budget import Ledger
 from cloister_client.witness import Witness
-from cloister_server.cli import operator_sign, show
+from cloister_server.cli import list_rounds, operator_sign, show
 from cloister_server.compare import fields, modules
 from cloister_server.export import export_round
 from cloister_server.export_commands import export as export_command
@@ -761,6 +761,8 @@ def test_what_is_held_stays_and_what_is_given_up_goes(world: World, capsys: pyte
         assert why in caught.value.got
     with pytest.raises(StateError, match="given up before"):
         give_up(0, "again")
+    list_rounds()
+    assert [r["round"] for r in said(capsys)["rounds"] if r["given_up"]] == [0]
     gc()
     assert said(capsys)["blobs"] == [names[0]]
     assert [blob_path(world.store, n).exists() for n in names] == [False, True, True, True]

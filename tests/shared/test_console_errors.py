@@ -108,3 +108,8 @@ def test_emit_and_table(capsys: pytest.CaptureFixture[str]) -> None:
     console.emit({"b": 1, "a": 2}, "one line")
     console.table({"a": 1}, "Rounds", ["round"], [[1]])
     assert capsys.readouterr().out == '{"a": 2, "b": 1}\n{"a": 1}\n'
+
+
+def test_a_title_has_lines_of_its_own_and_none_of_somebody_elses(capsys: pytest.CaptureFixture[str]) -> None:
+    console.table({}, ["first", "", "second\nthird"], ["a"], [["1"]])
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == ["first", "", "second?third", "a", "1"]

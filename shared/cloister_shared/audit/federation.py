@@ -132,7 +132,7 @@ class History:
         records: Its leaves, read; empty ones where they are malformed.
         commits: The round commits among them.
         aborted: Rounds that came to nothing.
-        seen: When each witness cosigned it, by client id.
+        seen: How many of its leaves each witness cosigned, by client id.
         runs: Runs that began.
         committed_at: The commits, by leaf.
         spans: From which leaf to which each key was enrolled, by client id.
@@ -247,8 +247,7 @@ def _check_head(bundle: Bundle, trust: Trust, findings: Findings, history: Histo
         findings.held.append(what)
     check_lines(bundle.cosignatures, trust, history, findings, origin)
     if history.seen:
-        far = Counter(bundle.cosignatures[client][0] for client in history.seen)
-        for size, count in sorted(far.items(), reverse=True):
+        for size, count in sorted(Counter(history.seen.values()).items(), reverse=True):
             what = "this history" if size == len(tree) else f"its first {many(size, 'leaf', 'leaves')}"
             findings.held.append(f"{many(count, 'trusted site')} cosigned {what}")
     else:
@@ -265,7 +264,7 @@ def check_lines(
         if key is None or not line:
             continue
         try:
-            at = read_cosignature(line, Checkpoint(origin, size, bytes.fromhex(root)).text, client, key, where)
+            read_cosignature(line, Checkpoint(origin, size, bytes.fromhex(root)).text, client, key, where)
         except (CloisterError, *MALFORMED):
             # Anybody who holds the file can write such a line: it accuses nobody.
             findings.incomplete("witness-line", where, "its cosignature cannot be read")
@@ -277,7 +276,7 @@ def check_lines(
         if history.tree.root(size) != bytes.fromhex(root):
             findings.fork("witness", where, f"cosigned another history of {size} leaves than is here")
             continue
-        history.seen[client] = at
+        history.seen[client] = size
         history.witnessed = max(history.witnessed, size)
 
 

@@ -52,15 +52,17 @@ ACCOUNTANTS = (
     " The sites charge the larger of PRV's upper bound and PLD, so that their own figures lie up to 0.02 above this PLD: numerical"
     " error, on the safe side."
 )
-_SAMPLED = "Yes: Poisson over units, as reservations state and commits repeat."
-_ALONE = "As far as is here: Poisson over units, as reservations state; no commits are here to hold them against."
+_SAMPLED = (
+    "Yes: Poisson over units, as reservations state and commits repeat; that they drew so is the sites' own word."
+)
+_ALONE = "As far as is here, by the sites' own word: Poisson over units, as reservations state; no commits are here to hold them against."
 NOT_PROVEN = (
     "That an update of which the coordinator says that it came late, was refused or was left out did not enter an adapter.",
     "That the coordinator really added the noise of a client-level statement: it alone draws it.",
     "Which text an adapter holds that a run began with and no round here made: its coordinator brought it.",
     "What a site was asked after its export that is here, or while the log says that it was not enrolled, or no round was told.",
     "Which text is a block, where a site's ledger says that it has several: budgets are of blocks.",
-    "That a client really added the noise that its ledger says: short of attestation of its machine nobody outside can see that.",
+    "That a client really drew, clipped and added noise as its ledger says: short of attestation of its machine nobody sees that.",
     "That a site registered all of its text, or that two units are not the same person under two names.",
     "What happened before the first head that anybody here remembers, where nobody witnessed it.",
     "That no site and coordinator act together against the others beyond what signatures of third parties show.",
@@ -195,6 +197,17 @@ def _models(history: History, of: Mapping[str, Ledger]) -> list[str]:
     return lines
 
 
+def _seen(trust: Trust, history: History) -> list[str]:
+    """How far who saw the log, by signatures and by sites' own ledgers."""
+    leaves = many(len(history.tree), "leaf", "leaves")
+    by = dict[int, list[str]]()
+    for client, size in history.seen.items():
+        by.setdefault(size, []).append(trust.called(client))
+    lines = [f"the first {size} cosigned by {', '.join(sorted(by[size]))}" for size in sorted(by, reverse=True)]
+    own = f"{leaves}; the first {history.witnessed} seen by sites, as their cosignatures or their own ledgers say"
+    return [own, *(lines or ["cosigned by nobody who is trusted"])]
+
+
 def answers(
     bundle: Bundle,
     trust: Trust,
@@ -286,6 +299,9 @@ def answers(
         else "cannot be said from these bundles: the federation's log is not in them, or is not what was signed"
     )
     none = (absent or "nothing in the logs",)
+    well = "none found" + (
+        " in the sites' own logs that are here; of the federation's it cannot be said" if absent else ""
+    )
     kinds = {e.terms for ledger in own for e in ledger.entries.values()}
     noise = [f"noise multiplier {a:g}, sample rate {b:.4g}, {c} steps, delta {d:g}" for a, b, c, d in sorted(kinds)]
     models = _models(history, here)
@@ -303,11 +319,7 @@ def answers(
         for index, r in enumerate(records)
         if r.get("kind") in ("enrol", "revoke")
     ]
-    by = ", ".join(sorted(trust.called(i) for i in history.seen)) or "nobody who is trusted"
-    log = [
-        f"{many(len(history.tree), 'leaf', 'leaves')}; the first {history.witnessed} were seen by sites; cosigned by {by}",
-        _remembering(trust, history),
-    ]
+    log = [*(_seen(trust, history) if history.tree else (absent,)), _remembering(trust, history)]
     log += [f"{f.kind}: {f.where}: {f.what}" for f in findings.found if f.kind == "fork" or f.code in _LOG]
     return [
         Answer(
@@ -329,7 +341,7 @@ def answers(
             else none,
         ),
         Answer("Caps, and who changed them when?", unsaid or (() if caps.rows else none), caps),
-        Answer("Any overrun or reset?", (*(overruns or (["none found"] if own else [])), *unsaid) or none),
+        Answer("Any overrun or reset?", (*(overruns or ([well] if own else [])), *unsaid) or none),
         Answer(
             "Did the sampling match the accountant?",
             (
