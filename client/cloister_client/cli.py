@@ -283,7 +283,11 @@ def pull(
     by = f"guarded by its operator, key {_key_id(got.guard)}" if got.guard else "guarded by no operator's key"
     console.emit(
         {"alias": alias, "run": got.run, "round": got.number, "adapter": name, "guard": got.guard, "path": str(folder)},
-        f"{alias}: round {got.number} of run {got.run[:8]}, adapter {name[:16]}, its newest move in the log and {by}: {folder}",
+        [
+            f"{alias}: round {got.number} of run {got.run[:8]}, adapter {name[:16]}, its newest move in the log and {by}: {folder}",
+            "it is the adapter as the registry has it; what PEFT loads is the coordinator's `cloister rounds export`, whose"
+            " registered.safetensors is this very file",
+        ],
     )
 
 

@@ -28,11 +28,13 @@ def export(
 ) -> None:
     """Export a registered round: a folder that PEFT loads, with its card and its signed statement."""
     console.choose(json, home)
-    from cloister_server.export import export_round
-
     store = registry_to_change()
     found = store.find_run(run_name)
     chosen = number if number is not None else store.last_committed(found.id).number
+    console.begin(f"checking round {chosen} of run {found.id[:8]} against the log, and writing it")
+    # Brings torch and PEFT along.
+    from cloister_server.export import export_round
+
     default = console.OUTPUT.home / "exports" / f"{found.federation}-{found.id[:8]}-round-{chosen}"
     folder = export_round(store, found, chosen, out or default)
     console.emit(
@@ -54,10 +56,11 @@ def import_folder(
     console.choose(json, home)
     if (trust is None) == (key is None):
         raise InputError("whose export is it?", where="rounds import", expected="--trust TRUST.json, or --key HEX")
+    store = registry_to_change()
+    console.begin(f"checking {folder}")
     from cloister_server.coordinator import open_coordinator
     from cloister_server.importing import import_round
 
-    store = registry_to_change()
     coordinator = open_coordinator(console.coordinator_home())
     by = read_trust(trust).federation if trust is not None else public_key(key or "", "--key")
     run = import_round(store, folder, by, coordinator.card.federation, coordinator.card.base)

@@ -15,6 +15,7 @@ import click
 import typer
 from cloister_shared import __version__, console
 from cloister_shared.errors import CloisterError, InputError
+from cloister_shared.installed import code_version
 
 from cloister import attack_command, bundle_command, demo_command, doctor_command, privacy_command
 
@@ -32,7 +33,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        console.emit({"version": __version__}, f"cloister {__version__}")
+        console.emit({"version": __version__, "code": code_version()}, code_version())
         raise typer.Exit
 
 

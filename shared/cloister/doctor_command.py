@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
 def doctor(json: Json = False, home: Home = None) -> None:
     """Say what is wrong here, and the mend; exit code 1 where something is."""
     console.choose(json, home)
+    console.begin("looking at what is installed, the coordinator and the sites here")
     found = list(looks(console.OUTPUT.home, console.coordinator_home(), console.site_homes()))
     wrong = [one for one in found if one.state == WRONG]
     lines = [f"{_WORDS[one.state]}  {one.what}: {one.found}" + _mend(one) for one in found]

@@ -80,6 +80,12 @@ def site_home(name: str | None) -> Path:
     return found[0]
 
 
+def begin(what: str) -> None:
+    """Says on stderr what takes its time now; nothing where JSON was asked for."""
+    if not OUTPUT.json:
+        print(_printable(f"{what} …"), file=sys.stderr, flush=True)
+
+
 def dumps(record: dict[str, Any]) -> str:
     """A record as JSON for a file."""
     return json.dumps(record, sort_keys=True, indent=1) + "\n"

@@ -23,7 +23,7 @@ from cloister_server.coordinator import init, open_coordinator
 from cloister_server.federation import read_federation
 from cloister_server.store import Commit, Store
 from cloister_server.tables import RoundClient, Run
-from cloister_shared import __version__
+from cloister_shared.installed import code_version
 from cloister_shared.processes import free_port
 from cloister_shared.signing import SigningKey
 from cloister_shared.vectors import Schema, to_safetensors
@@ -158,7 +158,7 @@ def test_help_from_a_shell(tmp_path: Path) -> None:
 
 def test_the_version(tmp_path: Path) -> None:
     said = cloister("--version", cwd=tmp_path)
-    assert (said.code, said.out, said.err) == (0, f"cloister {__version__}\n", "")
+    assert (said.code, said.out, said.err) == (0, f"{code_version()}\n", "")
 
 
 @pytest.mark.parametrize("arguments", [("nonsense",), ("rounds", "show", "x"), ("rounds", "list", "--odd"), ()])
