@@ -141,12 +141,14 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
     _same(header, plan)
     # Not in what is answered: whoever cannot remember an attempt says nothing of it.
     first = desk.ledger.attempted(core.digest, plan.attempt)
-    # A ledger that was put back signs no head: one that grew since would take the place of the head that tells.
-    preface: Callable[[], Preface] = Preface
     try:
         desk.witness.own(plan.own_heads)
-        # Told also where the log is refused: how far this site's own ledger goes hides nothing.
-        preface = partial(desk.witness.preface, "")
+    except RefusedError as error:
+        # A ledger that was put back signs no head: one that grew since would take the place of the head that tells.
+        return _refused(desk, plan, header, error, Preface)
+    # Told also where the log is refused: how far this site's own ledger goes hides nothing.
+    preface: Callable[[], Preface] = partial(desk.witness.preface, "")
+    try:
         before, cosignature = desk.witness.look(plan.view)
         # After it: receipts of a history that is refused are no receipts.
         settle(desk, plan.receipts)
@@ -178,11 +180,15 @@ def execute(desk: Desk, envelope: bytes) -> bytes:
         )
         desk.tell.update(state="ready", seconds=time.time() - started, epsilon=desk.ledger.standing().epsilon)
     except CloisterError as error:
-        desk.tell.update(state="ready", refusal=f"round {core.round}: {error}")
-        # This round may have been charged before, by this plan or by another: whoever reads of a refusal must not count it as free.
-        charged = desk.ledger.charged_for(core.run, core.round)
-        answer = _seal(desk, plan.round_key, header, *refusal(error, preface, charged=charged))
+        return _refused(desk, plan, header, error, preface)
     return answer
+
+
+def _refused(desk: Desk, plan: Plan, header: Header, error: CloisterError, preface: Callable[[], Preface]) -> bytes:
+    desk.tell.update(state="ready", refusal=f"round {plan.core.round}: {error}")
+    # This round may have been charged before, by this plan or by another: whoever reads of a refusal must not count it as free.
+    charged = desk.ledger.charged_for(plan.core.run, plan.core.round)
+    return _seal(desk, plan.round_key, header, *refusal(error, preface, charged=charged))
 
 
 def _closed(desk: Desk, header: Header, said: Closing) -> bytes:

@@ -209,7 +209,7 @@ def read_reply(
         at: The head of the coordinator's log that was shown.
         before: The newest heads of the client's own logs that it signed earlier.
     """
-    where = f"reply of {card.name}"
+    where, prefaced = f"reply of {card.name}", None
     try:
         header, plaintext = open_envelope(
             frame,
@@ -231,7 +231,8 @@ def read_reply(
     except RollbackError as error:
         return Reply(WENT_BACK, _printable(str(error)))
     except CloisterError as error:
-        return Reply.unreadable(error)
+        # What it signed of its log holds, whatever came after it.
+        return replace(Reply.unreadable(error), prefaced=prefaced)
     found = admit_update(update, schema, core.training)
     return Reply(found.code, "" if found.code == "accepted" else found.what, update, told, prefaced)
 

@@ -11,18 +11,19 @@ from typing import Any
 
 from cloister_shared.cards import SiteCard
 from cloister_shared.encoding import canonical, digest
-from cloister_shared.errors import RollbackError, StateError
+from cloister_shared.errors import RefusedError, RollbackError, StateError
 from cloister_shared.merkle import Tree
 from cloister_shared.notes import Checkpoint
 from cloister_shared.signing import SigningKey
 from cloister_shared.witness import MAX_COSIGNATURES, MAX_HASHES, Cosignature, View, log_of_federation
-from sqlmodel import select
+from sqlmodel import Session, select
 
+from cloister_server import rules
 from cloister_server.blobs import Blobs
 from cloister_server.database import Database
 from cloister_server.log import DAMAGED, append, leaves, membership, said
 from cloister_server.storage import read_storage
-from cloister_server.tables import Leaf, Witnessed
+from cloister_server.tables import Fence, Leaf, Witnessed
 
 
 class LogBook:
@@ -46,11 +47,45 @@ class LogBook:
         storage = read_storage(home)
         self.blobs = Blobs(storage.blobs)
         self.database = Database(storage.database, self.blobs.held)
-        self._tree, self._growing = Tree(), Lock()
+        self._tree, self._growing, self._fence = Tree(), Lock(), 0
 
     def close(self) -> None:
         """Closes every connection."""
         self.database.close()
+
+    def take_fence(self) -> int:
+        """Takes the next fence number: coordinators before this one write no rounds from now on.
+
+        Raises:
+            StateError: The database's own rules are not those of this version.
+        """
+        if gone := rules.missing(self.database.rules()):
+            raise StateError(
+                "the registry does not refuse what it must",
+                where=self.database.where,
+                expected="the rules of this version",
+                got=f"without {', '.join(gone)}"[:200],
+                mend="cloister registry fsck; then cloister registry migrate",
+            )
+        with self.database.writing() as session:
+            row = session.get(Fence, 1) or Fence(id=1, number=0)
+            row.number += 1
+            session.add(row)
+            self._fence = row.number
+        return self._fence
+
+    def _fenced(self, session: Session) -> None:
+        row = session.get(Fence, 1)
+        newest = row.number if row is not None else 0
+        if newest != self._fence and self._fence:
+            raise RefusedError(
+                "registry.fence",
+                "another coordinator has taken over",
+                where=self.database.where,
+                expected=f"fence {newest}",
+                got=str(self._fence),
+                mend="let the newer one run, or start again: cloister run --resume",
+            )
 
     @cached_property
     def signing(self) -> SigningKey:
@@ -175,8 +210,13 @@ class LogBook:
         return View(at.signed(self.signing), start, tree.range(start).tops, tuple(tree.hashes(start, at.size)), others)
 
     def keep_witness(self, client: str, at: Checkpoint, line: str, head: Checkpoint, note: str) -> None:
-        """Remembers what a site cosigned and the head of its own log; neither goes back."""
+        """Remembers what a site cosigned and the head of its own log; neither goes back.
+
+        Raises:
+            RefusedError: Another coordinator has taken over: it may have a newer head than this one held the site's against.
+        """
         with self.database.writing() as session:
+            self._fenced(session)
             row = session.get(Witnessed, client) or Witnessed(client=client)
             if line and at.size >= row.size:
                 row.size, row.root, row.line = at.size, at.root.hex(), line

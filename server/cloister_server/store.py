@@ -13,13 +13,11 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from cloister_shared.errors import RefusedError, StateError
+from cloister_shared.errors import StateError
 from sqlmodel import Session, select
 
-from cloister_server import rules
 from cloister_server.facts import commit_facts, run_facts
 from cloister_server.log import ABORTED_CLIENT, append, commit_body, now, said, size
 from cloister_server.records import Records
@@ -32,7 +30,6 @@ from cloister_server.tables import (
     Blob,
     Draw,
     Evidence,
-    Fence,
     Judgement,
     Leaf,
     Metric,
@@ -100,44 +97,6 @@ class Origin:
 
 class Store(Records):
     """The registry."""
-
-    def __init__(self, home: Path) -> None:
-        super().__init__(home)
-        self._fence = 0
-
-    def take_fence(self) -> int:
-        """Takes the next fence number: coordinators before this one write no rounds from now on.
-
-        Raises:
-            StateError: The database's own rules are not those of this version.
-        """
-        if gone := rules.missing(self.database.rules()):
-            raise StateError(
-                "the registry does not refuse what it must",
-                where=self.database.where,
-                expected="the rules of this version",
-                got=f"without {', '.join(gone)}"[:200],
-                mend="cloister registry fsck; then cloister registry migrate",
-            )
-        with self.database.writing() as session:
-            row = session.get(Fence, 1) or Fence(id=1, number=0)
-            row.number += 1
-            session.add(row)
-            self._fence = row.number
-        return self._fence
-
-    def _fenced(self, session: Session) -> None:
-        row = session.get(Fence, 1)
-        newest = row.number if row is not None else 0
-        if newest != self._fence and self._fence:
-            raise RefusedError(
-                "registry.fence",
-                "another coordinator has taken over",
-                where=self.database.where,
-                expected=f"fence {newest}",
-                got=str(self._fence),
-                mend="let the newer one run, or start again: cloister run --resume",
-            )
 
     def add_statement(self, run: str, number: int, statement: bytes, key: str) -> str:
         """Keeps a signed statement of a round, whose export is a leaf in the same transaction; returns the statement's digest.

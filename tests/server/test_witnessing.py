@@ -35,7 +35,7 @@ from cloister_shared.signing import SigningKey, VerifyKey
 from cloister_shared.witness import LEAF_PURPOSE, View, log_of_site
 
 from support.registry import a_model
-from support.server_world import Loopback, World, forged_vector, make_world
+from support.server_world import Loopback, World, forged, forged_vector, make_world
 
 
 def witnesses(tmp_path: Path, tiny_bert: Path, rounds: int) -> World:
@@ -664,6 +664,51 @@ def test_a_ledger_that_was_put_back_takes_no_newer_ones_place(
     restored(desk, tmp_path / "newest")
     one_round(world.context(), world.link, number + 2)
     assert world.verdicts(number + 2)["site-1"] == "accepted"
+
+
+def test_a_coordinator_that_was_taken_over_keeps_nothing_of_what_sites_say(world: World) -> None:
+    """It held a site's head against older ones than the other coordinator has by now."""
+    world.store.take_fence()
+    newer = Store(world.store.home)
+
+    def late(link: Loopback, node: int, frame: bytes, message: Any) -> Any:
+        newer.take_fence()
+        return reply(link.honest(node, frame), message)
+
+    world.link.behaviours = {100: late}
+    with pytest.raises(RefusedError, match="taken over"):
+        one_round(world.context(), world.link, 1)
+    assert newer.witnessed() == {}
+    newer.close()
+
+
+def test_a_ledger_that_cannot_be_read_accuses_nobody(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(*_: Any) -> bool:
+        raise StateError("the counter cannot be read", mend="see to the disk")
+
+    def fails(link: Loopback, node: int, frame: bytes, message: Any) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(Ledger, "contains", unreadable)
+            with pytest.raises(StateError, match="cannot be read"):
+                execute(link.desks[node], frame)
+
+    one_round(world.context(), world.link, 1)
+    world.link.behaviours = {100: fails}
+    one_round(world.context(), world.link, 2)
+    assert world.verdicts(2)["site-1"] == "missing"
+    assert not [leaf for leaf in world.store.leaves() if leaf.kind == "incident"]
+
+
+def test_what_a_site_signed_of_its_log_is_kept_whatever_came_after_it(world: World) -> None:
+    def malformed(link: Loopback, node: int, frame: bytes, message: Any) -> Any:
+        execute(link.desks[node], frame)
+        return reply(forged(link.desks[node], frame, b"\0" * 8), message)
+
+    world.link.behaviours = {100: malformed}
+    one_round(world.context(), world.link, 1)
+    assert world.verdicts(1)["site-1"] == "unreadable"
+    head = world.store.witnessed()[world.id_of(100)].head_size
+    assert head == world.desks[100].ledger.head("x").size
 
 
 def test_a_key_that_signed_of_another_log_gets_no_text(world: World, tmp_path: Path) -> None:
