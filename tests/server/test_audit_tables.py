@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -108,23 +110,67 @@ def test_the_same_of_many_places_is_one_row() -> None:
     assert "leaf 11 and 18 more" in page
 
 
-def block(name: str, *spent: float) -> Block:
-    points = tuple(Point(0.0, n, e, e) for n, e in enumerate(spent, 1))
+def block(name: str, *spent: float, every: float = 0.0, begun: float = 0.0) -> Block:
+    points = tuple(Point(begun + n * every, n, e, e) for n, e in enumerate(spent))
     last = spent[-1] if spent else 0.0
     return Block("i", name, 1, last, last, 1e-5, 8.0, len(spent), len(spent), 3, points, (), (), True)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 1000])
-def test_charts_stay_within_their_frames(count: int) -> None:
-    page = budgets([block("one", *(0.01 * n for n in range(1, count + 1)))])
+@pytest.mark.parametrize("every", [0.0, 0.01, 1.0, 61.0, 5e4, 4e6, 1e14])
+def test_charts_stay_within_their_frames(count: int, every: float) -> None:
+    page = budgets([block("one", *(0.01 * n for n in range(1, count + 1)), every=every)])
     assert ">0</text>" in page
-    assert f">{count}</text>" in page or count in (7, 1000)
-    assert ">charges<" in page
+    assert ">UTC, by the sites' clocks, from 1970-01-01 00:00<" in page
+    [line] = re.findall(r'<polyline points="([^"]*)"', page)
+    places = [tuple(map(float, place.split(","))) for place in line.split()]
+    assert all(50 <= x <= 690 and 30 <= y <= 250 for x, y in places)
+    assert places == sorted(places, key=lambda place: place[0])
+    marks = [float(x) for x in re.findall(r'<text x="([0-9.]+)" y="267', page)]
+    assert 1 <= len(marks) <= 6
+    assert all(50 <= x <= 690 for x in marks)
     scored = accuracies(
         History(commits=[commit(n, n, asked("one", epsilon=n / 7), accuracy=2.0) for n in range(1, count + 1)])
     )
     assert scored.count("<circle") == count
     assert 'cy="30.0"' in scored
+
+
+def test_budgets_are_drawn_over_time_in_steps() -> None:
+    """Two charges, a day and then nine days after the first: the line stands between them, and each mark is a date."""
+    day, begun = 86400.0, 1_767_225_600.0  # 2026-01-01
+    one = block("one", 1.0, 2.0, begun=begun)
+    one = replace(
+        one, points=(one.points[0], replace(one.points[1], at=begun + day), Point(begun + 10 * day, 2, 4.0, 4.0))
+    )
+    page = budgets([one])
+    assert re.findall(r">(2026-[^<]*)<", page) == [f"2026-01-{n:02}" for n in (1, 3, 5, 7, 9, 11)]
+    at = {0.0: 50.0, 1.0: 114.0, 10.0: 690.0}
+    up = {spent: round(250 - spent / 8 * 220, 1) for spent in (0.0, 1.0, 2.0, 4.0)}
+    steps = [(0.0, 0.0), (0.0, 1.0), (1.0, 1.0), (1.0, 2.0), (10.0, 2.0), (10.0, 4.0), (10.0, 4.0)]
+    assert f'points="{" ".join(f"{at[x]:.1f},{up[y]:.1f}" for x, y in steps)}"' in page
+
+
+def test_sites_that_were_charged_together_are_one_line_and_others_are_not() -> None:
+    charged = [1.0, 2.0, 3.0]
+    page = budgets(
+        [
+            block("one", *charged, every=1000.0),
+            block("two", *charged, every=1000.0, begun=5.0),
+            block("late", *charged, every=1000.0, begun=500.0),
+        ]
+    )
+    assert page.count("<polyline") == 2
+    assert ">one block 1, two block 1<" in page
+    assert ">late block 1<" in page
+
+
+def test_a_chart_of_many_histories_draws_those_that_spent_most_and_says_how_many_more_there_are() -> None:
+    page = budgets([block(f"s{n}", 0.1 * n) for n in range(1, 41)])
+    assert page.count("<polyline") == 30
+    assert "and 10 histories that spent no more" in page
+    assert ">s40 block 1<" in page
+    assert ">s1 block 1<" not in page
 
 
 def test_rows_for_spreadsheets_tell_verdict_federation_and_how_much_was_found() -> None:
