@@ -35,6 +35,7 @@ Ask = Annotated[Path | None, typer.Option("--ask", help="Write what its operator
 Signature = Annotated[
     Path | None, typer.Option("--signature", help="What the operator made of it: cloister coordinator operator-sign.")
 ]
+_ANOTHER = "choose a round whose adapter is there: cloister rounds list, cloister rounds promote ALIAS ROUND"
 
 
 def register(app: typer.Typer) -> None:
@@ -53,10 +54,16 @@ def _committed(store: Store, run: Run, number: int, gone: Container[str] = ()) -
         last = f"0 to {store.last_committed(run.id).number}"
         raise StateError("not a committed round", where=f"run {run.id[:8]} round {number}", expected=last, got=got)
     if row.adapter not in gone:
-        if (grave := store.tombstones().get(row.adapter)) is not None:
-            raise StateError("its adapter was given up", where=f"run {run.id[:8]} round {number}", got=grave.why)
-        store.adapter(row.adapter)  # digest checked before anything points at it
+        _there(store, run.id, number, row.adapter)
     return row
+
+
+def _there(store: Store, run: str, number: int, adapter: str) -> None:
+    if (grave := store.tombstones().get(adapter)) is not None:
+        raise StateError(
+            "its adapter was given up", where=f"run {run[:8]} round {number}", got=grave.why, mend=_ANOTHER
+        )
+    store.adapter(adapter)  # digest checked before anything points at it
 
 
 def _said(why: str) -> str:
@@ -135,7 +142,7 @@ def rollback(
     if len(stack) < 2:
         raise StateError("there is nothing to go back to", where=alias, got="its first round")
     run, number, adapter = stack[-2]
-    store.adapter(adapter)
+    _there(store, run, number, adapter)
     move = Wanted(alias, run, number, adapter, now.version, _said(why), rollback=True)
     if (made := _moved(store, move, key, ask, signature)) is None:
         return

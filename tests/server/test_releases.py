@@ -788,6 +788,18 @@ def test_what_is_held_stays_and_what_is_given_up_goes(world: World, capsys: pyte
     assert {t["number"] for t in told["given_up"]} == {0, 1}
 
 
+def test_a_rollback_to_what_was_given_up_says_so_and_what_to_do(world: World) -> None:
+    promote("production", 1)
+    promote("production", 2)
+    give_up(1, "no longer needed")
+    with pytest.raises(
+        StateError, match="its adapter was given up; got no longer needed; mend: choose a round"
+    ) as caught:
+        rollback("production")
+    assert "round 1" in caught.value.where
+    assert [row.number for row in world.store.aliases()] == [2]
+
+
 def test_an_unfinished_runs_adapters_are_not_given_up(tmp_path: Path, tiny_bert: Path) -> None:
     made = make_world(tmp_path, tiny_bert, sites=2, rounds=3)
     with pytest.raises(RefusedError, match="needed") as caught:
