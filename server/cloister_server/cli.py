@@ -12,25 +12,23 @@ from typing import Annotated, Any
 import typer
 from cloister_shared import console
 from cloister_shared.cards import SiteCard, split_address
-from cloister_shared.errors import CloisterError, InputError, StateError
+from cloister_shared.errors import InputError, StateError
 from cloister_shared.processes import Group, check_port
 from cloister_shared.signing import SigningKey, VerifyKey
 
-from cloister_server import export_commands, keeping_commands, release_commands, upkeep
-from cloister_server.accounting import client_level_line, client_level_statement, stated_epsilon
+from cloister_server import export_commands, keeping_commands, release_commands, round_commands, upkeep
 from cloister_server.coordinator import admit_site, open_coordinator
 from cloister_server.coordinator import init as make_coordinator
 from cloister_server.federation import read_federation
-from cloister_server.fsck import check_round, check_rounds
-from cloister_server.here import Home, Json, RunName, registry
-from cloister_server.log import DAMAGED, column, items
+from cloister_server.here import Home, Json
 from cloister_server.operators import sign_file, whose_move
+from cloister_server.progress import event_line
 from cloister_server.store import Store
 
 _TELLS = 3
 coordinator_app = typer.Typer(no_args_is_help=True, help="Create and serve a federation.")
 rounds_app = typer.Typer(no_args_is_help=True, help="Look at registered rounds.")
-for _commands in (release_commands, keeping_commands, export_commands):
+for _commands in (round_commands, release_commands, keeping_commands, export_commands):
     _commands.register(rounds_app)
 
 
@@ -275,77 +273,6 @@ def up(json: Json = False, home: Home = None) -> None:
             stop.wait(1.0)
 
 
-def _scores(metrics: dict[str, float]) -> str:
-    named = {"accuracy": "accuracy", "macro_f1": "macro-F1", "perplexity": "perplexity"}
-    return ", ".join(f"{named[k]} {metrics[k]:.4f}" for k in named if k in metrics)
-
-
-def _noised(s: dict[str, Any]) -> str:
-    return (
-        f"client level: attempt {s['attempt']}, {s['participants']} of {s['planned']} clients in the sum, noise {s['noise_std']:g} on it,"
-        f" epsilon {s['epsilon']:.3f} so far at delta {s['delta']:g}"
-    )
-
-
-def event_line(kind: str, e: dict[str, Any]) -> str | None:
-    """An event of a run as a line for a person, or None."""
-    if kind == "run":
-        return f"run {e['run'][:8]}: {e['rounds']} rounds, {e['parameters']} trained parameters{', resumed' if e['resumed'] else ''}"
-    if kind == "waiting":
-        away = f"; away: {', '.join(e['away'][:8])}{' …' if len(e['away']) > 8 else ''}" if e["away"] else ""
-        return f"{e['online']} of {e['sites']} sites online{away}"
-    if kind == "settings":
-        kept = f"the run keeps what it began with: {', '.join(e['kept'])}" if e["kept"] else ""
-        taken = f"from here on as they say now: {', '.join(e['taken'])}" if e["taken"] else ""
-        return f"settings changed since the run began; {'; '.join(filter(None, (kept, taken)))}"
-    if kind == "delta":
-        said = ", ".join(f"{site} {delta:g}" for site, delta in e["sites"].items())
-        return f"delta here is {e['delta']:g}; at enrolment sites said another, and refuse unless their owners changed it: {said}"
-    if kind == "member":
-        how = f"noise multiplier {e['noise_multiplier']:g}, sample rate {e['sample_rate']:.4g}"
-        return f"  {e['site']}: {how}, whole run epsilon {e['epsilon']:.3f} at delta {e['delta']:g}"
-    if kind == "client_level":
-        how = f"noise multiplier {e['noise_multiplier']:g} on updates clipped to {e['clipping_norm']:g}"
-        return (
-            f"client level (one client's whole update, against whoever sees rounds): {how}, epsilon now {e['epsilon']:.3f},"
-            f" after {e['rounds']} more rounds {e['epsilon_end']:.3f} of {e['epsilon_cap']:g} at delta {e['delta']:g}"
-        )
-    if kind == "abandoned":
-        return f"round {e['number']} of run {e['run'][:8]}: left open by a coordinator that ended; aborted, and told in the log"
-    if kind == "unacknowledged":
-        return f"site {e['site']}: the run's end was not acknowledged: {e['reason']}"
-    if kind == "revoked":
-        return f"site {e['site']}: revoked, no part in this round"
-    if kind == "groups":
-        sizes = f"{e['sizes'][0]}" if e["sizes"][0] == e["sizes"][-1] else f"{e['sizes'][0]} to {e['sizes'][-1]}"
-        stands = (
-            "the rule mean stands no hostile one"
-            if e["rule"] == "mean"
-            else f"the rule {e['rule']} stands {e['withstands']} groups with a hostile site in them"
-        )
-        groups = f"{e['groups']} group{'s' if e['groups'] > 1 else ''}"
-        return f"secure aggregation: {groups} of {sizes} sites, drawn by all; one sum a group is seen; {stands}"
-    if kind == "group":
-        return f"  {e['name']}: {e['what']}"
-    if kind == "round":
-        attempt = f", attempt {e['attempt']}" if e["attempt"] > 1 else ""
-        return f"round {e['number']}/{e['rounds']}: sent to {e['cohort']} sites{attempt}"
-    if kind == "reply":
-        return f"  {e['site']}: {e['verdict']}{' (' + e['reason'] + ')' if e['reason'] else ''}, {e['bytes']:,} bytes"
-    if kind == "committed":
-        scores = _scores(e["metrics"])
-        masks = f", {e['stages_seconds']:.1f} s of it for masks" if e["groups"] is not None else ""
-        took = f"{e['seconds']:.1f} s{masks} + {e['judging_seconds']:.1f} s judging"
-        who = f"{e['accepted']} of {e['cohort']} accepted"
-        lost = "" if e["residual"] is None else f"residual {e['residual']:.2%}"
-        done = f"HELD, parent kept: {e['held']}" if e["held"] else "committed"
-        lines = [f"round {e['number']}/{e['rounds']}: {done}, {', '.join(filter(None, (who, scores, lost, took)))}"]
-        lines += [f"  {site} left out: {reason}" for site, reason in e["refused"].items()]
-        lines += [] if e["client_level"] is None else [f"  {_noised(e['client_level'])}"]
-        return "\n".join(lines)
-    return f"run {e['run'][:8]}: finished" if kind == "finished" else None
-
-
 def run(
     federation: Annotated[Path, typer.Argument(help="FEDERATION.toml.")],
     resume: Annotated[
@@ -369,220 +296,3 @@ def run(
             console.emit({"event": kind} | fields, line or "")
 
     start(coordinator, resume=resume, wait=wait, tell=tell)
-
-
-def round_rows(store: Store, run_id: str) -> list[dict[str, Any]]:
-    """The rounds of a run as records, for tables and JSON."""
-    rows, sums, gone = [], [s for s in store.noised_sums() if s.run == run_id], store.tombstones()
-    held = {j.number for j in store.judgements(run_id) if j.held}
-    for row in store.rounds(run_id):
-        clients = store.clients(run_id, row.number)
-        rows.append(
-            {
-                "round": row.number,
-                "state": "held" if row.number in held else row.state,
-                "attempts": row.attempt,
-                "adapter": row.adapter,
-                "given_up": row.adapter in gone,
-                "residual": row.residual,
-                "metrics": store.metrics(run_id, row.number),
-                "participants": sum(c.verdict == "accepted" for c in clients),
-                "refused": sum(c.verdict not in ("accepted", "missing", "open") for c in clients),
-                "missing": sum(c.verdict == "missing" for c in clients),
-                "epsilon": {c.name: stated_epsilon(store, c) for c in clients},
-                "sent_bytes": row.sent_bytes,
-                "received_bytes": row.received_bytes,
-                "client_level": [s.model_dump(exclude={"run", "number"}) for s in sums if s.number == row.number],
-                "seconds": row.seconds,
-                "judging_seconds": row.judging_seconds,
-            }
-        )
-    return rows
-
-
-def rounds_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells of the table of rounds."""
-    names = [n for n in ("accuracy", "macro_f1", "perplexity") if any(n in r["metrics"] for r in rows)]
-    lossy = any(r["residual"] is not None for r in rows)
-    sites = sorted({s for r in rows for s in r["epsilon"]})
-    columns = [
-        "round",
-        "state",
-        *(n.replace("_", "-") for n in names),
-        *(["residual"] if lossy else []),
-        "sites",
-        "refused",
-        *(f"eps {s}" for s in sites[:8]),
-        "kB out",
-        "kB in",
-        "seconds",
-    ]
-    cells = [
-        [
-            str(r["round"]),
-            r["state"] + (", given up" if r["given_up"] else ""),
-            *(f"{r['metrics'][n]:.4f}" if n in r["metrics"] else "" for n in names),
-            *(["" if r["residual"] is None else f"{r['residual']:.2%}"] if lossy else []),
-            str(r["participants"]),
-            str(r["refused"]),
-            *(f"{r['epsilon'][s]:.3f}" if s in r["epsilon"] else "" for s in sites[:8]),
-            f"{r['sent_bytes'] / 1e3:.0f}",
-            f"{r['received_bytes'] / 1e3:.0f}",
-            f"{r['seconds']:.1f}",
-        ]
-        for r in rows
-    ]
-    return columns, cells
-
-
-@rounds_app.command("list")
-def list_rounds(run_name: RunName = None, json: Json = False, home: Home = None) -> None:
-    """List the rounds of a run, and the runs there are."""
-    console.choose(json, home)
-    store = registry()
-    found = store.find_run(run_name)
-    rows = round_rows(store, found.id)
-    columns, cells = rounds_table(rows)
-    others, came = [r for r in store.runs() if r.id != found.id], store.imported(found)
-    said, damaged = client_level_statement(store), None
-    title = [f"run {found.id[:8]} of {found.federation}, rule {found.rule}", *_came(came)]
-    try:
-        check_rounds(store, found, [r["round"] for r in rows if r["state"] in ("committed", "held")])
-    except CloisterError as error:
-        damaged = error
-        title.append(f"NOT AS THE LOG SAYS: {error.where}: {error.what}")
-    console.table(
-        {
-            "run": found.id,
-            "rule": found.rule,
-            "finished": found.finished is not None,
-            "rounds": rows,
-            "client_level": said,
-            "imported": came,
-            "other_runs": [r.id for r in others],
-        },
-        title,
-        columns,
-        cells,
-    )
-    _second_statement(said)
-    if damaged is not None:
-        raise damaged
-    if others and not console.OUTPUT.json:
-        console.emit({}, f"other runs: {', '.join(r.id[:8] + ('' if r.rounds else ' (imported)') for r in others)}")
-
-
-def _came(came: dict[str, Any] | None) -> list[str]:
-    """Where an imported adapter comes from, for a title."""
-    if came is None:
-        return []
-    where = f"round {came['round']} of run {str(came['run'])[:8]} of {came['federation']}"
-    return [f"imported: {where}; what it cost its own sites stands in its statement {str(came['statement'])[:16]}"]
-
-
-def _second_statement(said: dict[str, Any] | None) -> None:
-    """Prints the client-level statement under a table of record-level ones, apart from it."""
-    if said is not None and not console.OUTPUT.json:
-        above = (
-            "record level: the table's epsilons, unit one record of a site, against everyone outside that site's agent"
-        )
-        console.emit({}, [above, client_level_line(said)])
-
-
-@rounds_app.command()
-def show(
-    number: Annotated[int, typer.Argument(help="The round.")],
-    run_name: RunName = None,
-    json: Json = False,
-    home: Home = None,
-) -> None:
-    """Show one round: every client, its verdict and why."""
-    console.choose(json, home)
-    store = registry()
-    found = store.find_run(run_name)
-    row = next((r for r in round_rows(store, found.id) if r["round"] == number), None)
-    if row is None:
-        newest = max(store.last_committed(found.id).number, *(r.number for r in store.rounds(found.id)))
-        raise StateError(
-            "no such round",
-            where=f"run {found.id[:8]}",
-            expected=f"0 to {newest}",
-            got=str(number),
-        )
-    clients = [
-        c.model_dump(exclude={"core"}) | {"epsilon": stated_epsilon(store, c)} for c in store.clients(found.id, number)
-    ]
-    gone = store.tombstones().get(row["adapter"] or "")
-    state, damaged = "digest checked" if gone is None else f"given up: {gone.why}", None
-    if row["adapter"] and gone is None:
-        try:
-            store.adapter(row["adapter"])
-        except CloisterError as error:
-            damaged = error
-            state = f"NOT THERE AS IT SHOULD BE: {error.what}; {error.mend}"
-    columns = ["site", "verdict", "weight", "noise", "rate", "steps", "epsilon", "kB in", "update", "reason"]
-    cells = [
-        [
-            c["name"],
-            c["verdict"],
-            f"{c['weight']:g}",
-            f"{c['noise_multiplier']:g}",
-            f"{c['sample_rate']:.4g}",
-            c["steps"],
-            f"{c['epsilon']:.4f}",
-            f"{c['received_bytes'] / 1e3:.0f}",
-            c["update"][:12],
-            c["reason"] or _told(c["report"], f"run {found.id[:8]} round {number}, {c['name']}"),
-        ]
-        for c in clients
-    ]
-    scores = _scores(row["metrics"])
-    lost = "" if row["residual"] is None else f"residual {row['residual']:.2%}"
-    facts = ", ".join(filter(None, (row["state"], scores, f"rule {found.rule}", lost)))
-    title = [f"run {found.id[:8]} round {number}: {facts}"]
-    title.append(f"adapter {row['adapter']}, {state}" if row["adapter"] else "no adapter")
-    title += [*map(_noised, row["client_level"]), *_came(came := store.imported(found))]
-    judgement = next((j.model_dump() for j in store.judgements(found.id) if j.number == number), None)
-    if judgement is not None:
-        title.append(
-            f"defence: {judgement['rule']}, {judgement['attackers']} attackers assumed,"
-            f" {judgement['entered']} of {judgement['judged']} updates entered"
-            + (f"; HELD: {judgement['held']}" if judgement["held"] else "")
-        )
-    sums = [s.model_dump(exclude={"run", "number"}) for s in store.summed(found.id) if s.number == number]
-    names = {c["client"]: c["name"] for c in clients}
-    for one in sums:
-        where = f"run {found.id[:8]} round {number}, {one['group']}"
-        one["sites"] = [names.get(str(client), str(client)) for client in items(one.pop("clients"), where)]
-    if sums:
-        seen = "; ".join(f"{s['group']} ({len(s['sites'])} of {s['members']}: {', '.join(s['sites'])})" for s in sums)
-        title.append(f"secure aggregation: no update was seen, only the sums of {seen}")
-    evidence = [e.model_dump(exclude={"run", "number"}) for e in store.evidence(found.id) if e.number == number]
-    said = client_level_statement(store)
-    if row["state"] in ("committed", "held") and damaged is None:
-        try:
-            check_round(store, found, number)
-        except CloisterError as error:
-            damaged = error
-            title.append(f"NOT AS THE LOG SAYS: {error.what}")
-    record = {"run": found.id, "rule": found.rule, "client_level_statement": said} | row | {"clients": clients}
-    record |= {"defence": judgement, "evidence": evidence, "secure_sums": sums, "imported": came}
-    console.table(record, title, columns, cells)
-    _second_statement(said)
-    if damaged is not None:
-        raise damaged
-
-
-def _told(report: str, where: str) -> str:
-    """What a client told of itself, for a table.
-
-    Raises:
-        StateError: Its row was changed by hand, and is no report.
-    """
-    told = column(report or "{}", f"{where}, report")
-    if any(type(value) not in (int, float) for value in told.values()):
-        raise StateError("a report that has no numbers", where=where, got=report[:60], mend=DAMAGED)
-    return ", ".join(
-        f"{name.removeprefix('noised_')} {value:.4g} ({'noised' if name.startswith('noised_') else 'not private'})"
-        for name, value in told.items()
-    )

@@ -27,10 +27,11 @@ from cloister_flower.bundle import build_bundle
 from cloister_flower.control import Control
 from cloister_model.base import find_base
 from cloister_model.text import Source
-from cloister_server.cli import event_line, round_rows, rounds_table
 from cloister_server.coordinator import Coordinator, admit_site, init, open_coordinator
 from cloister_server.export import export_round
 from cloister_server.federation import read_federation
+from cloister_server.progress import event_line
+from cloister_server.round_commands import round_rows, rounds_table
 from cloister_server.store import Store
 from cloister_shared import console
 from cloister_shared.cards import CoordinatorCard, read_site_card

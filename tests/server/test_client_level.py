@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from cloister_server.accounting import charge, client_level_line, client_level_statement, foresee
 from cloister_server.aggregation import clipped_sum, noised_mean
-from cloister_server.cli import event_line, round_rows
 from cloister_server.export import export_round
 from cloister_server.federation import ClientLevel, read_federation
+from cloister_server.progress import event_line
+from cloister_server.round_commands import round_rows
 from cloister_server.rounds import one_round, run_rounds
 from cloister_server.run import find_unfinished
 from cloister_server.store import Store

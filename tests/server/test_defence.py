@@ -12,10 +12,10 @@ import pytest
 from cloister_flower.frames import reply
 from cloister_server.admission import reaches
 from cloister_server.aggregation import weighted_mean
-from cloister_server.cli import round_rows
 from cloister_server.defence import Cohort, Entered, enter, explained, lost, lost_at_sites, reputation
 from cloister_server.federation import Defence, read_federation
 from cloister_server.peers import FEWEST, predicted_norm
+from cloister_server.round_commands import round_rows
 from cloister_server.rounds import one_round, run_rounds
 from cloister_shared.encoding import canonical
 from cloister_shared.errors import InputError, RefusedError

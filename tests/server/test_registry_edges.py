@@ -18,13 +18,13 @@ import pytest
 from cloister_client.fetching import _adapter, _whole_log
 from cloister_server import accounting, importing
 from cloister_server.accounting import REFUSED, stated_epsilon
-from cloister_server.cli import round_rows
 from cloister_server.export import REGISTERED, export_round, peft_files
 from cloister_server.fsck import check
 from cloister_server.importing import import_round
 from cloister_server.intake import FAILED, said_no
 from cloister_server.keeping_commands import hold
 from cloister_server.release_commands import promote
+from cloister_server.round_commands import round_rows
 from cloister_server.rounds import one_round, run_rounds
 from cloister_server.store import Store
 from cloister_server.tables import Run

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from cloister_server import upkeep
-from cloister_server.cli import show
 from cloister_server.export_commands import export as export_folder
 from cloister_server.fsck import check
 from cloister_server.keeping_commands import give_up, hold
 from cloister_server.release_commands import aliases, diff, promote, rollback
+from cloister_server.round_commands import show
 from cloister_server.rounds import one_round
 from cloister_server.storage import write_storage
 from cloister_server.store import Store

@@ -19,13 +19,14 @@ import typer
 from cloister import bundle_command
 from cloister_client.budget import Ledger
 from cloister_client.witness import Witness
-from cloister_server.cli import list_rounds, operator_sign, show
+from cloister_server.cli import operator_sign
 from cloister_server.compare import fields, modules
 from cloister_server.export import export_round
 from cloister_server.export_commands import export as export_command
 from cloister_server.fsck import check
 from cloister_server.keeping_commands import give_up, hold, holds, release
 from cloister_server.release_commands import aliases, diff, moves, promote, protect, rollback
+from cloister_server.round_commands import list_rounds, show
 from cloister_server.rounds import run_rounds
 from cloister_server.store import Store
 from cloister_server.tables import Alias, AliasEvent

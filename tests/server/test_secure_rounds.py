@@ -14,12 +14,13 @@ from cloister_client.sums import Sums
 from cloister_flower.frames import reply
 from cloister_server import secure
 from cloister_server.aggregation import weighted_mean
-from cloister_server.cli import event_line, show
 from cloister_server.context import Context, Member
 from cloister_server.federation import Defence
 from cloister_server.fsck import check
 from cloister_server.groups import groups_of
 from cloister_server.planning import training_for
+from cloister_server.progress import event_line
+from cloister_server.round_commands import show
 from cloister_server.rounds import one_round, run_rounds
 from cloister_server.run import drawn, earlier_training
 from cloister_server.unmask import unmasked
