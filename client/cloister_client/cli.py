@@ -1,4 +1,4 @@
-"""The site's commands: ``cloister site enrol | up | status``; those of the audit come with them."""
+"""The site's commands: ``cloister site enrol | rejoin | peer | up | status``, and those of its text, the registry and the audit."""
 
 from __future__ import annotations
 
@@ -14,33 +14,26 @@ import typer
 from cloister_model.text import Source, read
 from cloister_shared import console
 from cloister_shared.cards import read_coordinator_card, read_site_card
-from cloister_shared.encoding import canonical, write_durably
-from cloister_shared.errors import CloisterError, InputError, RefusedError, StateError
+from cloister_shared.errors import CloisterError, InputError, StateError
 from cloister_shared.invitation import Invitation
 from cloister_shared.processes import Group, free_port
-from cloister_shared.signing import VerifyKey
 
-from cloister_client import audit_command
+from cloister_client import audit_command, data_commands, registry_commands
 from cloister_client.data import add as add_text
-from cloister_client.data import open_ledger
-from cloister_client.data import remove as remove_text
+from cloister_client.options import Home, Json
 from cloister_client.policy import Policy, add_peer, read_policy
-from cloister_client.site import AGAIN, act_as_agent, begin_again, held_up, is_up, read_site, take_over
+from cloister_client.site import AGAIN, begin_again, held_up, is_up, read_site, take_over
 from cloister_client.site import enrol as make_site
 from cloister_client.status import Status, read_status
 from cloister_client.supervise import Running, check_users, link_line
 
 site_app = typer.Typer(no_args_is_help=True, help="What an organisation that owns text runs.")
-
-data_app = typer.Typer(no_args_is_help=True, help="The text that may be trained on.")
-site_app.add_typer(data_app, name="data")
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Home = Annotated[Path | None, typer.Option("--home", help="Folder of state.")]
+site_app.add_typer(data_commands.data_app, name="data")
 
 
 def register(app: typer.Typer) -> None:
     """Adds the site's commands and the audit's."""
+    registry_commands.register(site_app)
     app.add_typer(site_app, name="site")
     audit_command.register(app)
 
@@ -184,118 +177,6 @@ def _token(given: str) -> str:
 
 
 @site_app.command()
-def registered(
-    site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
-    run: Annotated[str, typer.Option("--run", help="A run's whole id; all by default.")] = "",
-    json: Json = False,
-    home: Home = None,
-) -> None:
-    """Ask the coordinator's registry what it holds about this site's part in rounds."""
-    console.choose(json, home)
-    from cloister_client.registry import rounds
-
-    own = read_site(console.site_home(site))
-    found = rounds(own, run)
-    cells = [
-        [r["run"][:8], r["number"], r["state"], r["verdict"], f"{r['epsilon']:.4f}", f"{r['delta']:g}", r["reason"]]
-        for r in found
-    ]
-    title = f"site {own.name}: what the coordinator registered of it; the ledger here is the authority on epsilon"
-    columns = ["run", "round", "state", "verdict", "epsilon", "delta", "reason"]
-    console.table({"site": own.name, "rounds": found}, title, columns, cells)
-
-
-@site_app.command("rounds")
-def list_rounds(
-    number: Annotated[int | None, typer.Argument(help="A round to prove; without it, all are listed.")] = None,
-    run: Annotated[str, typer.Option(help="The run's id; with a round, the newest by default.")] = "",
-    site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
-    json: Json = False,
-    home: Home = None,
-) -> None:
-    """List the federation's rounds, or fetch one with the proof that the log has it."""
-    console.choose(json, home)
-    from cloister_client.fetching import fetch_round, fetch_rounds, heads_known
-
-    own = read_site(console.site_home(site))
-    found = fetch_rounds(own, run)
-    if number is None:
-        cells = [[r["run"][:8], r["number"], r["state"], r["adapter"][:12], r["rule"]] for r in found]
-        console.table(
-            {"rounds": found}, "rounds, by the coordinator's word", ["run", "round", "state", "adapter", "rule"], cells
-        )
-        return
-    if not found:
-        raise InputError("the federation has no rounds yet", where=own.name)
-    said = fetch_round(own, run or found[-1]["run"], number, heads_known(own, open_ledger(own)))
-    console.emit(
-        said,
-        f"round {number} of run {said['run'][:8]}: leaf {said['index']} of the log, proven; adapter {said['adapter'][:16]},"
-        f" {len(said.get('clients', []))} clients, code {said['code']}",
-    )
-
-
-@site_app.command()
-def pull(
-    alias: Annotated[str, typer.Argument(help="The alias that the coordinator promoted.")],
-    guard: Annotated[
-        str, typer.Option(help="Take it only where this operator's public key (64 hex digits) guards the alias.")
-    ] = "",
-    out: Annotated[
-        Path | None, typer.Option(help="Folder to make; pulled/ALIAS in the site's folder by default.")
-    ] = None,
-    site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
-    json: Json = False,
-    home: Home = None,
-) -> None:
-    """Fetch the adapter that an alias points at; log, moves and operator's signatures are checked before anything is kept."""
-    console.choose(json, home)
-    from cloister_client.fetching import fetch_release, heads_known
-
-    own = read_site(console.site_home(site))
-    ledger = open_ledger(own)
-    wanted = VerifyKey.from_hex(guard, "--guard").raw.hex() if guard else ""
-    got = fetch_release(own, alias, lambda: heads_known(own, ledger))
-    if wanted and got.guard != wanted:
-        raise RefusedError(
-            "registry.guarded",
-            "this operator does not guard the alias",
-            where=alias,
-            expected=f"key {_key_id(wanted)}",
-            got=f"key {_key_id(got.guard)}" if got.guard else "nobody's key",
-            mend="ask the operator that you trust whether the alias is theirs",
-        )
-    folder = out or own.home / "pulled" / f"{alias}-{got.run[:8]}-{got.number}"
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError as error:
-        raise InputError("there is a folder already", where=str(folder), mend="choose another --out") from error
-    except OSError as error:
-        raise StateError(
-            "no folder can be made there",
-            where=str(folder)[:200],
-            got=error.strerror or "",
-            mend="choose another --out",
-        ) from error
-    write_durably(folder / "adapter.safetensors", got.adapter, mode=0o644)
-    write_durably(folder / "release.json", canonical(got.record) + b"\n", mode=0o644)
-    name = got.record["commit"]["adapter"]
-    by = f"guarded by its operator, key {_key_id(got.guard)}" if got.guard else "guarded by no operator's key"
-    console.emit(
-        {"alias": alias, "run": got.run, "round": got.number, "adapter": name, "guard": got.guard, "path": str(folder)},
-        [
-            f"{alias}: round {got.number} of run {got.run[:8]}, adapter {name[:16]}, its newest move in the log and {by}: {folder}",
-            "it is the adapter as the registry has it; what PEFT loads is the coordinator's `cloister rounds export`, whose"
-            " registered.safetensors is this very file",
-        ],
-    )
-
-
-def _key_id(key: str) -> str:
-    return VerifyKey.from_hex(key, "key").id.hex()
-
-
-@site_app.command()
 def peer(
     card: Annotated[Path, typer.Argument(help="Another site's card.json, from a channel you trust.")],
     site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
@@ -316,83 +197,6 @@ def peer(
         [
             f"site {own.name}: accepts {other.name}, fingerprint {key} (compare it with theirs); {len(peers)} peers now",
             "the agent reads it at its next start: cloister site up",
-        ],
-    )
-
-
-@data_app.command("add")
-def data_add(
-    data: Annotated[Path, typer.Argument(help="Private text: JSONL, CSV or Parquet, plain or gzipped.")],
-    site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
-    text: Annotated[str, typer.Option(help="The text's field.")] = "text",
-    label: Annotated[str, typer.Option(help="The label's field.")] = "label",
-    unit_field: Annotated[str, typer.Option(help="Field whose value makes a privacy unit; as at the first time.")] = "",
-    block: Annotated[str, typer.Option(help="Name of the block for what is new.")] = "",
-    as_new: Annotated[
-        bool,
-        typer.Option("--as-new", help="Units whose texts are known under other names are other units all the same."),
-    ] = False,
-    json: Json = False,
-    home: Home = None,
-) -> None:
-    """Register text: what is new makes a block with a budget of its own, what is known keeps its spend."""
-    console.choose(json, home)
-    own = read_site(console.site_home(site))
-    act_as_agent(own)
-    classify = own.coordinator().task == "text-classification"
-    source = Source(data.expanduser().resolve(), text, label if classify else "", unit_field)
-    added = add_text(own, source, block, as_new=as_new)
-    what = (
-        f"{added.new} new, in {added.block}"
-        if added.new
-        else f"all known, each keeps its spend; {added.block} is empty"
-    )
-    console.emit(
-        {"site": own.name, "file": str(source.path)} | asdict(added),
-        [
-            f"site {own.name}: {added.records} records make {added.units} units: {what}",
-            "the agent reads them at its next start: cloister site up",
-        ],
-    )
-
-
-@data_app.command("remove")
-def data_remove(
-    data: Annotated[Path, typer.Argument(help="A registered file.")],
-    site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
-    json: Json = False,
-    home: Home = None,
-) -> None:
-    """Stop reading a file; what was spent on its text stays spent."""
-    console.choose(json, home)
-    own = read_site(console.site_home(site))
-    act_as_agent(own)
-    path = data.expanduser().resolve()
-    remove_text(own, path)
-    line = f"site {own.name}: {path} is read no more; its units stay known, each keeps its spend"
-    console.emit({"site": own.name, "file": str(path)}, line)
-
-
-@data_app.command("list")
-def data_list(
-    site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
-    json: Json = False,
-    home: Home = None,
-) -> None:
-    """List registered files and blocks."""
-    console.choose(json, home)
-    own = read_site(console.site_home(site))
-    act_as_agent(own)
-    ledger = open_ledger(own)
-    sources = [
-        {"file": str(s.path), "text": s.text, "label": s.label, "unit": s.unit or "record"} for s in ledger.sources()
-    ]
-    blocks = [{"block": s.name, "units": s.units, "rounds": s.rounds} for s in ledger.standings()]
-    console.emit(
-        {"site": own.name, "sources": sources, "blocks": blocks},
-        [
-            *(f"{s['file']}  text {s['text']}, label {s['label'] or 'none'}, unit {s['unit']}" for s in sources),
-            *(f"{b['block']}: {b['units']} units, trained on in {b['rounds']} rounds" for b in blocks),
         ],
     )
 

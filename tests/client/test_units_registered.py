@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cloister_client import cli
+from cloister_client import data_commands
 from cloister_client.budget import Ledger
 from cloister_client.data import Added, add, load, open_ledger, remove
 from cloister_client.round import Desk, execute
@@ -276,7 +276,7 @@ def test_a_file_that_was_renamed_is_registered_anew_and_the_old_name_removed(
     (site.home.parent / "sites").mkdir()
     (site.home.parent / "sites" / "site-1").symlink_to(site.home)
     monkeypatch.setattr(console, "OUTPUT", console.Output())
-    cli.data_remove(old, home=site.home.parent)
+    data_commands.data_remove(old, home=site.home.parent)
     assert "each keeps its spend" in capsys.readouterr().out
     assert [s.path for s in ledger.sources()] == [new]
     assert len(load(site, ledger).units) == 12

@@ -27,7 +27,7 @@ import grpc
 import numpy as np
 import pytest
 from cloister.bundle_command import fetch
-from cloister_client import cli, fetching
+from cloister_client import fetching, registry_commands
 from cloister_client import registry as client
 from cloister_client.fetching import Release
 from cloister_client.policy import Policy
@@ -537,7 +537,7 @@ def pulling(
     def pull(out: str, *, of: int = 0, guard: str = "") -> None:
         shown[0] = logs[of]
         given: dict[str, Any] = {"guard": guard, "out": tmp_path / out, "site": name, "home": tmp_path / "state"}
-        cli.pull("best", **given)
+        registry_commands.pull("best", **given)
 
     logs = list(shown)
     monkeypatch.setattr(console.OUTPUT, "home", tmp_path / "state")
