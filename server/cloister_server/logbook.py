@@ -74,10 +74,14 @@ class LogBook:
             self._fence = row.number
         return self._fence
 
-    def _fenced(self, session: Session) -> None:
+    def _taken_over(self, session: Session) -> int:
+        """The fence of the coordinator that came after this one; 0 where none did, or where this took no fence."""
         row = session.get(Fence, 1)
         newest = row.number if row is not None else 0
-        if newest != self._fence and self._fence:
+        return newest if self._fence and newest != self._fence else 0
+
+    def _fenced(self, session: Session) -> None:
+        if newest := self._taken_over(session):
             raise RefusedError(
                 "registry.fence",
                 "another coordinator has taken over",
@@ -208,21 +212,6 @@ class LogBook:
         newest = sorted((i for i, row in known.items() if i != client and row.line), key=lambda i: -known[i].size)
         others = {i: Cosignature(known[i].size, known[i].line) for i in newest[:MAX_COSIGNATURES]}
         return View(at.signed(self.signing), start, tree.range(start).tops, tuple(tree.hashes(start, at.size)), others)
-
-    def keep_witness(self, client: str, at: Checkpoint, line: str, head: Checkpoint, note: str) -> None:
-        """Remembers what a site cosigned and the head of its own log; neither goes back.
-
-        Raises:
-            RefusedError: Another coordinator has taken over: it may have a newer head than this one held the site's against.
-        """
-        with self.database.writing() as session:
-            self._fenced(session)
-            row = session.get(Witnessed, client) or Witnessed(client=client)
-            if line and at.size >= row.size:
-                row.size, row.root, row.line = at.size, at.root.hex(), line
-            if head.size >= row.head_size:
-                row.head_size, row.head = head.size, note
-            session.add(row)
 
     def witnessed(self) -> dict[str, Witnessed]:
         """What each site saw and signed last, by client."""

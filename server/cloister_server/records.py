@@ -9,7 +9,7 @@ from cloister_shared.encoding import canonical, digest, parse_record
 from cloister_shared.errors import InputError, StateError, VerificationError
 from cloister_shared.signing import VerifyKey
 from cloister_shared.statement import Proof
-from sqlmodel import col, select
+from sqlmodel import Session, col, select
 
 from cloister_server.log import DAMAGED, column, said
 from cloister_server.releases import Releases
@@ -118,15 +118,7 @@ class Records(Releases):
     def keys_by_name(self) -> dict[str, list[str]]:
         """Each key under which a site was ever asked for anything or enrolled, by the site's name; the last that the log took in last."""
         with self.database.reading() as session:
-            out = dict[str, list[str]]()
-            for name, client in session.exec(select(RoundClient.name, RoundClient.client).distinct()):
-                out.setdefault(name, []).append(client)
-            for leaf in session.exec(select(Leaf).where(Leaf.kind == "enrol").order_by(col(Leaf.index))):
-                record = said(leaf)
-                keys, card = out.setdefault(str(record.get("site")), []), record.get("card")
-                if isinstance(card, dict) and (client := _key_id(str(card.get("key")))):
-                    keys[:] = [*(key for key in keys if key != client), client]
-            return out
+            return keys_by_name(session)
 
     def history_of(self, client: str) -> list[RoundClient]:
         """Everything that the site of this key was ever asked, under each key of its name: one that joined again has the same text."""
@@ -240,6 +232,19 @@ def _run_of(record: bytes) -> str:
         return str(parse_record(record, "log").get("run"))
     except VerificationError:
         return ""  # changed by hand: fsck's to tell
+
+
+def keys_by_name(session: Session) -> dict[str, list[str]]:
+    """``Records.keys_by_name`` within a transaction."""
+    out = dict[str, list[str]]()
+    for name, client in session.exec(select(RoundClient.name, RoundClient.client).distinct()):
+        out.setdefault(name, []).append(client)
+    for leaf in session.exec(select(Leaf).where(Leaf.kind == "enrol").order_by(col(Leaf.index))):
+        record = said(leaf)
+        keys, card = out.setdefault(str(record.get("site")), []), record.get("card")
+        if isinstance(card, dict) and (client := _key_id(str(card.get("key")))):
+            keys[:] = [*(key for key in keys if key != client), client]
+    return out
 
 
 def _key_id(text: str) -> str:

@@ -110,6 +110,7 @@ def list_rounds(run_name: RunName = None, json: Json = False, home: Home = None)
             "client_level": said,
             "imported": came,
             "other_runs": [r.id for r in others],
+            "damaged": None if damaged is None else str(damaged),
         },
         title,
         columns,
@@ -216,6 +217,7 @@ def show(
             title.append(f"NOT AS THE LOG SAYS: {error.what}")
     record = {"run": found.id, "rule": found.rule, "client_level_statement": said} | row | {"clients": clients}
     record |= {"defence": judgement, "evidence": evidence, "secure_sums": sums, "imported": came}
+    record["damaged"] = None if damaged is None else str(damaged)
     console.table(record, title, columns, cells)
     _second_statement(said)
     if damaged is not None:

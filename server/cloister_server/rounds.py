@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache
 
@@ -23,7 +24,6 @@ from cloister_shared.answers import Preface
 from cloister_shared.encoding import digest
 from cloister_shared.errors import CloisterError, RefusedError, StateError
 from cloister_shared.installed import code_version, lock_digest
-from cloister_shared.notes import Checkpoint
 from cloister_shared.plan import PlanCore
 from cloister_shared.sealing import OpeningKey
 from cloister_shared.specs import SecureSum
@@ -100,17 +100,20 @@ def close(context: Context, link: Exchange) -> None:
     receipts, shown, key = receipts_of(context, context.run.rounds), Shown.now(context), OpeningKey.generate()
     asked = {m.node: m for m in context.members if m.id in receipts}
     frames = {node: seal_closing(context, m, receipts[m.id], shown, key) for node, m in asked.items()}
-    seen, server, schema = dict[str, Prefaced](), context.signing.verify_key.id, context.schema.digest
-    for node, message in link.exchange(frames, "closing", CLOSING_SECONDS, lambda replies: len(replies) == len(frames)):
-        card, before = asked[node].card, shown.heads_of(asked[node].id)
-        try:
-            frame = frame_of(message, f"acknowledgement of {card.name}")
-            found = read_acknowledgement(frame, card, context.run, key, schema, server, shown.at, before)
-            seen[asked[node].id] = found
-        except CloisterError as error:
-            context.tell("unacknowledged", site=card.name, reason=str(error)[:500])
-    key.erase()
-    remember(context, shown.at, seen)
+    server, schema = context.signing.verify_key.id, context.schema.digest
+    with remembering(context) as keep:
+        for node, message in link.exchange(
+            frames, "closing", CLOSING_SECONDS, lambda replies: len(replies) == len(frames)
+        ):
+            card, before = asked[node].card, shown.heads_of(asked[node].id)
+            try:
+                frame = frame_of(message, f"acknowledgement of {card.name}")
+                found = read_acknowledgement(frame, card, context.run, key, schema, server, shown.at, before)
+            except CloisterError as error:
+                context.tell("unacknowledged", site=card.name, reason=str(error)[:500])
+            else:
+                keep(asked[node].id, shown, found)
+        key.erase()
 
 
 def admitted(context: Context) -> Context:
@@ -269,7 +272,7 @@ def gather(
         for m in members.values()
     }
     intake.asked = {by_node[node].id: len(frame) for node, frame in frames.items()}
-    with ThreadPoolExecutor(1) as pool:
+    with remembering(context) as keep, ThreadPoolExecutor(1) as pool:
         # Accounting takes a core for a moment: from the first reply on, when a site here is done, not when all begin.
         spent: Future[dict[str, Cost]] | None = None
         for node, message in link.exchange(
@@ -281,17 +284,32 @@ def gather(
             member = by_node[node]
             past = shown.heads_of(member.id)
             take(context, intake, member, cores[member.id], row.attempt, key, shown.at, past, message)
+            if member.id in intake.prefaces:
+                keep(member.id, shown, intake.prefaces[member.id])
             spent = spent or pool.submit(spending, context.store, cores)
         intake.costs = None if spent is None else spent.result()
     intake.members = {client: (client,) for client in intake.updates}
-    remember(context, shown.at, intake.prefaces)
     return intake
 
 
-def remember(context: Context, at: Checkpoint, prefaces: Mapping[str, Prefaced]) -> None:
-    """Keeps what sites cosigned and the heads of their own logs, whatever becomes of the round."""
-    for client, one in prefaces.items():
-        context.store.keep_witness(client, at, one.line, one.head, one.note)
+@contextmanager
+def remembering(context: Context) -> Iterator[Callable[[str, Shown, Prefaced], None]]:
+    """Keeps what a site cosigned and the head of its own log as it comes, whatever becomes of the round or of this process.
+
+    Raises:
+        CloisterError: One could not be kept, the first of them; the others were.
+    """
+    failed = list[CloisterError]()
+
+    def keep(client: str, shown: Shown, said: Prefaced) -> None:
+        try:
+            context.store.keep_witness(client, shown.at, said.line, said.head, said.note, shown.heads_of(client))
+        except CloisterError as error:  # what others say is kept first
+            failed.append(error)
+
+    yield keep
+    if failed:
+        raise failed[0]
 
 
 def gather_sums(
@@ -318,7 +336,9 @@ def gather_sums(
         return seal_plan(context, member, cores[member.id], parent, row.attempt, key, shown(), told, sharers, shares)
 
     def said(member: Member, preface: Preface, where: str) -> Prefaced:
-        return read_preface(preface, member.card, shown().at, shown().heads_of(member.id), where)
+        found = read_preface(preface, member.card, shown().at, shown().heads_of(member.id), where)
+        keep(member.id, shown(), found)
+        return found
 
     store, run = context.store, context.run.id
     known = {s.group: s for s in store.openings(run, row.number)}
@@ -330,8 +350,10 @@ def gather_sums(
         if group not in known:
             store.keep_opening(Opening(run=run, number=row.number, group=group, clients=json.dumps(alive)))
 
-    got = collect(context, link, context.draw, members, cores, row.attempt, key, plan_for, said, before, done, opening)
-    remember(context, shown().at, got.prefaces)
+    with remembering(context) as keep:
+        got = collect(
+            context, link, context.draw, members, cores, row.attempt, key, plan_for, said, before, done, opening
+        )
     for name, mean in got.means.items():
         store.keep_mean(run, row.number, name, store.blobs.put(vector_to_bytes(mean)))
     for name in done:

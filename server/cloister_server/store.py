@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cloister_shared.errors import StateError
+from cloister_shared.notes import Checkpoint
 from sqlmodel import Session, select
 
 from cloister_server.facts import commit_facts, run_facts
 from cloister_server.log import ABORTED_CLIENT, append, commit_body, now, said, size
-from cloister_server.records import Records
+from cloister_server.records import Records, keys_by_name
 from cloister_server.tables import (
     ABORTED,
     AGGREGATING,
@@ -43,6 +44,7 @@ from cloister_server.tables import (
     Signature,
     Summed,
     Tombstone,
+    Witnessed,
 )
 
 # What the client-level statement is about.
@@ -97,6 +99,34 @@ class Origin:
 
 class Store(Records):
     """The registry."""
+
+    def keep_witness(
+        self, client: str, at: Checkpoint, line: str, head: Checkpoint, note: str, before: Sequence[str]
+    ) -> None:
+        """Remembers what a site cosigned and the head of its own log; neither goes back.
+
+        Args:
+            client: The site's key id.
+            at: The head of this log that it was shown.
+            line: Its cosignature of it, or empty.
+            head: The head of its own log.
+            note: The same, as it was signed; empty where it told none.
+            before: The heads of its logs, under each of its keys, that its answer was held against.
+
+        Raises:
+            RefusedError: Another coordinator has taken over, and has a head of this site that is none of those by now.
+        """
+        with self.database.writing() as session:
+            if self._taken_over(session):
+                keys = next((keys for keys in keys_by_name(session).values() if client in keys), [client])
+                if any(row.head not in ("", *before) for key in keys if (row := session.get(Witnessed, key))):
+                    self._fenced(session)
+            row = session.get(Witnessed, client) or Witnessed(client=client)
+            if line and at.size >= row.size:
+                row.size, row.root, row.line = at.size, at.root.hex(), line
+            if head.size >= row.head_size:
+                row.head_size, row.head = head.size, note
+            session.add(row)
 
     def add_statement(self, run: str, number: int, statement: bytes, key: str) -> str:
         """Keeps a signed statement of a round, whose export is a leaf in the same transaction; returns the statement's digest.

@@ -342,12 +342,20 @@ def test_rounds_show_refuses_a_changed_adapter(here: Here, registry: Registry, t
 
 def test_rounds_list_tells_of_rows_that_are_not_as_the_log_says(here: Here, registry: Registry, tmp_path: Path) -> None:
     shutil.copytree(registry.home / "coordinator", tmp_path / "coordinator")
-    assert here("--home", tmp_path, "rounds", "list").code == 0
+    looks = (("rounds", "list"), ("rounds", "show", "1"))
+    for look in looks:
+        said = here("--home", tmp_path, "--json", *look)
+        assert (said.code, json.loads(said.out)["damaged"]) == (0, None)
     with closing(Store(tmp_path / "coordinator")) as store:
         edit(store, "UPDATE round_client SET epsilon = 0.001 WHERE number = 1")
-    said = here("--home", tmp_path, "rounds", "list")
-    assert (said.code, "not as its log says" in said.err) == (1, True)
-    assert any(line.startswith("NOT AS THE LOG SAYS: ") for line in said.out.splitlines())
+    for look in looks:
+        said = here("--home", tmp_path, *look)
+        assert (said.code, "not as its log says" in said.err) == (1, True)
+        assert any(line.startswith("NOT AS THE LOG SAYS: ") for line in said.out.splitlines())
+        said = here("--home", tmp_path, "--json", *look)
+        assert said.code == 1
+        # The record says it too: whoever reads no further must not take it for a good one.
+        assert "not as its log says" in json.loads(said.out.splitlines()[0])["damaged"]
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_a_cosignature_that_comes_while_the_log_is_read_accuses_nobody(
         store.log("incident", {"what": "a test"})
         tree = real()
         at, none = Checkpoint(store.origin, len(tree), tree.root()), Checkpoint("x", 0, bytes(32))
-        store.keep_witness(world.id_of(100), at, "a line", none, "")
+        store.keep_witness(world.id_of(100), at, "a line", none, "", ())
         return made
 
     monkeypatch.setattr(store, "tree", grown)

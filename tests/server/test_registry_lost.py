@@ -195,7 +195,7 @@ def test_a_damaged_registry_ends_commands_in_words(
         promote("production", number)
     for card in world.coordinator.sites():
         at = world.store.checkpoint()
-        world.store.keep_witness(card.verify_key.id.hex(), at, "a line", Checkpoint("x", 0, bytes(32)), "")
+        world.store.keep_witness(card.verify_key.id.hex(), at, "a line", Checkpoint("x", 0, bytes(32)), "", ())
     world.store.close()
     edit(world.store, *statements)
     with pytest.raises(CloisterError) as caught:

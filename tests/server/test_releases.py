@@ -553,7 +553,7 @@ def busy(world: World, tmp_path: Path) -> World:
     hold(3, "asked by the court")
     give_up(0, "no longer needed")
     export_round(world.store, world.run, 2, tmp_path / "exported")
-    world.store.keep_witness("ab" * 16, world.store.checkpoint(), "a line", Checkpoint("x", 0, bytes(32)), "")
+    world.store.keep_witness("ab" * 16, world.store.checkpoint(), "a line", Checkpoint("x", 0, bytes(32)), "", ())
     return world
 
 

@@ -155,7 +155,7 @@ def test_two_views_cannot_bring_a_quorum_together(world: World, tmp_path: Path) 
     # What the others cosigned is of no history that site 1 saw.
     for row in theirs.witnessed().values():
         mine.keep_witness(
-            row.client, Checkpoint(mine.origin, row.size, bytes(32)), row.line, Checkpoint("x", 0, bytes(32)), ""
+            row.client, Checkpoint(mine.origin, row.size, bytes(32)), row.line, Checkpoint("x", 0, bytes(32)), "", ()
         )
     with pytest.raises(RefusedError, match=r"witness\.quorum"):
         one_round(replace(context, store=mine, members=one, federation=few), world.link, 2)
@@ -666,20 +666,103 @@ def test_a_ledger_that_was_put_back_takes_no_newer_ones_place(
     assert world.verdicts(number + 2)["site-1"] == "accepted"
 
 
-def test_a_coordinator_that_was_taken_over_keeps_nothing_of_what_sites_say(world: World) -> None:
-    """It held a site's head against older ones than the other coordinator has by now."""
+def heads(world: World, store: Store) -> dict[str, int]:
+    """How far each site's own log goes by the head that is kept of it, by the site's name."""
+    named = {m.id: m.card.name for m in world.members}
+    return {named[client]: row.head_size for client, row in store.witnessed().items() if client in named}
+
+
+def own(world: World) -> dict[str, int]:
+    """How far each site's own log goes."""
+    return {desk.name: desk.ledger.head("x").size for desk in world.desks.values()}
+
+
+def test_a_head_that_came_is_kept_though_another_coordinator_took_over(world: World, tmp_path: Path) -> None:
+    """Nobody else has it: without it a site that is put back would use its text again for the newer one, unseen."""
+    one_round(world.context(), world.link, 1)
     world.store.take_fence()
     newer = Store(world.store.home)
+    copied(world.desks[100], tmp_path / "old")
 
     def late(link: Loopback, node: int, frame: bytes, message: Any) -> Any:
         newer.take_fence()
         return reply(link.honest(node, frame), message)
 
+    world.link.behaviours = {300: late}
+    with pytest.raises(RefusedError, match="taken over"):
+        one_round(world.context(), world.link, 2)
+    assert heads(world, newer) == own(world)
+    restored(world.desks[100], tmp_path / "old")
+    one_round(replace(world.context(), store=newer), world.link, 2)
+    assert {row.name: row.verdict for row in newer.clients(world.run.id, 2)}["site-1"] == WENT_BACK
+    newer.close()
+
+
+def test_a_coordinator_that_was_taken_over_keeps_no_head_over_a_newer_one(world: World, tmp_path: Path) -> None:
+    """It held the site's answer against older heads than the other coordinator has by now: it cannot see that the ledger was put back."""
+    first, desk = world.context(), world.desks[100]
+    world.store.take_fence()
+    newer, newest = Store(world.store.home), dict[str, int]()
+    one_round(first, world.link, 1)
+    copied(desk, tmp_path / "old")
+
+    def late(link: Loopback, node: int, frame: bytes, message: Any) -> Any:
+        link.behaviours = {}
+        newer.take_fence()
+        one_round(replace(first, store=newer), link, 2)
+        newest.update(heads(world, newer))
+        restored(desk, tmp_path / "old")
+        for n in range(30):
+            desk.ledger.register(Source(tmp_path / f"{n}.jsonl", "text", "label"), [bytes([n]) * 32])
+        return reply(execute(desk, frame), message)
+
     world.link.behaviours = {100: late}
     with pytest.raises(RefusedError, match="taken over"):
-        one_round(world.context(), world.link, 1)
-    assert newer.witnessed() == {}
+        one_round(first, world.link, 2)
+    assert heads(world, newer) == newest
+    assert newest["site-1"] < own(world)["site-1"]
     newer.close()
+
+
+def test_a_newer_head_under_another_key_of_the_site_counts_too(world: World) -> None:
+    world.store.take_fence()
+    newer, before = Store(world.store.home), world.id_of(100)
+    newer.take_fence()
+    newer.log_members(world.coordinator.sites)
+    at, line = newer.checkpoint(), ""
+    newer.keep_witness(before, at, line, Checkpoint("one", 3, bytes(32)), "head 3", ())
+    joins_again(world, 100)
+    newer.keep_witness(world.id_of(100), at, line, Checkpoint("two", 4, bytes(32)), "head 4", ("head 3",))
+    with pytest.raises(RefusedError, match="taken over"):
+        world.store.keep_witness(before, at, line, Checkpoint("one", 9, bytes(32)), "head 9", ("head 3",))
+    # The coordinator that took over is bound by nobody's fence.
+    newer.keep_witness(before, at, line, Checkpoint("one", 9, bytes(32)), "head 9", ("head 3",))
+    assert newer.witnessed()[before].head_size == 9
+    newer.close()
+
+
+def test_a_coordinator_that_dies_in_a_round_has_kept_what_came_before(world: World) -> None:
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    world.link.behaviours = {300: dies}
+    with pytest.raises(KeyboardInterrupt):
+        one_round(world.context(), world.link, 1)
+    assert heads(world, world.store) == {name: size for name, size in own(world).items() if name != "site-3"}
+
+
+def test_what_cannot_be_kept_of_one_site_costs_no_other_its_head(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep = Store.keep_witness
+
+    def full(store: Store, client: str, *rest: Any) -> None:
+        if client == world.id_of(100):
+            raise StateError("the registry cannot be written", mend="see to the disk")
+        keep(store, client, *rest)
+
+    monkeypatch.setattr(Store, "keep_witness", full)
+    with pytest.raises(StateError, match="cannot be written"):
+        one_round(world.context(), world.link, 1)
+    assert set(heads(world, world.store)) == {"site-2", "site-3"}
 
 
 def test_a_ledger_that_cannot_be_read_accuses_nobody(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
