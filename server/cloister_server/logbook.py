@@ -226,6 +226,13 @@ class LogBook:
         """The newest head of each site's own log that it signed, a note, by client."""
         return {i: row.head for i, row in self.witnessed().items() if row.head}
 
+    def commits_of(self, run: str) -> list[int]:
+        """Rounds of a run whose commits are leaves."""
+        with self.database.reading() as session:
+            found = session.exec(select(Leaf).where(Leaf.kind == "round_commit").order_by(Leaf.index))  # type: ignore[arg-type]
+            told = [said(leaf) for leaf in found if run.encode() in leaf.record]
+        return [number for one in told if one.get("run") == run and isinstance(number := one.get("round"), int)]
+
     def policy_leaf(self, run: str) -> Leaf:
         """The leaf that a run began with.
 

@@ -9,7 +9,7 @@ from cloister_shared import console
 from cloister_shared.errors import CloisterError, StateError
 
 from cloister_server.accounting import client_level_line, client_level_statement, stated_epsilon
-from cloister_server.fsck import check_round, check_rounds
+from cloister_server.fsck import check_round, check_run
 from cloister_server.here import Home, Json, RunName, registry
 from cloister_server.log import DAMAGED, column, items
 from cloister_server.progress import noised_line, scores_line
@@ -87,7 +87,7 @@ def rounds_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]
 
 
 def list_rounds(run_name: RunName = None, json: Json = False, home: Home = None) -> None:
-    """List the rounds of a run, and the runs there are."""
+    """List the rounds of a run, and the runs there are; those that are committed are held against the log."""
     console.choose(json, home)
     store = registry()
     found = store.find_run(run_name)
@@ -97,7 +97,7 @@ def list_rounds(run_name: RunName = None, json: Json = False, home: Home = None)
     said, damaged = client_level_statement(store), None
     title = [f"run {found.id[:8]} of {found.federation}, rule {found.rule}", *_came(came)]
     try:
-        check_rounds(store, found, [r["round"] for r in rows if r["state"] in ("committed", "held")])
+        check_run(store, found)
     except CloisterError as error:
         damaged = error
         title.append(f"NOT AS THE LOG SAYS: {error.where}: {error.what}")

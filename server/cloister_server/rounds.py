@@ -47,7 +47,7 @@ from cloister_server.intake import WENT_BACK, Intake, Prefaced, read_acknowledge
 from cloister_server.peers import predicted_norm
 from cloister_server.planning import in_round, summed_rate
 from cloister_server.secure import collect, opened_before
-from cloister_server.sending import Shown, receipts_of, seal_closing, seal_plan
+from cloister_server.sending import Shown, check_kept, receipts_of, seal_closing, seal_plan
 from cloister_server.store import Commit, Store
 from cloister_server.tables import (
     AGGREGATING,
@@ -70,6 +70,7 @@ def run_rounds(context: Context, link: Exchange) -> None:
 
     Raises:
         RefusedError: A round had too few clients, or ``MOST_HOLDS`` in a row kept their parent; the run can be resumed.
+        StateError: The database was put back beneath this process.
     """
     store, run = context.store, context.run
     for name, number in close_abandoned(store, run.id):
@@ -89,6 +90,15 @@ def run_rounds(context: Context, link: Exchange) -> None:
                 mend="look at cloister rounds show, see to the sites or to [defence], then cloister run --resume",
             )
     close(context, link)
+    last = store.last_committed(run.id).number
+    if last < run.rounds:
+        raise StateError(
+            "rounds that were committed are not any more: the database was put back beneath this process",
+            where=f"run {run.id[:8]}",
+            expected=f"{run.rounds} rounds committed",
+            got=str(last),
+            mend="put the newest database back; if this is it: cloister registry fsck, then cloister run --resume",
+        )
     store.finish_run(run.id)
 
 
@@ -97,6 +107,7 @@ def close(context: Context, link: Exchange) -> None:
 
     What clients cosign in answer is kept: the last commit has its witnesses without waiting for the next run.
     """
+    check_kept(context)
     receipts, shown, key = receipts_of(context, context.run.rounds), Shown.now(context), OpeningKey.generate()
     asked = {m.node: m for m in context.members if m.id in receipts}
     frames = {node: seal_closing(context, m, receipts[m.id], shown, key) for node, m in asked.items()}
@@ -138,6 +149,7 @@ def one_round(context: Context, link: Exchange, number: int) -> str:
             got="0",
             mend="see to the sites; those that joined again under another key have their part in a new run: cloister run",
         )
+    check_kept(context)
     if federation.client_level is not None:
         foresee(store, federation.client_level, 1)
     before = store.last_committed(context.run.id)

@@ -7,7 +7,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cloister_shared.notes import Checkpoint
+from cloister_shared.errors import StateError, VerificationError
+from cloister_shared.notes import Checkpoint, claimed, is_of_key
 from cloister_shared.plan import Plan, PlanCore
 from cloister_shared.receipts import LACKS_RECEIPT, NOT_ASKED, Closing, Receipt, no_work
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, seal
@@ -47,6 +48,29 @@ class Shown:
         """All heads of its own logs that bind what it says, the newest last: it may have had another folder, and log, in between."""
         own = self.known[client].head if client in self.known else ""
         return self.former.get(client, ()) + ((own,) if own else ())
+
+
+def check_kept(context: Context) -> None:
+    """Sees that what is kept of the sites' own logs is what they signed: by anything else an honest site would be accused.
+
+    Raises:
+        StateError: It is not.
+    """
+    known = context.store.witnessed()
+    for member in context.members:
+        where, row = f"site {member.card.name}", known.get(member.id)
+        if row is None or not row.head:
+            continue
+        try:
+            held = is_of_key(row.head, member.card.verify_key, where) and claimed(row.head, where).size == row.head_size
+        except VerificationError:
+            held = False
+        if not held:
+            raise StateError(
+                "what is kept of the head of its own log is not what it signed",
+                where=where,
+                mend="cloister registry fsck names what is wrong; restore the registry from a copy",
+            )
 
 
 def seal_plan(

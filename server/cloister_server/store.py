@@ -250,10 +250,19 @@ class Store(Records):
         Who has a part in it by now and had none gets one, but for a site that has one under another key.
 
         Raises:
-            StateError: It is committed.
+            StateError: It is committed, or the one before it is not: the database was put back beneath this process.
         """
         with self.database.writing() as session:
             self._fenced(session)
+            where, last = f"run {row.run[:8]} round {row.number}", session.get(Round, (row.run, row.number - 1))
+            if last is None or last.state != COMMITTED:
+                raise StateError(
+                    "the round before it is not committed: the database was put back beneath this process",
+                    where=where,
+                    expected=f"round {row.number - 1} committed",
+                    got="no such round" if last is None else last.state,
+                    mend="put the newest database back; if this is it: cloister registry fsck, then cloister run --resume",
+                )
             row.state, row.fence = PLANNED, self._fence
             known = session.get(Round, (row.run, row.number))
             if known is None:
@@ -261,7 +270,7 @@ class Store(Records):
                 session.add_all(clients)
                 return row, list(clients)
             if known.state == COMMITTED:
-                raise StateError("the round is committed", where=f"run {row.run[:8]} round {row.number}")
+                raise StateError("the round is committed", where=where)
             known.state, known.attempt, known.fence = PLANNED, known.attempt + 1, self._fence
             known.config, known.code, known.lock = row.config, row.code, row.lock
             asked = select(RoundClient).where(RoundClient.run == row.run, RoundClient.number == row.number)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
-from cloister_server import upkeep
+from cloister_server import rounds, upkeep
 from cloister_server.export_commands import export as export_folder
 from cloister_server.fsck import check
 from cloister_server.keeping_commands import give_up, hold
 from cloister_server.release_commands import aliases, diff, promote, rollback
 from cloister_server.round_commands import show
-from cloister_server.rounds import one_round
+from cloister_server.rounds import one_round, run_rounds
 from cloister_server.storage import write_storage
 from cloister_server.store import Store
 from cloister_shared import console
@@ -43,6 +46,82 @@ def world(tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> I
 def blobs_of(home: Path) -> list[Path]:
     """Every blob's file."""
     return sorted(path for path in (home / "blobs").rglob("*") if len(path.name) == 64)
+
+
+def snapshot(source: Path, target: Path) -> None:
+    """A database is copied over another, whoever has it open."""
+    with closing(sqlite3.connect(source)) as one, closing(sqlite3.connect(target)) as other:
+        one.backup(other)
+
+
+@pytest.mark.parametrize("when", ["planned", "committed"])
+def test_a_database_that_is_put_back_between_two_rounds_is_not_gone_on_with(
+    tmp_path: Path, tiny_bert: Path, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PostgreSQL does that fails over to a replica without the last commit: the process notices before it plans on."""
+    world = make_world(tmp_path, tiny_bert, sites=2, rounds=4)
+    world.store.log_members(world.coordinator.sites)
+    for number in (1, 2):
+        one_round(world.context(), world.link, number)
+    file, kept = world.store.home / "registry.db", world.store.home / "copy.db"
+    step = "plan_round" if when == "planned" else "commit_round"
+    real = getattr(Store, step)
+
+    def copied_before(store: Store, *rest: Any) -> Any:
+        snapshot(file, kept)
+        return real(store, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, step, copied_before)
+        one_round(world.context(), world.link, 3)
+    snapshot(kept, file)
+    before, charged = world.store.leaves(), [world.charged(node) for node in world.desks]
+    with pytest.raises(StateError, match="put back beneath this process"):
+        one_round(world.context(), world.link, 4)
+    assert world.store.leaves() == before
+    assert [world.charged(node) for node in world.desks] == charged
+    world.store.close()
+    world.store = Store(world.store.home)
+    for number in (3, 4):
+        one_round(world.context(), world.link, number)
+        assert set(world.verdicts(number).values()) == {"accepted"}
+    assert check(world.store) == []
+
+
+def test_a_run_whose_last_commit_is_gone_is_not_finished(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, kept = world.store.home / "registry.db", world.store.home / "copy.db"
+    snapshot(file, kept)
+    with monkeypatch.context() as patched:
+        # Put back when the last round is over, during its closing.
+        patched.setattr(rounds, "close", lambda *_: snapshot(kept, file))
+        with pytest.raises(StateError, match="put back beneath this process"):
+            run_rounds(world.context(), world.link)
+    world.store.close()
+    world.store = Store(world.store.home)
+    assert world.store.find_run(world.run.id).finished is None
+    run_rounds(world.context(), world.link)
+    assert world.store.find_run(world.run.id).finished is not None
+    assert check(world.store) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "head = 'x' || head",
+        "head_size = head_size + 1",
+        "head = replace(head, '=' || char(10), 'A' || char(10))",
+    ],
+)
+def test_a_damaged_row_accuses_no_site(world: World, change: str) -> None:
+    """The registry's own damage: nothing is asked of anybody, and fsck names the site's row."""
+    name = world.id_of(100)
+    edit(world.store, f"UPDATE witnessed SET {change} WHERE client = '{name}'")
+    before = world.store.leaves()
+    with pytest.raises(StateError, match="not what it signed"):
+        one_round(world.context(), world.link, 3)
+    assert world.store.leaves() == before
+    assert len(world.store.rounds(world.run.id)) == 3
+    assert [one.where for one in check(world.store)] == [f"site of key {name}"]
 
 
 @pytest.mark.parametrize("claimed", [True, False])

@@ -19,10 +19,10 @@ from cloister_server.fsck.blobs import wrong_blobs
 from cloister_server.fsck.ledger import check_charges, wrong_attempts, wrong_charges, wrong_statements
 from cloister_server.fsck.log import wrong_cosignatures, wrong_leaves
 from cloister_server.fsck.releases import wrong_releases
-from cloister_server.fsck.rounds import check_round, check_rounds, wrong_rounds
+from cloister_server.fsck.rounds import check_round, check_rounds, check_run, wrong_rounds
 from cloister_server.store import Store
 
-__all__ = ["Wrong", "check", "check_charges", "check_round", "check_rounds"]
+__all__ = ["Wrong", "check", "check_charges", "check_round", "check_rounds", "check_run"]
 
 Part = tuple[str, Callable[[], Iterator[Wrong]]]
 

@@ -114,6 +114,24 @@ def check_rounds(store: Store, run: Run, numbers: Sequence[int]) -> None:
             raise VerificationError(what, where=one.where, mend=f"cloister registry fsck; {one.mend}")
 
 
+def check_run(store: Store, run: Run) -> None:
+    """Sees that every round of a run that its log says is committed is here as its leaf says, and no other is.
+
+    Raises:
+        VerificationError: It is not. Of rounds that are not committed, ``check`` says more.
+    """
+    # Leaves first: what is committed meanwhile is in the rows that are read after them.
+    told = set(store.commits_of(run.id))
+    here = [row.number for row in store.rounds(run.id) if row.state == COMMITTED]
+    for number in sorted(told - set(here)):
+        raise VerificationError(
+            "the log says that this round is committed, and its row does not",
+            where=f"run {run.id[:8]} round {number}",
+            mend=f"cloister registry fsck; {RESTORE}",
+        )
+    check_rounds(store, run, here)
+
+
 def _unlike_leaf(store: Store, made: _Made, run: Run, rounds: Mapping[int, Round], number: int) -> Iterator[Wrong]:
     """How one round's rows are unlike its leaf."""
     where, row = f"run {run.id[:8]} round {number}", rounds[number]
