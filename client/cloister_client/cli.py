@@ -20,7 +20,7 @@ from cloister_shared.processes import Group, free_port
 
 from cloister_client import audit_command, data_commands, registry_commands
 from cloister_client.data import add as add_text
-from cloister_client.options import Home, Json
+from cloister_client.options import Home, Json, Site
 from cloister_client.policy import Policy, add_peer, read_policy
 from cloister_client.site import AGAIN, begin_again, held_up, is_up, read_site, take_over
 from cloister_client.site import enrol as make_site
@@ -179,7 +179,7 @@ def _token(given: str) -> str:
 @site_app.command()
 def peer(
     card: Annotated[Path, typer.Argument(help="Another site's card.json, from a channel you trust.")],
-    site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
+    site: Site = None,
     json: Json = False,
     home: Home = None,
 ) -> None:

@@ -13,7 +13,7 @@ from cloister_shared import console
 from cloister_client.data import add as add_text
 from cloister_client.data import open_ledger
 from cloister_client.data import remove as remove_text
-from cloister_client.options import Home, Json
+from cloister_client.options import Home, Json, Site
 from cloister_client.site import act_as_agent, read_site
 
 data_app = typer.Typer(no_args_is_help=True, help="The text that may be trained on.")
@@ -22,7 +22,7 @@ data_app = typer.Typer(no_args_is_help=True, help="The text that may be trained 
 @data_app.command("add")
 def data_add(
     data: Annotated[Path, typer.Argument(help="Private text: JSONL, CSV or Parquet, plain or gzipped.")],
-    site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
+    site: Site = None,
     text: Annotated[str, typer.Option(help="The text's field.")] = "text",
     label: Annotated[str, typer.Option(help="The label's field.")] = "label",
     unit_field: Annotated[str, typer.Option(help="Field whose value makes a privacy unit; as at the first time.")] = "",
@@ -58,7 +58,7 @@ def data_add(
 @data_app.command("remove")
 def data_remove(
     data: Annotated[Path, typer.Argument(help="A registered file.")],
-    site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
+    site: Site = None,
     json: Json = False,
     home: Home = None,
 ) -> None:
@@ -74,7 +74,7 @@ def data_remove(
 
 @data_app.command("list")
 def data_list(
-    site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
+    site: Site = None,
     json: Json = False,
     home: Home = None,
 ) -> None:

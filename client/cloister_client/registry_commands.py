@@ -12,7 +12,7 @@ from cloister_shared.errors import InputError, RefusedError, StateError
 from cloister_shared.signing import VerifyKey
 
 from cloister_client.data import open_ledger
-from cloister_client.options import Home, Json
+from cloister_client.options import Home, Json, Site
 from cloister_client.site import read_site
 
 
@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
 
 
 def registered(
-    site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
+    site: Site = None,
     run: Annotated[str, typer.Option("--run", help="A run's whole id; all by default.")] = "",
     json: Json = False,
     home: Home = None,
@@ -47,7 +47,7 @@ def registered(
 def list_rounds(
     number: Annotated[int | None, typer.Argument(help="A round to prove; without it, all are listed.")] = None,
     run: Annotated[str, typer.Option(help="The run's id; with a round, the newest by default.")] = "",
-    site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
+    site: Site = None,
     json: Json = False,
     home: Home = None,
 ) -> None:
@@ -81,7 +81,7 @@ def pull(
     out: Annotated[
         Path | None, typer.Option(help="Folder to make; pulled/ALIAS in the site's folder by default.")
     ] = None,
-    site: Annotated[str | None, typer.Option("--site", help="The site; the only one by default.")] = None,
+    site: Site = None,
     json: Json = False,
     home: Home = None,
 ) -> None:
