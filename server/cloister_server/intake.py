@@ -55,6 +55,10 @@ class Intake:
     prefaces: dict[str, Prefaced] = field(default_factory=dict)
 
 
+# Leaves of a site's own log: what a database's column of whole numbers holds.
+MOST_EVENTS = (1 << 31) - 1
+
+
 @dataclass(frozen=True)
 class Prefaced:
     """What a client said of logs, checked.
@@ -126,6 +130,11 @@ def read_preface(preface: Preface, card: SiteCard, at: Checkpoint, before: Seque
         if not origin.startswith(SITE_LOGS):
             raise VerificationError("the head of no site's log", where=where, got=origin[:80])
         head = read_checkpoint(preface.head, card.verify_key, origin, where).checkpoint
+        if head.size > MOST_EVENTS:
+            # No database keeps it: what one site says must cost that site, and not the round.
+            raise VerificationError(
+                "the head of a log longer than logs get", where=where, expected=f"<= {MOST_EVENTS}", got=str(head.size)
+            )
     for note in before:
         old = claimed(note, where)
         # One that joined again with another folder has another log, and said nothing else with this key.

@@ -7,6 +7,7 @@ from typing import Any
 
 from cloister_shared.encoding import canonical, digest, parse_record
 from cloister_shared.errors import InputError, StateError, VerificationError
+from cloister_shared.notes import claimed, is_of_key
 from cloister_shared.signing import VerifyKey
 from cloister_shared.statement import Proof
 from sqlmodel import Session, col, select
@@ -31,6 +32,7 @@ from cloister_server.tables import (
     Run,
     Signature,
     Summed,
+    Witnessed,
 )
 
 
@@ -119,6 +121,14 @@ class Records(Releases):
         """Each key under which a site was ever asked for anything or enrolled, by the site's name; the last that the log took in last."""
         with self.database.reading() as session:
             return keys_by_name(session)
+
+    def enrolled_keys(self) -> dict[str, VerifyKey]:
+        """Every key under which the log ever took a site in, by its id."""
+        with self.database.reading() as session:
+            records = [said(leaf) for leaf in session.exec(select(Leaf).where(Leaf.kind == "enrol"))]
+        cards = [record["card"] for record in records if isinstance(record.get("card"), dict)]
+        found = [_key(str(card.get("key"))) for card in cards]
+        return {key.id.hex(): key for key in found if key is not None}
 
     def history_of(self, client: str) -> list[RoundClient]:
         """Everything that the site of this key was ever asked, under each key of its name: one that joined again has the same text."""
@@ -242,14 +252,24 @@ def keys_by_name(session: Session) -> dict[str, list[str]]:
     for leaf in session.exec(select(Leaf).where(Leaf.kind == "enrol").order_by(col(Leaf.index))):
         record = said(leaf)
         keys, card = out.setdefault(str(record.get("site")), []), record.get("card")
-        if isinstance(card, dict) and (client := _key_id(str(card.get("key")))):
-            keys[:] = [*(key for key in keys if key != client), client]
+        if isinstance(card, dict) and (found := _key(str(card.get("key")))) is not None:
+            keys[:] = [*(key for key in keys if key != found.id.hex()), found.id.hex()]
     return out
 
 
-def _key_id(text: str) -> str:
-    """The id of a public key, or nothing where it is none."""
+def is_kept(row: Witnessed, key: VerifyKey | None) -> bool:
+    """Whether a row's head of a site's own log is one that this key signed, and as long as it says; of no key the length alone."""
+    if not row.head:
+        return row.head_size == 0
     try:
-        return VerifyKey.from_hex(text, "enrol leaf").id.hex()
+        return claimed(row.head, "head").size == row.head_size and (key is None or is_of_key(row.head, key, "head"))
     except VerificationError:
-        return ""
+        return False
+
+
+def _key(text: str) -> VerifyKey | None:
+    """A public key, or nothing where it is none."""
+    try:
+        return VerifyKey.from_hex(text, "enrol leaf")
+    except VerificationError:
+        return None

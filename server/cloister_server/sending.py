@@ -7,14 +7,15 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cloister_shared.errors import StateError, VerificationError
-from cloister_shared.notes import Checkpoint, claimed, is_of_key
+from cloister_shared.errors import StateError
+from cloister_shared.notes import Checkpoint
 from cloister_shared.plan import Plan, PlanCore
 from cloister_shared.receipts import LACKS_RECEIPT, NOT_ASKED, Closing, Receipt, no_work
 from cloister_shared.sealing import Codec, Direction, Header, OpeningKey, seal
 from cloister_shared.vectors import F32
 
 from cloister_server.context import Context, Member
+from cloister_server.records import is_kept
 from cloister_server.tables import Witnessed
 
 MOST_RECEIPTS = 50
@@ -51,26 +52,23 @@ class Shown:
 
 
 def check_kept(context: Context) -> None:
-    """Sees that what is kept of the sites' own logs is what they signed: by anything else an honest site would be accused.
+    """Sees that what is kept of the sites' own logs is what they signed, with each key that they had.
+
+    By anything else an honest site would be accused, or one that was put back would not be seen.
 
     Raises:
         StateError: It is not.
     """
-    known = context.store.witnessed()
+    known, named, keys = context.store.witnessed(), context.store.keys_by_name(), context.store.enrolled_keys()
     for member in context.members:
-        where, row = f"site {member.card.name}", known.get(member.id)
-        if row is None or not row.head:
-            continue
-        try:
-            held = is_of_key(row.head, member.card.verify_key, where) and claimed(row.head, where).size == row.head_size
-        except VerificationError:
-            held = False
-        if not held:
-            raise StateError(
-                "what is kept of the head of its own log is not what it signed",
-                where=where,
-                mend="cloister registry fsck names what is wrong; restore the registry from a copy",
-            )
+        own = {**keys, member.id: member.card.verify_key}
+        for client in {member.id, *named.get(member.card.name, ())} & set(known):
+            if not is_kept(known[client], own.get(client)):
+                raise StateError(
+                    "what is kept of the head of its own log is not what it signed",
+                    where=f"site {member.card.name}, key {client}",
+                    mend="cloister registry fsck names what is wrong; restore the registry from a copy",
+                )
 
 
 def seal_plan(

@@ -109,6 +109,7 @@ def test_a_run_whose_last_commit_is_gone_is_not_finished(world: World, monkeypat
     [
         "head = 'x' || head",
         "head_size = head_size + 1",
+        "head = ''",
         "head = replace(head, '=' || char(10), 'A' || char(10))",
     ],
 )

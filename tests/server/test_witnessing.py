@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from cloister_client.budget import Ledger
 from cloister_client.round import Desk, execute
+from cloister_client.witness import Witness
 from cloister_flower.frames import reply
 from cloister_model.text import Source
 from cloister_server import logbook, rounds, sending
 from cloister_server.coordinator import admit_site
+from cloister_server.fsck import check
 from cloister_server.intake import WENT_BACK, read_preface
 from cloister_server.log import membership
 from cloister_server.rounds import close, one_round, run_rounds
@@ -36,6 +38,7 @@ from cloister_shared.witness import LEAF_PURPOSE, View, log_of_site
 
 from support.registry import a_model
 from support.server_world import Loopback, World, forged, forged_vector, make_world
+from support.tampering import edit
 
 
 def witnesses(tmp_path: Path, tiny_bert: Path, rounds: int) -> World:
@@ -763,6 +766,50 @@ def test_what_cannot_be_kept_of_one_site_costs_no_other_its_head(world: World, m
     with pytest.raises(StateError, match="cannot be written"):
         one_round(world.context(), world.link, 1)
     assert set(heads(world, world.store)) == {"site-2", "site-3"}
+
+
+@pytest.mark.parametrize("size", [1 << 31, 1 << 63, 10**30])
+def test_a_head_that_no_database_keeps_costs_its_site_alone(
+    world: World, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one site signs must not stop a round, nor a closing, of all others."""
+    honest, name = Witness.preface, world.desks[100].witness.name
+
+    def boasts(witness: Witness, cosignature: str) -> Preface:
+        if witness.name != name:
+            return honest(witness, cosignature)
+        return Preface(Checkpoint(name, size, bytes(32)).signed(witness.signing), cosignature)
+
+    monkeypatch.setattr(Witness, "preface", boasts)
+    one_round(world.context(), world.link, 1)
+    assert world.verdicts(1) == {"site-1": "unreadable", "site-2": "accepted", "site-3": "accepted"}
+    close(world.context(), world.link)
+    kept = heads(world, world.store)
+    assert {name: kept[name] for name in ("site-2", "site-3")} == {
+        name: own(world)[name] for name in ("site-2", "site-3")
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "head = 'x' || head",
+        "head_size = head_size + 1",
+        "head = ''",
+        "head = replace(head, '=' || char(10), 'A' || char(10))",
+    ],
+)
+def test_a_damaged_head_under_a_key_that_a_site_had_accuses_nobody(world: World, change: str) -> None:
+    world.store.log_members(world.coordinator.sites)
+    one_round(world.context(), world.link, 1)
+    before = world.id_of(100)
+    joins_again(world, 100)
+    edit(world.store, f"UPDATE witnessed SET {change} WHERE client = '{before}'")
+    leaves = world.store.leaves()
+    with pytest.raises(StateError, match=f"site-1, key {before}"):
+        one_round(world.context(), world.link, 2)
+    assert world.store.leaves() == leaves
+    assert [one.where for one in check(world.store)] == [f"site of key {before}"]
 
 
 def test_a_ledger_that_cannot_be_read_accuses_nobody(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 from cloister_shared.audit.reading import MALFORMED
 from cloister_shared.cards import read_coordinator_card
 from cloister_shared.errors import CloisterError, VerificationError
-from cloister_shared.notes import Checkpoint, claimed, read_checkpoint, read_cosignature
+from cloister_shared.notes import Checkpoint, claimed, read_cosignature
 from cloister_shared.signing import VerifyKey
 from cloister_shared.witness import log_of_federation
 
 from cloister_server.fsck.against import RESTORE, Leaves, Wrong, whole
+from cloister_server.records import is_kept
 from cloister_server.store import Store
 
 
@@ -83,14 +84,12 @@ def _kept_heads(store: Store, log: Leaves) -> Iterator[Wrong]:
         where, row = f"site of key {client}", rows.get(client)
         if row is None or row.head_size < newest.get(client, 0):
             yield Wrong(where, "the newest head of its own log, which commits have, is not kept beside them", RESTORE)
-        if row is None or client not in keys:
+        if row is None:
             continue
         try:
-            if row.head:
-                own = read_checkpoint(row.head, keys[client], claimed(row.head, where).origin, where).checkpoint
-                if own.size != row.head_size:
-                    raise VerificationError("the head is of another size", where=where)
-            if row.line and log.key is not None:
+            if not is_kept(row, keys.get(client)):
+                raise VerificationError("not the head that it signed", where=where)
+            if row.line and log.key is not None and client in keys:
                 seen = Checkpoint(log_of_federation(log.key), row.size, bytes.fromhex(row.root)).text
                 read_cosignature(row.line, seen, client, keys[client], where)
         except (CloisterError, ValueError):

@@ -137,7 +137,8 @@ def _unlike_leaf(store: Store, made: _Made, run: Run, rounds: Mapping[int, Round
     where, row = f"run {run.id[:8]} round {number}", rounds[number]
     found, told = list[Leaf](), dict[str, dict[str, Any]]()
     if number:
-        found = [] if row.leaf is None else store.leaves(row.leaf, row.leaf + 1)
+        # SQLite keeps text in a column of numbers, if somebody puts it there.
+        found = store.leaves(row.leaf, row.leaf + 1) if isinstance(row.leaf, int) else []
         says = made.commit(rounds[number - 1], row, store.clients(run.id, number))
     else:
         says = run_facts(run) | {"rounds": run.rounds, "adapter": row.adapter}
